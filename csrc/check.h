@@ -1,0 +1,122 @@
+// Argument checks and tensor helpers that every kernel file shares.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace radix {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Sizes are int64; stored indices are int32, which bounds how many tokens and rows there may be.
+constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
+
+template <typename... Args>
+[[noreturn]] inline void fail(const char* op, const Args&... args) {
+  std::ostringstream message;
+  message << "radix::" << op << ": ";
+  (message << ... << args);
+  throw std::runtime_error(message.str());
+}
+
+// Raises a plain sentence: STD_TORCH_CHECK would put a C++ function, path and line before it.
+#define RADIX_CHECK(condition, op, ...) \
+  do {                                  \
+    if (!(condition)) [[unlikely]] {    \
+      ::radix::fail(op, __VA_ARGS__);   \
+    }                                   \
+  } while (false)
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    text << (d ? ", " : "") << tensor.size(d);
+  }
+  text << "]";
+  return text.str();
+}
+
+inline std::string dtype_of(const Tensor& tensor) {
+  return torch::headeronly::toString(tensor.scalar_type());
+}
+
+inline bool is_index_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Int || dtype == ScalarType::Long;
+}
+
+inline void check_cpu(const char* op, const char* name, const Tensor& tensor) {
+  RADIX_CHECK(tensor.is_cpu(), op, name, " is on another device than the CPU; all tensors must be on one device");
+}
+
+// A 1-D int32 or int64 tensor: ids, positions, indices and cumulative lengths.
+inline void check_index_like(const char* op, const char* name, const Tensor& tensor) {
+  check_cpu(op, name, tensor);
+  RADIX_CHECK(tensor.dim() == 1, op, name, " must have 1 dimension, got shape ", shape_of(tensor));
+  RADIX_CHECK(is_index_dtype(tensor.scalar_type()), op, name, " must be int32 or int64, got ", dtype_of(tensor));
+}
+
+// The shapes of an index's inverse over num_rows rows: indptr [num_rows + 1] and members as long as index.
+inline void check_inverse_shapes(
+    const char* op, const Tensor& index, const Tensor& indptr, const Tensor& members, int64_t num_rows) {
+  check_index_like(op, "indptr", indptr);
+  check_index_like(op, "members", members);
+  RADIX_CHECK(
+      indptr.size(0) - 1 == num_rows,
+      op,
+      "indptr must hold one entry more than there are rows, got ",
+      indptr.size(0),
+      " entries for ",
+      num_rows,
+      " rows");
+  RADIX_CHECK(
+      members.size(0) == index.size(0),
+      op,
+      "members must be as long as index, got ",
+      members.size(0),
+      " members for ",
+      index.size(0),
+      " entries of index");
+}
+
+inline int32_t dtype_code_of(const Tensor& tensor) {
+  int32_t code = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  return code;
+}
+
+// A new contiguous CPU tensor: one call of the C interface, where torch::stable::empty is a boxed dispatch.
+inline Tensor empty_cpu(const std::vector<int64_t>& sizes, int32_t dtype_code) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  }
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()),
+      sizes.data(),
+      strides.data(),
+      dtype_code,
+      aoti_torch_device_type_cpu(),
+      0,
+      &handle));
+  return Tensor(handle);
+}
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+}  // namespace radix

@@ -1,0 +1,232 @@
+// radix::fold and radix::fold_plan on the CPU.
+#include "../check.h"
+#include "inverse.h"
+#include "trie.h"
+
+#include <tuple>
+
+namespace radix {
+namespace {
+
+void check_arguments(
+    const char* op, const Tensor& input_ids, const Tensor& position_ids, const Tensor& cu_seqlens, int64_t multiple) {
+  check_index_like(op, "input_ids", input_ids);
+  check_index_like(op, "position_ids", position_ids);
+  check_index_like(op, "cu_seqlens", cu_seqlens);
+  const int64_t num_tokens = input_ids.size(0);
+  RADIX_CHECK(
+      position_ids.size(0) == num_tokens,
+      op,
+      "position_ids must be as long as input_ids, got ",
+      position_ids.size(0),
+      " positions for ",
+      num_tokens,
+      " tokens");
+  RADIX_CHECK(
+      num_tokens <= kMaxRows, op, "input_ids holds ", num_tokens, " tokens; at most ", kMaxRows, " are allowed");
+  RADIX_CHECK(cu_seqlens.size(0) >= 1, op, "cu_seqlens is empty; it must hold 0 and then the end of each sequence");
+  RADIX_CHECK(
+      multiple >= 1 && multiple <= kMaxRows, op, "pad_multiple_of must be from 1 to ", kMaxRows, ", got ", multiple);
+}
+
+// The ends of the sequences, checked against the number of tokens before any token is read.
+template <typename T>
+std::vector<int64_t> checked_bounds(const char* op, const Tensor& cu_seqlens, int64_t num_tokens) {
+  const Tensor held = as_contiguous(cu_seqlens);
+  const T* values = held.const_data_ptr<T>();
+  std::vector<int64_t> bounds(values, values + held.size(0));
+  RADIX_CHECK(bounds[0] == 0, op, "cu_seqlens must start at 0, got ", bounds[0]);
+  for (size_t i = 1; i < bounds.size(); ++i) {
+    RADIX_CHECK(
+        bounds[i] >= bounds[i - 1],
+        op,
+        "cu_seqlens must not decrease, got ",
+        bounds[i - 1],
+        " and then ",
+        bounds[i],
+        " at index ",
+        i);
+  }
+  RADIX_CHECK(
+      bounds.back() == num_tokens,
+      op,
+      "cu_seqlens must end at the number of tokens, ",
+      num_tokens,
+      ", got ",
+      bounds.back());
+  return bounds;
+}
+
+struct Folded {
+  Tensor input_ids;
+  Tensor position_ids;
+  Tensor unfold_index;
+  Tensor fold_index;
+  std::vector<int64_t> bounds;
+  std::vector<Run> runs;
+};
+
+template <typename Id, typename Position>
+Folded build(
+    const char* op,
+    const Tensor& input_ids,
+    const Tensor& position_ids,
+    std::vector<int64_t> bounds,
+    int64_t pad_multiple_of) {
+  const Tensor held_ids = as_contiguous(input_ids);
+  const Tensor held_positions = as_contiguous(position_ids);
+  const Id* ids = held_ids.const_data_ptr<Id>();
+  const Position* positions = held_positions.const_data_ptr<Position>();
+  const int64_t num_tokens = held_ids.size(0);
+  const int64_t num_sequences = static_cast<int64_t>(bounds.size()) - 1;
+
+  Tensor unfold_index = empty_cpu({num_tokens}, aoti_torch_dtype_int32());
+  int32_t* rows = unfold_index.mutable_data_ptr<int32_t>();
+  Trie<Id, Position> trie(ids, positions, std::min(num_sequences, num_tokens));
+  for (int64_t s = 0; s < num_sequences; ++s) {
+    trie.insert(s, bounds[s], bounds[s + 1], rows);
+  }
+
+  const int64_t num_nodes = trie.num_rows();
+  const int64_t num_rows = (num_nodes + pad_multiple_of - 1) / pad_multiple_of * pad_multiple_of;
+  RADIX_CHECK(
+      num_rows <= kMaxRows,
+      op,
+      "pad_multiple_of=",
+      pad_multiple_of,
+      " makes ",
+      num_rows,
+      " rows; at most ",
+      kMaxRows,
+      " are allowed");
+  Tensor compact_ids = empty_cpu({num_rows}, dtype_code_of(input_ids));
+  Tensor compact_positions = empty_cpu({num_rows}, dtype_code_of(position_ids));
+  Tensor fold_index = empty_cpu({num_rows}, aoti_torch_dtype_int32());
+  Id* out_ids = compact_ids.mutable_data_ptr<Id>();
+  Position* out_positions = compact_positions.mutable_data_ptr<Position>();
+  int32_t* out_tokens = fold_index.mutable_data_ptr<int32_t>();
+  for (const Run& run : trie.runs()) {
+    const int64_t first_token = bounds[run.sequence + 1] - run.length;
+    std::copy_n(ids + first_token, run.length, out_ids + run.first_row);
+    std::copy_n(positions + first_token, run.length, out_positions + run.first_row);
+    fill_range(out_tokens + run.first_row, static_cast<int32_t>(first_token), run.length);
+  }
+  std::fill(out_ids + num_nodes, out_ids + num_rows, Id{0});
+  std::fill(out_positions + num_nodes, out_positions + num_rows, Position{0});
+  std::fill(out_tokens + num_nodes, out_tokens + num_rows, 0);
+  return Folded{compact_ids, compact_positions, unfold_index, fold_index, std::move(bounds), trie.runs()};
+}
+
+Folded check_and_build(
+    const char* op,
+    const Tensor& input_ids,
+    const Tensor& position_ids,
+    const Tensor& cu_seqlens,
+    int64_t pad_multiple_of) {
+  check_arguments(op, input_ids, position_ids, cu_seqlens, pad_multiple_of);
+  std::vector<int64_t> bounds = cu_seqlens.scalar_type() == ScalarType::Int
+                                    ? checked_bounds<int32_t>(op, cu_seqlens, input_ids.size(0))
+                                    : checked_bounds<int64_t>(op, cu_seqlens, input_ids.size(0));
+  const bool narrow_ids = input_ids.scalar_type() == ScalarType::Int;
+  const bool narrow_positions = position_ids.scalar_type() == ScalarType::Int;
+  auto* const build_for = narrow_ids ? (narrow_positions ? &build<int32_t, int32_t> : &build<int32_t, int64_t>)
+                                     : (narrow_positions ? &build<int64_t, int32_t> : &build<int64_t, int64_t>);
+  return build_for(op, input_ids, position_ids, std::move(bounds), pad_multiple_of);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> fold_cpu(
+    const Tensor& input_ids, const Tensor& position_ids, const Tensor& cu_seqlens, int64_t pad_multiple_of) {
+  Folded folded = check_and_build("fold", input_ids, position_ids, cu_seqlens, pad_multiple_of);
+  return {folded.input_ids, folded.position_ids, folded.unfold_index, folded.fold_index};
+}
+
+using Plan =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Plan fold_plan_cpu(
+    const Tensor& input_ids, const Tensor& position_ids, const Tensor& cu_seqlens, int64_t pad_multiple_of) {
+  Folded folded = check_and_build("fold_plan", input_ids, position_ids, cu_seqlens, pad_multiple_of);
+  const int32_t int32 = aoti_torch_dtype_int32();
+  const int64_t num_rows = folded.fold_index.size(0);
+  const int64_t num_runs = static_cast<int64_t>(folded.runs.size());
+
+  Tensor run_sequences = empty_cpu({num_runs}, int32);
+  Tensor cu_seqlens_q = empty_cpu({num_runs + 1}, int32);
+  Tensor cu_seqlens_k = empty_cpu({num_runs + 1}, int32);
+  int32_t* sequences = run_sequences.mutable_data_ptr<int32_t>();
+  int32_t* cu_q = cu_seqlens_q.mutable_data_ptr<int32_t>();
+  int32_t* cu_k = cu_seqlens_k.mutable_data_ptr<int32_t>();
+  cu_q[0] = cu_k[0] = 0;
+  int64_t max_seqlen_q = 0;
+  int64_t max_seqlen_k = 0;
+  for (int64_t r = 0; r < num_runs; ++r) {
+    const Run& run = folded.runs[r];
+    const int64_t length = folded.bounds[run.sequence + 1] - folded.bounds[run.sequence];
+    sequences[r] = static_cast<int32_t>(run.sequence);
+    cu_q[r + 1] = cu_q[r] + static_cast<int32_t>(run.length);
+    cu_k[r + 1] = cu_k[r] + static_cast<int32_t>(length);
+    max_seqlen_q = std::max(max_seqlen_q, run.length);
+    max_seqlen_k = std::max(max_seqlen_k, length);
+  }
+
+  auto inverse_of = [&](const Tensor& index) {
+    Tensor indptr = empty_cpu({num_rows + 1}, int32);
+    Tensor members = empty_cpu({index.size(0)}, int32);
+    invert_index(
+        index.const_data_ptr<int32_t>(),
+        index.size(0),
+        num_rows,
+        indptr.mutable_data_ptr<int32_t>(),
+        members.mutable_data_ptr<int32_t>());
+    return std::make_pair(indptr, members);
+  };
+  auto copy_of = [&](const Tensor& tensor) {
+    Tensor copy = empty_cpu({tensor.size(0)}, int32);
+    std::copy_n(tensor.const_data_ptr<int32_t>(), tensor.size(0), copy.mutable_data_ptr<int32_t>());
+    return copy;
+  };
+  auto [unfold_indptr, unfold_members] = inverse_of(folded.unfold_index);
+  Tensor kv_index = empty_cpu({cu_k[num_runs]}, int32);
+  const int32_t* unfold_index = folded.unfold_index.const_data_ptr<int32_t>();
+  for (int64_t r = 0; r < num_runs; ++r) {
+    const int64_t begin = folded.bounds[sequences[r]];
+    std::copy_n(unfold_index + begin, cu_k[r + 1] - cu_k[r], kv_index.mutable_data_ptr<int32_t>() + cu_k[r]);
+  }
+  // Where every sequence adds rows, the K/V rows are those of all tokens and the two inverses are one.
+  const bool every_sequence_adds_rows = kv_index.size(0) == folded.unfold_index.size(0);
+  auto [kv_indptr, kv_members] =
+      every_sequence_adds_rows ? std::make_pair(copy_of(unfold_indptr), copy_of(unfold_members)) : inverse_of(kv_index);
+
+  int64_t min_seqlen = folded.bounds.size() > 1 ? kMaxRows : 0;
+  for (size_t s = 0; s + 1 < folded.bounds.size(); ++s) {
+    min_seqlen = std::min(min_seqlen, folded.bounds[s + 1] - folded.bounds[s]);
+  }
+  Tensor counts = empty_cpu({4}, aoti_torch_dtype_int64());
+  int64_t* count = counts.mutable_data_ptr<int64_t>();
+  count[0] = cu_q[num_runs];
+  count[1] = max_seqlen_q;
+  count[2] = max_seqlen_k;
+  count[3] = min_seqlen;
+  return {
+      folded.input_ids,
+      folded.position_ids,
+      folded.unfold_index,
+      folded.fold_index,
+      unfold_indptr,
+      unfold_members,
+      run_sequences,
+      cu_seqlens_q,
+      cu_seqlens_k,
+      kv_index,
+      kv_indptr,
+      kv_members,
+      counts};
+}
+
+}  // namespace
+}  // namespace radix
+
+STABLE_TORCH_LIBRARY_IMPL(radix, CPU, m) {
+  m.impl("fold", TORCH_BOX(&radix::fold_cpu));
+  m.impl("fold_plan", TORCH_BOX(&radix::fold_plan_cpu));
+}

@@ -1,0 +1,68 @@
+// radix::gather and radix::gather.csr on the CPU: x[index] over dim 0, of any dtype, as copies of rows.
+#include "rows.h"
+
+namespace radix {
+namespace {
+
+template <int64_t kRowBytes, typename Index>
+void copy_fixed_rows(const Rows& x, const Index* index, int64_t begin, int64_t end, char* out) {
+  for (int64_t i = begin; i < end; ++i) {
+    std::memcpy(out + i * kRowBytes, x.data + static_cast<int64_t>(index[i]) * x.stride_bytes, kRowBytes);
+  }
+}
+
+template <typename Index>
+void copy_rows(const Rows& x, const Index* index, int64_t begin, int64_t end, char* out) {
+  // Rows of one element are common (ids, positions, masks) and too short for a call each.
+  switch (x.row_bytes) {
+    case 1:
+      return copy_fixed_rows<1>(x, index, begin, end, out);
+    case 2:
+      return copy_fixed_rows<2>(x, index, begin, end, out);
+    case 4:
+      return copy_fixed_rows<4>(x, index, begin, end, out);
+    case 8:
+      return copy_fixed_rows<8>(x, index, begin, end, out);
+    default:
+      for (int64_t i = begin; i < end; ++i) {
+        std::memcpy(out + i * x.row_bytes, x.data + static_cast<int64_t>(index[i]) * x.stride_bytes, x.row_bytes);
+      }
+  }
+}
+
+Tensor gather_cpu(const Tensor& x, const Tensor& index) {
+  const char* op = "gather";
+  check_index_like(op, "index", index);
+  const Rows rows = rows_of(op, "x", x);
+  const Tensor held_index = as_contiguous(index);
+  const int64_t length = held_index.size(0);
+  Tensor out = empty_rows(x, length);
+  with_index_type(index, [&](auto type) {
+    using Index = decltype(type);
+    const Index* wanted = static_cast<const Index*>(held_index.const_data_ptr());
+    check_in_range(op, "index", wanted, length, rows.count, "rows");
+    if (rows.row_bytes > 0) {
+      char* out_data = static_cast<char*>(out.mutable_data_ptr());
+      parallel_over(
+          length, rows.row_bytes, [&](int64_t begin, int64_t end) { copy_rows(rows, wanted, begin, end, out_data); });
+    }
+  });
+  return out;
+}
+
+// The inverse serves the backward, which checks its values; the forward needs index alone.
+Tensor gather_csr_cpu(const Tensor& x, const Tensor& index, const Tensor& indptr, const Tensor& members) {
+  const char* op = "gather.csr";
+  check_index_like(op, "index", index);
+  RADIX_CHECK(x.dim() >= 1, op, "x must have at least 1 dimension, got a scalar");
+  check_inverse_shapes(op, index, indptr, members, x.size(0));
+  return gather_cpu(x, index);
+}
+
+}  // namespace
+}  // namespace radix
+
+STABLE_TORCH_LIBRARY_IMPL(radix, CPU, m) {
+  m.impl("gather", TORCH_BOX(&radix::gather_cpu));
+  m.impl("gather.csr", TORCH_BOX(&radix::gather_csr_cpu));
+}

@@ -1,0 +1,220 @@
+// radix::scatter_add and radix::scatter_add.csr on the CPU: each output row is one sum over its segment of source
+// rows, in ascending order, so the result does not depend on the number of threads.
+#include "inverse.h"
+#include "rows.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <type_traits>
+
+namespace radix {
+namespace {
+
+// Columns that one task sums at a time, in a buffer that stays in the first-level cache.
+constexpr int64_t kColumns = 512;
+
+template <typename T>
+using accumulator_t = std::conditional_t<
+    std::is_same_v<T, c10::Half> || std::is_same_v<T, c10::BFloat16>,
+    float,
+    // Integers wrap around as in index_add: unsigned arithmetic, since signed overflow is undefined.
+    typename std::conditional_t<std::is_integral_v<T>, std::make_unsigned<T>, std::common_type<T>>::type>;
+
+template <typename T, typename Index>
+void sum_segment(const Rows& src, const Index* members, int64_t count, int64_t column, int64_t columns, T* out) {
+  auto source = [&](int64_t i) {
+    return reinterpret_cast<const T*>(src.data + static_cast<int64_t>(members[i]) * src.stride_bytes) + column;
+  };
+  if (count <= 1) {
+    if (count == 1) {
+      std::copy_n(source(0), columns, out);
+    } else {
+      std::fill_n(out, columns, T(0));
+    }
+    return;
+  }
+  using Accumulator = accumulator_t<T>;
+  Accumulator sum[kColumns];
+  const T* first = source(0);
+  for (int64_t c = 0; c < columns; ++c) {
+    sum[c] = static_cast<Accumulator>(first[c]);
+  }
+  for (int64_t i = 1; i < count; ++i) {
+    const T* row = source(i);
+    for (int64_t c = 0; c < columns; ++c) {
+      sum[c] = static_cast<Accumulator>(sum[c] + static_cast<Accumulator>(row[c]));
+    }
+  }
+  for (int64_t c = 0; c < columns; ++c) {
+    out[c] = static_cast<T>(sum[c]);
+  }
+}
+
+template <typename T, typename Index>
+void sum_segments(const Rows& src, const Index* indptr, const Index* members, int64_t num_rows, Tensor& out) {
+  T* out_data = static_cast<T*>(out.mutable_data_ptr());
+  const int64_t blocks = (src.width + kColumns - 1) / kColumns;
+  const int64_t rows_each = num_rows == 0 ? 0 : 1 + src.count / num_rows;
+  parallel_over(
+      num_rows * blocks, rows_each * src.row_bytes / std::max<int64_t>(blocks, 1), [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t row = task / blocks;
+          const int64_t column = task % blocks * kColumns;
+          sum_segment(
+              src,
+              members + indptr[row],
+              static_cast<int64_t>(indptr[row + 1] - indptr[row]),
+              column,
+              std::min(kColumns, src.width - column),
+              out_data + row * src.width + column);
+        }
+      });
+}
+
+template <typename Index>
+Tensor sum_by_dtype(
+    const char* op, const Tensor& like, const Rows& src, const Index* indptr, const Index* members, int64_t num_rows) {
+  Tensor out = empty_rows(like, num_rows);
+  switch (like.scalar_type()) {
+    case ScalarType::Double:
+      sum_segments<double>(src, indptr, members, num_rows, out);
+      break;
+    case ScalarType::Float:
+      sum_segments<float>(src, indptr, members, num_rows, out);
+      break;
+    case ScalarType::Half:
+      sum_segments<c10::Half>(src, indptr, members, num_rows, out);
+      break;
+    case ScalarType::BFloat16:
+      sum_segments<c10::BFloat16>(src, indptr, members, num_rows, out);
+      break;
+    case ScalarType::Long:
+      sum_segments<int64_t>(src, indptr, members, num_rows, out);
+      break;
+    case ScalarType::Int:
+      sum_segments<int32_t>(src, indptr, members, num_rows, out);
+      break;
+    case ScalarType::Short:
+      sum_segments<int16_t>(src, indptr, members, num_rows, out);
+      break;
+    case ScalarType::Char:
+      sum_segments<int8_t>(src, indptr, members, num_rows, out);
+      break;
+    case ScalarType::Byte:
+      sum_segments<uint8_t>(src, indptr, members, num_rows, out);
+      break;
+    default:
+      fail(op, "src must be float64, float32, float16, bfloat16 or an integer of 8 to 64 bits, got ", dtype_of(like));
+  }
+  return out;
+}
+
+void check_sizes(const char* op, const Rows& src, const Tensor& index, int64_t num_rows) {
+  RADIX_CHECK(num_rows >= 0 && num_rows <= kMaxRows, op, "num_rows must be from 0 to ", kMaxRows, ", got ", num_rows);
+  RADIX_CHECK(
+      index.size(0) == src.count,
+      op,
+      "index must hold one entry for each row of src, got ",
+      index.size(0),
+      " entries for ",
+      src.count,
+      " rows");
+}
+
+Tensor scatter_add_cpu(const Tensor& src, const Tensor& index, int64_t num_rows) {
+  const char* op = "scatter_add";
+  check_index_like(op, "index", index);
+  const Rows rows = rows_of(op, "src", src);
+  check_sizes(op, rows, index, num_rows);
+  const Tensor held_index = as_contiguous(index);
+  return with_index_type(index, [&](auto type) {
+    using Index = decltype(type);
+    const Index* targets = static_cast<const Index*>(held_index.const_data_ptr());
+    check_in_range(op, "index", targets, rows.count, num_rows, "rows (num_rows)");
+    std::vector<int64_t> indptr(num_rows + 1);
+    std::vector<int64_t> members(rows.count);
+    invert_index(targets, rows.count, num_rows, indptr.data(), members.data());
+    return sum_by_dtype(op, src, rows, indptr.data(), members.data(), num_rows);
+  });
+}
+
+// Raises unless the members of each row j are the i with index[i] == j, each once: anything else is a wrong sum.
+template <typename Index, typename Inverse>
+void check_inverse(
+    const char* op,
+    const Index* index,
+    const Inverse* indptr,
+    const Inverse* members,
+    int64_t length,
+    int64_t num_rows) {
+  RADIX_CHECK(indptr[0] == 0, op, "indptr must start at 0, got ", indptr[0]);
+  for (int64_t j = 0; j < num_rows; ++j) {
+    RADIX_CHECK(
+        indptr[j] <= indptr[j + 1],
+        op,
+        "indptr must not decrease, got ",
+        indptr[j],
+        " and then ",
+        indptr[j + 1],
+        " at index ",
+        j + 1);
+  }
+  RADIX_CHECK(
+      indptr[num_rows] == length, op, "indptr must end at the length of members, ", length, ", got ", indptr[num_rows]);
+  check_in_range(op, "members", members, length, length, "entries of index");
+  std::vector<uint8_t> seen(length, 0);
+  for (int64_t j = 0; j < num_rows; ++j) {
+    for (int64_t m = indptr[j]; m < indptr[j + 1]; ++m) {
+      const int64_t i = members[m];
+      RADIX_CHECK(
+          index[i] == j && !seen[i],
+          op,
+          "indptr and members are not the inverse of index: members[",
+          m,
+          "] is ",
+          i,
+          " under row ",
+          j,
+          seen[i] ? ", listed twice" : ", but index holds another row there");
+      seen[i] = 1;
+    }
+  }
+}
+
+Tensor scatter_add_csr_cpu(
+    const Tensor& src, const Tensor& index, const Tensor& indptr, const Tensor& members, int64_t num_rows) {
+  const char* op = "scatter_add.csr";
+  check_index_like(op, "index", index);
+  const Rows rows = rows_of(op, "src", src);
+  check_sizes(op, rows, index, num_rows);
+  check_inverse_shapes(op, index, indptr, members, num_rows);
+  const Tensor held_index = as_contiguous(index);
+  return with_index_type(index, [&](auto index_type) {
+    using Index = decltype(index_type);
+    // indptr and members may differ in type; they are int32 together or both read as int64.
+    const bool narrow = indptr.scalar_type() == ScalarType::Int && members.scalar_type() == ScalarType::Int;
+    auto run = [&](auto inverse_type) {
+      using Inverse = decltype(inverse_type);
+      auto held_as = [](const Tensor& tensor) {
+        constexpr ScalarType wanted = std::is_same_v<Inverse, int32_t> ? ScalarType::Int : ScalarType::Long;
+        return as_contiguous(tensor.scalar_type() == wanted ? tensor : torch::stable::to(tensor, wanted));
+      };
+      const Tensor held_indptr = held_as(indptr);
+      const Tensor held_members = held_as(members);
+      const Inverse* starts = static_cast<const Inverse*>(held_indptr.const_data_ptr());
+      const Inverse* entries = static_cast<const Inverse*>(held_members.const_data_ptr());
+      check_inverse(op, static_cast<const Index*>(held_index.const_data_ptr()), starts, entries, rows.count, num_rows);
+      return sum_by_dtype(op, src, rows, starts, entries, num_rows);
+    };
+    return narrow ? run(int32_t{}) : run(int64_t{});
+  });
+}
+
+}  // namespace
+}  // namespace radix
+
+STABLE_TORCH_LIBRARY_IMPL(radix, CPU, m) {
+  m.impl("scatter_add", TORCH_BOX(&radix::scatter_add_cpu));
+  m.impl("scatter_add.csr", TORCH_BOX(&radix::scatter_add_csr_cpu));
+}

@@ -1,0 +1,23 @@
+// Schemas of torch.ops.radix.*. Kernels register themselves in csrc/cpu and csrc/cuda.
+#include "check.h"
+
+STABLE_TORCH_LIBRARY(radix, m) {
+  m.def(
+      "fold(Tensor input_ids, Tensor position_ids, Tensor cu_seqlens, int pad_multiple_of=1)"
+      " -> (Tensor compact_input_ids, Tensor compact_position_ids, Tensor unfold_index, Tensor fold_index)");
+  m.def(
+      "fold_plan(Tensor input_ids, Tensor position_ids, Tensor cu_seqlens, int pad_multiple_of=1)"
+      " -> (Tensor compact_input_ids, Tensor compact_position_ids, Tensor unfold_index, Tensor fold_index,"
+      " Tensor unfold_indptr, Tensor unfold_members, Tensor run_sequences, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
+      " Tensor kv_index, Tensor kv_indptr, Tensor kv_members, Tensor counts)");
+  m.def("gather(Tensor x, Tensor index) -> Tensor");
+  m.def("gather.csr(Tensor x, Tensor index, Tensor indptr, Tensor members) -> Tensor");
+  m.def("scatter_add(Tensor src, Tensor index, SymInt num_rows) -> Tensor");
+  m.def("scatter_add.csr(Tensor src, Tensor index, Tensor indptr, Tensor members, SymInt num_rows) -> Tensor");
+  m.def(
+      "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
+      " float scale, int sliding_window=0) -> Tensor");
+  m.def(
+      "varlen_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,"
+      " Tensor cu_seqlens_k, float scale, int sliding_window=0) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+}

@@ -1,0 +1,37 @@
+"""Shared prefixes of a batch, computed once: fold a batch into a prefix trie, run the model on the trie's rows."""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+try:
+    __version__ = version("radix-ops")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+unknown"
+
+_OLDEST_TORCH = (2, 11)
+
+
+def _load_extension() -> None:
+    found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if found < _OLDEST_TORCH:
+        raise ImportError(
+            f"radix_ops needs torch >= {'.'.join(map(str, _OLDEST_TORCH))}, but torch {torch.__version__} is installed"
+        )
+    library = Path(__file__).with_name("_C.abi3.so")
+    if not library.exists():
+        raise ImportError(
+            f"radix_ops was not built: {library} is missing. In a source tree, run `make build`; "
+            "elsewhere, reinstall radix-ops"
+        )
+    torch.ops.load_library(library)
+
+
+_load_extension()
+
+from . import ops  # noqa: E402  (registers fakes and autograd on the schemas that the extension defines)
+from .attention import attention  # noqa: E402
+from .batch import FoldedBatch, fold, pack  # noqa: E402
+
+__all__ = ["FoldedBatch", "attention", "fold", "ops", "pack"]

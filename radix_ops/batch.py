@@ -1,0 +1,297 @@
+"""FoldedBatch: a batch of sequences as the rows of its prefix trie, and the maps between tokens and rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._check import INDEX_DTYPES
+
+
+@dataclasses.dataclass(eq=False)
+class FoldedBatch:
+    """What a model needs to know of a batch. Make one with `fold`, `pack`, `from_sequences` or `from_padded`.
+
+    N tokens of B sequences stand packed, one sequence after another; the trie's M nodes, and padding behind them, are
+    the num_rows compact rows. A model computes on rows; attention unfolds the keys and values it needs. Tensors are
+    on one device; index tensors are int32. It is a pytree and can be an argument of compiled and exported functions.
+    """
+
+    input_ids: Tensor  # [num_rows]
+    position_ids: Tensor  # [num_rows]
+    unfold_index: Tensor  # [N] packed token -> its row
+    fold_index: Tensor  # [num_rows] row -> the packed token where it first occurs; 0 for padding rows
+    unfold_indptr: Tensor  # [num_rows + 1] with unfold_members: row -> all its packed tokens
+    unfold_members: Tensor  # [N]
+    run_sequences: Tensor  # [R] the sequences that add rows, ascending
+    cu_seqlens_q: Tensor  # [R + 1] run r is the rows cu_seqlens_q[r]:cu_seqlens_q[r + 1]
+    cu_seqlens_k: Tensor  # [R + 1] the ends of those sequences in kv_index
+    kv_index: Tensor  # [K] the rows of all tokens of those sequences
+    kv_indptr: Tensor  # [num_rows + 1] with kv_members: the inverse of kv_index
+    kv_members: Tensor  # [K]
+    cu_seqlens: Tensor  # [B + 1]
+    num_nodes: int  # M, the rows without padding
+    max_seqlen_q: int  # the longest run
+    max_seqlen_k: int  # the longest sequence
+    min_seqlen: int  # the shortest sequence; 0 if there is none
+
+    @classmethod
+    def from_sequences(
+        cls, sequences: Sequence[Sequence[int]], *, device: torch.device | str | None = None, pad_multiple_of: int = 1
+    ) -> FoldedBatch:
+        """Folds lists of token ids (or 1-D integer tensors) whose positions count from 0.
+
+        Raises TypeError for anything but integers, ValueError as `fold` does.
+        """
+        tensors = []
+        for i, sequence in enumerate(sequences):
+            try:
+                tensor = torch.as_tensor(sequence, device="cpu" if device is None else device)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(f"sequences[{i}] must hold integers: {error}") from None
+            if tensor.dim() != 1:
+                raise ValueError(f"sequences[{i}] must be a flat list of token ids, got shape {list(tensor.shape)}")
+            if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
+                raise TypeError(f"sequences[{i}] must hold integers, got {tensor.dtype}")
+            tensors.append(tensor.to(torch.int64))
+        lengths = torch.tensor([0] + [len(tensor) for tensor in tensors])
+        input_ids = torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int64, device=device)
+        return fold(input_ids, lengths.cumsum(0).to(input_ids.device), pad_multiple_of=pad_multiple_of)
+
+    @classmethod
+    def from_padded(
+        cls,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None = None,
+        *,
+        pad_multiple_of: int = 1,
+    ) -> FoldedBatch:
+        """Folds the real tokens of a padded batch, input_ids [B, T], where attention_mask [B, T] is 1 (else 0).
+
+        Padding may stand on either side of a row or on both; a row of padding alone is an empty sequence. Positions
+        count from 0 at each row's first real token unless `position_ids` [B, T] gives them. Raises ValueError for
+        shapes that differ, a mask with other values than 0 and 1, and a mask with a hole.
+        """
+        for name, tensor in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+            if tensor is not None and (tensor.dim() != 2 or tensor.shape != input_ids.shape):
+                raise ValueError(
+                    "input_ids, attention_mask and position_ids must have one shape [B, T], "
+                    f"got {list(input_ids.shape)} for input_ids and {list(tensor.shape)} for {name}"
+                )
+        mask = attention_mask.bool()
+        lengths = mask.sum(1)
+        # A row without holes changes at most twice between padding and tokens, counting both ends as padding.
+        changes = torch.diff(mask.to(torch.int8), prepend=_zeros_like_column(mask), append=_zeros_like_column(mask))
+        bad_rows = (changes.abs().sum(1) > 2) | (attention_mask != mask).any(1)
+        if bad_rows.any():
+            row = int(bad_rows.nonzero()[0])
+            raise ValueError(
+                f"attention_mask[{row}] must be one unbroken stretch of 1s with 0s around it (a row with holes "
+                f"cannot be folded), got {_shorten(attention_mask[row])}"
+            )
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        if position_ids is not None:
+            position_ids = position_ids[mask]
+        return fold(input_ids[mask], cu_seqlens, position_ids, pad_multiple_of)
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the packed tokens."""
+        return self.unfold_index.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        """M and the padding rows behind it: the length of every tensor of rows."""
+        return self.fold_index.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        """B, empty sequences and duplicates included."""
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] tokens of each sequence."""
+        return self.cu_seqlens.diff()
+
+    @property
+    def compact_ratio(self) -> float:
+        """M / N; 1.0 means that nothing is shared (or that there are no tokens)."""
+        return self.num_nodes / self.num_tokens if self.num_tokens else 1.0
+
+    @property
+    def last_rows(self) -> Tensor:
+        """[B] the row of each sequence's last token. Raises ValueError if a sequence is empty."""
+        if self.num_sequences and self.min_seqlen == 0:
+            raise ValueError("last_rows: a sequence of the batch is empty, so it has no last row")
+        return self.unfold_index[self.cu_seqlens[1:] - 1]
+
+    def fold(self, x: Tensor) -> Tensor:
+        """x [N, ...] of packed tokens -> [num_rows, ...]; a row takes its first token's value, padding that of token 0.
+
+        Right for values that are equal wherever tokens share a row. Differentiable.
+        """
+        self._check_length("fold", x, self.num_tokens, "num_tokens")
+        return torch.ops.radix.gather(x, self.fold_index)
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """x [num_rows, ...] of rows -> [N, ...] of packed tokens. Differentiable: tokens that share a row add up."""
+        self._check_length("unfold", x, self.num_rows, "num_rows")
+        return torch.ops.radix.gather.csr(x, self.unfold_index, self.unfold_indptr, self.unfold_members)
+
+    def to_padded(self, x: Tensor, side: str = "right", fill: float = 0) -> Tensor:
+        """x [num_rows, ...] of rows -> [B, max_seqlen_k, ...] with `fill` on the given side, "right" or "left"."""
+        if side not in ("right", "left"):
+            raise ValueError(f'side must be "right" or "left", got {side!r}')
+        tokens = self.unfold(x)
+        columns = torch.arange(self.max_seqlen_k, device=tokens.device)
+        lengths = self.lengths[:, None]
+        mask = columns < lengths if side == "right" else columns >= self.max_seqlen_k - lengths
+        padded = tokens.new_full((self.num_sequences, self.max_seqlen_k, *x.shape[1:]), fill)
+        return padded.masked_scatter(mask.view(*mask.shape, *[1] * (x.dim() - 1)), tokens)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> FoldedBatch:
+        """The batch with its tensors on `device`."""
+        moved = {
+            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
+            for field in dataclasses.fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+    def _check_length(self, method: str, x: Tensor, wanted: int, name: str) -> None:
+        if x.dim() < 1 or x.shape[0] != wanted:
+            raise ValueError(f"{method}: x must have {name}={wanted} rows in dim 0, got shape {list(x.shape)}")
+
+    def __repr__(self) -> str:
+        return (
+            f"FoldedBatch(num_sequences={self.num_sequences}, num_tokens={self.num_tokens}, num_rows={self.num_rows}, "
+            f"compact_ratio={self.compact_ratio:.3f}, device={self.input_ids.device})"
+        )
+
+
+torch.export.register_dataclass(FoldedBatch, serialized_type_name="radix_ops.FoldedBatch")
+
+
+def fold(
+    input_ids: Tensor, cu_seqlens: Tensor, position_ids: Tensor | None = None, pad_multiple_of: int = 1
+) -> FoldedBatch:
+    """Merges B packed sequences into their prefix trie.
+
+    Args:
+        input_ids: [N] int32 or int64, the sequences' tokens end to end.
+        cu_seqlens: [B + 1] int32 or int64, 0 and then the end of each sequence.
+        position_ids: [N] int32 or int64; each sequence counts from 0 if left out. Tokens merge only at equal positions.
+        pad_multiple_of: the number of rows is rounded up to a multiple of it.
+
+    Exact for every input. Raises TypeError for dtypes, ValueError for shapes, devices and values.
+    """
+    position_ids = _check(input_ids, cu_seqlens, position_ids, pad_multiple_of)
+    try:
+        *tensors, counts = torch.ops.radix.fold_plan(input_ids, position_ids, cu_seqlens, pad_multiple_of)
+    except RuntimeError as error:
+        if not str(error).startswith("radix::fold_plan: "):
+            raise
+        raise ValueError(str(error).removeprefix("radix::fold_plan: ")) from None
+    return FoldedBatch(*tensors, cu_seqlens.to(torch.int32), *counts.tolist())
+
+
+def pack(
+    input_ids: Tensor, cu_seqlens: Tensor, position_ids: Tensor | None = None, pad_multiple_of: int = 1
+) -> FoldedBatch:
+    """The same batch with nothing folded: row i is packed token i. A model's baseline, through the same code.
+
+    Arguments and errors are those of `fold`.
+    """
+    position_ids = _check(input_ids, cu_seqlens, position_ids, pad_multiple_of)
+    ends = cu_seqlens.tolist()
+    lengths = [end - start for start, end in itertools.pairwise(ends)]
+    num_tokens = input_ids.shape[0]
+    if not ends or ends[0] != 0 or ends[-1] != num_tokens or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"cu_seqlens must start at 0, not decrease and end at {num_tokens}, got {_shorten(cu_seqlens)}"
+        )
+    padding = -num_tokens % pad_multiple_of
+
+    def padded(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, padding))
+
+    def index(values) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.int32, device=input_ids.device)
+
+    tokens = torch.arange(num_tokens, dtype=torch.int32, device=input_ids.device)
+    indptr = torch.arange(num_tokens + padding + 1, dtype=torch.int32, device=input_ids.device).clamp_(max=num_tokens)
+    runs = [s for s, length in enumerate(lengths) if length]
+    run_ends = index([0] + [ends[s + 1] for s in runs])
+    return FoldedBatch(
+        input_ids=padded(input_ids),
+        position_ids=padded(position_ids),
+        unfold_index=tokens,
+        fold_index=padded(tokens),
+        unfold_indptr=indptr,
+        unfold_members=tokens,
+        run_sequences=index(runs),
+        cu_seqlens_q=run_ends,
+        cu_seqlens_k=run_ends,
+        kv_index=tokens,
+        kv_indptr=indptr,
+        kv_members=tokens,
+        cu_seqlens=cu_seqlens.to(torch.int32),
+        num_nodes=num_tokens,
+        max_seqlen_q=max(lengths, default=0),
+        max_seqlen_k=max(lengths, default=0),
+        min_seqlen=min(lengths, default=0),
+    )
+
+
+def _check(input_ids: Tensor, cu_seqlens: Tensor, position_ids: Tensor | None, pad_multiple_of: int) -> Tensor:
+    """Checks what needs no look at values, and returns the positions."""
+    given = {"input_ids": input_ids, "cu_seqlens": cu_seqlens, "position_ids": position_ids}
+    for name, tensor in given.items():
+        if tensor is None and name == "position_ids":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in INDEX_DTYPES:
+            raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
+        if tensor.dim() != 1:
+            raise ValueError(f"{name} must have 1 dimension, got shape {list(tensor.shape)}")
+        if tensor.device != input_ids.device:
+            raise ValueError(f"{name} is on {tensor.device}, but input_ids is on {input_ids.device}")
+    if isinstance(pad_multiple_of, bool) or not isinstance(pad_multiple_of, (int, torch.SymInt)):
+        raise TypeError(f"pad_multiple_of must be an int, got {type(pad_multiple_of).__name__}")
+    if pad_multiple_of < 1:
+        raise ValueError(f"pad_multiple_of must be at least 1, got {pad_multiple_of}")
+    if position_ids is None:
+        return _positions_from_zero(input_ids, cu_seqlens)
+    if position_ids.shape != input_ids.shape:
+        raise ValueError(
+            f"position_ids must be as long as input_ids, got {position_ids.shape[0]} positions for "
+            f"{input_ids.shape[0]} tokens"
+        )
+    return position_ids
+
+
+def _positions_from_zero(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[N] the distance of each token to the start of its sequence, for any cu_seqlens: the fold judges its values."""
+    num_tokens = input_ids.shape[0]
+    tokens = torch.arange(num_tokens, dtype=torch.int64, device=input_ids.device)
+    if cu_seqlens.shape[0] == 0:
+        return tokens
+    # The last sequence start at or before each token; malformed cu_seqlens give some index in range.
+    sequence = torch.searchsorted(cu_seqlens, tokens.to(cu_seqlens.dtype), right=True) - 1
+    return tokens - cu_seqlens[sequence.clamp_(min=0)]
+
+
+def _zeros_like_column(mask: Tensor) -> Tensor:
+    return mask.new_zeros(mask.shape[0], 1, dtype=torch.int8)
+
+
+def _shorten(values: Tensor) -> str:
+    shown = values[:8].tolist()
+    return f"[{', '.join(map(str, shown))}{', ...' if len(values) > 8 else ''}]"

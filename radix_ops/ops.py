@@ -1,0 +1,226 @@
+"""The Python face of torch.ops.radix: what each op computes, its fake kernel and its gradient.
+
+N packed tokens of B sequences make M trie nodes; with padding they are num_rows compact rows.
+
+fold(input_ids [N], position_ids [N], cu_seqlens [B + 1], pad_multiple_of=1)
+    -> compact_input_ids, compact_position_ids [num_rows], unfold_index [N] (token -> row), fold_index [num_rows]
+    (row -> the token where it first occurs).
+fold_plan(the same)
+    -> those four; the inverse of unfold_index: unfold_indptr [num_rows + 1], unfold_members [N]; the R runs, which
+    are the rows that each sequence adds: run_sequences [R], cu_seqlens_q [R + 1] over the rows, cu_seqlens_k [R + 1]
+    over the tokens of those sequences; kv_index [K], the rows of those tokens, with its inverse kv_indptr
+    [num_rows + 1], kv_members [K]; counts, int64 [4] on the CPU: M, longest run, longest and shortest sequence.
+gather(x [R, ...], index [N])
+    -> x[index] [N, ...], of any dtype.
+scatter_add(src [N, ...], index [N], num_rows)
+    -> out [num_rows, ...] with out[index[i]] += src[i]; float64, float32, float16, bfloat16 and integers.
+gather.csr(x, index, indptr, members), scatter_add.csr(src, index, indptr, members, num_rows)
+    -> the same, with the inverse of index at hand, so that neither scatter_add nor the backward of gather sorts:
+    members[indptr[j]:indptr[j + 1]] are the i with index[i] == j.
+varlen_attention(q [num_rows, H, D], k [K, H_kv, D], v [K, H_kv, D_v], cu_seqlens_q, cu_seqlens_k, scale,
+                 sliding_window=0)
+    -> [num_rows, H, D_v], causal attention of runs over their sequences, aligned at the end; 0: no window. What
+    `radix_ops.attention` calls; it has a CPU kernel only.
+
+Two packed tokens share a row exactly when the (token, position) paths to them from the start of their sequences are
+equal. Rows come in order of first occurrence; padding rows behind them hold token 0, position 0 and `fold_index` 0.
+ids keep their dtype, int32 or int64; index outputs are int32; index arguments are int32 or int64. The fold is
+RadixMLP's (arXiv 2601.15013, section 3).
+
+`gather` and `scatter_add` are each other's gradient, so both can be differentiated any number of times. `scatter_add`
+sums each row's members in ascending order, in fp32 (fp64 for float64; integers wrap): the result is the same bits on
+every run and for any number of threads. `varlen_attention` can be differentiated once.
+
+Malformed arguments raise RuntimeError, which names the argument, before memory outside the arguments is read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _varlen_cpu
+from ._check import check_index_like
+
+_ALL_OPS = (
+    "fold",
+    "fold_plan",
+    "gather",
+    "gather.csr",
+    "scatter_add",
+    "scatter_add.csr",
+    "varlen_attention",
+    "varlen_attention_backward",
+)
+
+
+def _new_size() -> torch.SymInt:
+    return torch.library.get_ctx().new_dynamic_size()
+
+
+def _index_like(tensor: Tensor, *sizes) -> Tensor:
+    return tensor.new_empty(sizes, dtype=torch.int32)
+
+
+@torch.library.register_fake("radix::fold")
+def _fold_fake(input_ids, position_ids, cu_seqlens, pad_multiple_of=1):
+    check_index_like("fold", input_ids=input_ids, position_ids=position_ids, cu_seqlens=cu_seqlens)
+    return _fold_outputs(input_ids, position_ids, _new_size())
+
+
+def _fold_outputs(input_ids, position_ids, num_rows):
+    return (
+        input_ids.new_empty(num_rows),
+        position_ids.new_empty(num_rows),
+        _index_like(input_ids, input_ids.shape[0]),
+        _index_like(input_ids, num_rows),
+    )
+
+
+@torch.library.register_fake("radix::fold_plan")
+def _fold_plan_fake(input_ids, position_ids, cu_seqlens, pad_multiple_of=1):
+    check_index_like("fold_plan", input_ids=input_ids, position_ids=position_ids, cu_seqlens=cu_seqlens)
+    num_rows, num_runs, num_kv = _new_size(), _new_size(), _new_size()
+    return (
+        *_fold_outputs(input_ids, position_ids, num_rows),
+        _index_like(input_ids, num_rows + 1),
+        _index_like(input_ids, input_ids.shape[0]),
+        _index_like(input_ids, num_runs),
+        _index_like(input_ids, num_runs + 1),
+        _index_like(input_ids, num_runs + 1),
+        _index_like(input_ids, num_kv),
+        _index_like(input_ids, num_rows + 1),
+        _index_like(input_ids, num_kv),
+        torch.empty(4, dtype=torch.int64, device="cpu"),
+    )
+
+
+@torch.library.register_fake("radix::gather")
+def _gather_fake(x, index):
+    check_index_like("gather", index=index)
+    return x.new_empty(index.shape[0], *x.shape[1:])
+
+
+@torch.library.register_fake("radix::gather.csr")
+def _gather_csr_fake(x, index, indptr, members):
+    check_index_like("gather.csr", index=index, indptr=indptr, members=members)
+    return x.new_empty(index.shape[0], *x.shape[1:])
+
+
+@torch.library.register_fake("radix::scatter_add")
+def _scatter_add_fake(src, index, num_rows):
+    check_index_like("scatter_add", index=index)
+    return src.new_empty(num_rows, *src.shape[1:])
+
+
+@torch.library.register_fake("radix::scatter_add.csr")
+def _scatter_add_csr_fake(src, index, indptr, members, num_rows):
+    check_index_like("scatter_add.csr", index=index, indptr=indptr, members=members)
+    return src.new_empty(num_rows, *src.shape[1:])
+
+
+@torch.library.register_fake("radix::varlen_attention")
+def _varlen_attention_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, sliding_window=0):
+    check_index_like("varlen_attention", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+
+
+@torch.library.register_fake("radix::varlen_attention_backward")
+def _varlen_attention_backward_fake(grad_out, q, k, v, cu_seqlens_q, cu_seqlens_k, scale, sliding_window=0):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _register_autograd(op: torch._ops.OpOverload, save, backward) -> None:
+    """Gives `op` a gradient for its first argument; `save(args)` says what `backward(saved, grad)` needs.
+
+    `torch.library.register_autograd` does the same and costs three times as much on a call that needs no gradient,
+    which is more than a small gather itself takes.
+    """
+    below_autograd = torch._C._after_autograd_keyset
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, keyset, *args):
+            tensors, ctx.sizes = save(*args)
+            ctx.save_for_backward(*tensors)
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & below_autograd, *args)
+
+        @staticmethod
+        def backward(ctx, grad):
+            num_others = len(ctx.needs_input_grad) - 2
+            grad_first = backward(ctx.saved_tensors, ctx.sizes, grad) if ctx.needs_input_grad[1] else None
+            return (None, grad_first, *[None] * num_others)
+
+    Function.__name__ = Function.__qualname__ = f"{op.name().replace('::', '_').replace('.', '_')}"
+    redispatch = op._handle.redispatch_boxed
+    grad_enabled = torch.is_grad_enabled
+
+    def autograd_kernel(keyset, first, *others):
+        if first.requires_grad and grad_enabled():
+            return Function.apply(keyset, first, *others)
+        return redispatch(keyset & below_autograd, first, *others)
+
+    _library.impl(op, autograd_kernel, "Autograd", with_keyset=True)
+
+
+_radix = torch.ops.radix
+_library = torch.library.Library("radix", "IMPL")
+
+_register_autograd(
+    _radix.gather.default,
+    lambda x, index: ((index,), x.shape[0]),
+    lambda saved, num_rows, grad: _radix.scatter_add(grad, *saved, num_rows),
+)
+_register_autograd(
+    _radix.gather.csr,
+    lambda x, index, indptr, members: ((index, indptr, members), x.shape[0]),
+    lambda saved, num_rows, grad: _radix.scatter_add.csr(grad, *saved, num_rows),
+)
+_register_autograd(
+    _radix.scatter_add.default,
+    lambda src, index, num_rows: ((index,), None),
+    lambda saved, _, grad: _radix.gather(grad, *saved),
+)
+_register_autograd(
+    _radix.scatter_add.csr,
+    lambda src, index, indptr, members, num_rows: ((index, indptr, members), None),
+    lambda saved, _, grad: _radix.gather.csr(grad, *saved),
+)
+
+
+def _varlen_attention_setup(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.sliding_window = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _varlen_attention_gradient(ctx, grad_out):
+    grads = _radix.varlen_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale, ctx.sliding_window)
+    return (*grads, None, None, None, None)
+
+
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError("radix::varlen_attention can be differentiated once; its gradient has no gradient of its own")
+
+
+torch.library.register_autograd(
+    "radix::varlen_attention", _varlen_attention_gradient, setup_context=_varlen_attention_setup
+)
+torch.library.register_autograd("radix::varlen_attention_backward", _no_double_backward)
+_library.impl("varlen_attention", _varlen_cpu.varlen_attention, "CPU")
+_library.impl("varlen_attention_backward", _varlen_cpu.varlen_attention_backward, "CPU")
+
+
+def _no_cuda_kernel(name: str):
+    def kernel(*args):
+        raise RuntimeError(
+            f"radix::{name}: a tensor is on a CUDA device, and this build of radix_ops has no CUDA kernel for the op; "
+            "move the tensors to the CPU, or build from source where nvcc is found"
+        )
+
+    return kernel
+
+
+for _op in _ALL_OPS:
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"radix::{_op}", "CUDA"):
+        _library.impl(_op, _no_cuda_kernel(_op), "CUDA")

@@ -1,0 +1,169 @@
+"""radix_ops.attention on the CPU, against dense attention of each sequence on its own in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from batches import NAMED, pack
+
+import radix_ops
+from radix_ops import FoldedBatch, attention, reference
+
+LONG = [[*range(900), i] for i in range(3)] + [[*range(300), 5, *range(400)], list(range(650)), [*range(300), 5]]
+SHAPES = {"mha": (4, 4, 8, 8), "gqa": (6, 2, 8, 8), "mqa": (4, 1, 16, 16), "other_value_dim": (4, 2, 8, 5)}
+# Multiples of the rounding step of each dtype that plain PyTorch in that dtype stays well inside of.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2.5e-2, torch.float16: 3e-3}
+
+
+def dense_attention(q, k, v, lengths, scale, window):
+    """Packed q [N, H, D] attends in each sequence; an explicit mask, no fused kernel."""
+    out = []
+    for q_s, k_s, v_s in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+        group = q.shape[1] // k.shape[1]
+        k_s, v_s = (x.repeat_interleave(group, 1) for x in (k_s, v_s))
+        scores = torch.einsum("qhd,khd->hqk", q_s, k_s) * scale
+        distance = torch.arange(len(q_s))[:, None] - torch.arange(len(q_s))
+        hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+        out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v_s))
+    return torch.cat(out)
+
+
+def inputs(batch, shape, dtype):
+    heads, kv_heads, dim, value_dim = SHAPES[shape]
+    sizes = ((heads, dim), (kv_heads, dim), (kv_heads, value_dim))
+    return [torch.randn(batch.num_rows, *size, dtype=dtype, requires_grad=True) for size in sizes]
+
+
+def check(sequences, shape, dtype, layout, window=None, scale=None, pad_multiple_of=4):
+    batch = FoldedBatch.from_sequences(sequences, pad_multiple_of=pad_multiple_of)
+    tensors = inputs(batch, shape, dtype)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    out = attention(*tensors, batch, layout=layout, sliding_window=window, scale=scale)
+    assert out.dtype == dtype
+    assert not out[batch.num_nodes :].any()
+
+    rows = batch.unfold_index.long()
+    lengths = batch.lengths.tolist()
+    packed = dense_attention(*(x[rows] for x in exact), lengths, scale or SHAPES[shape][2] ** -0.5, window)
+    want = packed[batch.fold_index[: batch.num_nodes].long()]
+    grad = torch.randn_like(out)
+    grads = torch.autograd.grad(out, tensors, grad)
+    want_grads = torch.autograd.grad(want, exact, grad[: batch.num_nodes].double())
+    for got, expected in zip([out[: batch.num_nodes], *grads], [want, *want_grads], strict=True):
+        error = (got.double() - expected).norm() / expected.norm().clamp(min=1)
+        assert error <= TOLERANCE[dtype]
+    for grad_x in grads:
+        assert not grad_x[batch.num_nodes :].any()
+
+
+@pytest.mark.parametrize("layout", ["auto", "compact", "unfold"])
+@pytest.mark.parametrize("name", [name for name in NAMED if sum(map(len, NAMED[name]))])
+@pytest.mark.parametrize("window", [None, 1, 2])
+def test_attention_of_named_batches(name, layout, window):
+    check(NAMED[name], "gqa", torch.float64, layout, window)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("window", [None, 100])
+def test_attention_of_long_runs(dtype, shape, window):
+    """Runs longer than a block of queries, behind prefixes longer than one."""
+    check(LONG, shape, dtype, "compact", window)
+
+
+def test_attention_takes_a_scale():
+    check(NAMED["nested"], "gqa", torch.float64, "compact", scale=0.7)
+
+
+def test_attention_of_a_packed_batch():
+    ids, _, cu_seqlens = pack(NAMED["duplicates"])
+    folded, packed = radix_ops.fold(ids, cu_seqlens), radix_ops.pack(ids, cu_seqlens)
+    tensors = inputs(folded, "gqa", torch.float64)
+    got = folded.unfold(attention(*tensors, folded))
+    want = attention(*(folded.unfold(x) for x in tensors), packed)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["compact", "unfold"])
+def test_padding_rows_are_zero_whatever_they_hold(layout):
+    batch = FoldedBatch.from_sequences(NAMED["nested"], pad_multiple_of=16)
+    tensors = inputs(batch, "gqa", torch.float32)
+    with torch.no_grad():
+        for x in tensors:
+            x[batch.num_nodes :] = float("nan")
+    out = attention(*tensors, batch, layout=layout)
+    grads = torch.autograd.grad(
+        out, tensors, torch.full_like(out, float("nan")).index_fill_(0, torch.arange(batch.num_nodes), 1)
+    )
+    for x in (out, *grads):
+        assert x[: batch.num_nodes].isfinite().all()
+        assert torch.equal(x[batch.num_nodes :], torch.zeros_like(x[batch.num_nodes :]))
+
+
+@pytest.mark.parametrize("name", ["no_sequences", "all_empty"])
+def test_attention_of_nothing(name):
+    batch = FoldedBatch.from_sequences(NAMED[name])
+    out = attention(*inputs(batch, "gqa", torch.float32), batch)
+    assert out.shape == (0, 6, 8)
+    out.sum().backward()
+
+
+def test_attention_takes_strided_heads():
+    batch = FoldedBatch.from_sequences(NAMED["nested"])
+    fused = torch.randn(batch.num_rows, 10, 8, dtype=torch.float64)
+    parts = fused[:, :6], fused[:, 6:8], fused[:, 8:]
+    torch.testing.assert_close(attention(*parts, batch), attention(*(x.contiguous() for x in parts), batch))
+    heads_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in parts]
+    torch.testing.assert_close(attention(*heads_first, batch), attention(*parts, batch))
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_varlen_attention_equals_reference(window):
+    q, k, v = (torch.randn(n, h, d, dtype=torch.float64) for n, h, d in ((7, 4, 6), (9, 2, 6), (9, 2, 3)))
+    cu_q, cu_k = torch.tensor([0, 2, 2, 5]), torch.tensor([0, 4, 5, 9])
+    arguments = (q, k, v, cu_q, cu_k, 0.3, window)
+    torch.testing.assert_close(torch.ops.radix.varlen_attention(*arguments), reference.varlen_attention(*arguments))
+
+
+def test_gradcheck():
+    batch = FoldedBatch.from_sequences(NAMED["nested"], pad_multiple_of=4)
+    tensors = [x.detach()[:, :, :3].requires_grad_() for x in inputs(batch, "gqa", torch.float64)]
+    for options in ({}, {"sliding_window": 2}, {"layout": "unfold"}):
+        torch.autograd.gradcheck(lambda q, k, v, o=options: attention(q, k, v, batch, **o), tensors)
+
+
+BATCH = FoldedBatch.from_sequences(NAMED["nested"])
+ROWS = BATCH.num_rows
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "error", "message"),
+    [
+        (
+            [(ROWS, 4, 8)] * 3,
+            {"layout": "flat"},
+            ValueError,
+            "layout must be one of 'auto', 'compact', 'unfold', got 'flat'",
+        ),
+        ([(ROWS, 4, 8)] * 3, {"sliding_window": 0}, ValueError, "sliding_window must be at least 1, or None .* got 0"),
+        ([(ROWS + 1, 4, 8)] * 3, {}, ValueError, rf"q must have shape \[num_rows={ROWS}, heads, head_dim\], got"),
+        ([(ROWS, 4, 8), (ROWS, 32), (ROWS, 4, 8)], {}, ValueError, r"k must have shape \[num_rows"),
+        ([(ROWS, 4, 8), (ROWS, 3, 8), (ROWS, 3, 8)], {}, ValueError, "H be a multiple of H_kv"),
+        ([(ROWS, 4, 8), (ROWS, 0, 8), (ROWS, 0, 8)], {}, ValueError, "H be a multiple of H_kv"),
+        ([(ROWS, 4, 8), (ROWS, 2, 9), (ROWS, 2, 9)], {}, ValueError, "must agree in D and H_kv"),
+        ([(ROWS, 4, 8), (ROWS, 4, 8), (ROWS, 2, 8)], {}, ValueError, "must agree in D and H_kv"),
+    ],
+)
+def test_attention_refuses_bad_arguments(shapes, options, error, message):
+    with pytest.raises(error, match=message):
+        attention(*(torch.randn(shape) for shape in shapes), BATCH, **options)
+
+
+def test_attention_refuses_dtypes_and_devices():
+    q = torch.randn(ROWS, 4, 8)
+    with pytest.raises(TypeError, match="got torch.float32 for q and torch.float64 for k"):
+        attention(q, q.double(), q, BATCH)
+    with pytest.raises(TypeError, match="got torch.int64 for q"):
+        attention(q.long(), q.long(), q.long(), BATCH)
+    with pytest.raises(ValueError, match="attention runs on the CPU; q is on meta"):
+        attention(q.to("meta"), q, q, BATCH)

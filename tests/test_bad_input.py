@@ -1,0 +1,216 @@
+"""Each malformed argument of each op: one sentence that names the argument, what it holds and what is allowed."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import radix_ops  # noqa: F401  (registers torch.ops.radix)
+
+RADIX = torch.ops.radix
+IDS, CU = torch.tensor([1, 2, 3, 4]), torch.tensor([0, 2, 4])
+X, INDEX = torch.randn(3, 2), torch.tensor([2, 0])
+INDPTR, MEMBERS = torch.tensor([0, 1, 1, 2]), torch.tensor([1, 0])
+# One number of storage seen as too many tokens: nothing of it may be read.
+HUGE = torch.zeros(1, dtype=torch.int64).expand(2**31)
+
+
+@pytest.mark.parametrize("op", ["fold", "fold_plan"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((IDS[None], IDS, CU), "input_ids must have 1 dimension, got shape [1, 4]"),
+        ((IDS, IDS[0], CU), "position_ids must have 1 dimension, got shape []"),
+        ((IDS, IDS, CU[:, None]), "cu_seqlens must have 1 dimension, got shape [3, 1]"),
+        ((IDS.float(), IDS, CU), "input_ids must be int32 or int64, got Float"),
+        ((IDS, IDS.short(), CU), "position_ids must be int32 or int64, got Short"),
+        ((IDS, IDS, CU.bool()), "cu_seqlens must be int32 or int64, got Bool"),
+        ((IDS, IDS[1:], CU), "position_ids must be as long as input_ids, got 3 positions for 4 tokens"),
+        ((HUGE, HUGE, CU), "input_ids holds 2147483648 tokens; at most 2147483647 are allowed"),
+        ((IDS, IDS, CU[:0]), "cu_seqlens is empty; it must hold 0 and then the end of each sequence"),
+        ((IDS, IDS, CU + 1), "cu_seqlens must start at 0, got 1"),
+        ((IDS, IDS, torch.tensor([-1, 4])), "cu_seqlens must start at 0, got -1"),
+        ((IDS, IDS, torch.tensor([0, 3, 2, 4])), "cu_seqlens must not decrease, got 3 and then 2 at index 2"),
+        ((IDS, IDS, torch.tensor([0, 99, 4])), "cu_seqlens must not decrease, got 99 and then 4 at index 2"),
+        ((IDS, IDS, CU[:-1]), "cu_seqlens must end at the number of tokens, 4, got 2"),
+        (
+            (IDS, IDS, torch.tensor([0, 2**62])),
+            "cu_seqlens must end at the number of tokens, 4, got 4611686018427387904",
+        ),
+        ((IDS, IDS, CU, 0), "pad_multiple_of must be from 1 to 2147483647, got 0"),
+        ((IDS, IDS, CU, -8), "pad_multiple_of must be from 1 to 2147483647, got -8"),
+        ((IDS, IDS, CU, 2**31), "pad_multiple_of must be from 1 to 2147483647, got 2147483648"),
+    ],
+)
+def test_fold_refuses(op, arguments, message):
+    with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::{op}: {message}')}$"):
+        getattr(RADIX, op)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("x", "index", "message"),
+    [
+        (torch.tensor(1.0), INDEX, "x must have at least 1 dimension, got a scalar"),
+        (X, INDEX[None], "index must have 1 dimension, got shape [1, 2]"),
+        (X, INDEX[0], "index must have 1 dimension, got shape []"),
+        (X, INDEX.float(), "index must be int32 or int64, got Float"),
+        (X, INDEX.to(torch.uint8), "index must be int32 or int64, got Byte"),
+        (X, INDEX + 1, "index[0] is 3, out of range for 3 rows (allowed: 0 to 2)"),
+        (X, INDEX.int() - 1, "index[1] is -1, out of range for 3 rows (allowed: 0 to 2)"),
+        (X, INDEX - 2**62, "index[0] is -4611686018427387902, out of range for 3 rows (allowed: 0 to 2)"),
+        (X[:0], INDEX, "index[0] is 2, but there are no rows to index"),
+        (X[:, :0], INDEX + 9, "index[0] is 11, out of range for 3 rows (allowed: 0 to 2)"),
+    ],
+)
+def test_gather_refuses(x, index, message):
+    with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::gather: {message}')}$"):
+        RADIX.gather(x, index)
+
+
+@pytest.mark.parametrize(
+    ("src", "index", "num_rows", "message"),
+    [
+        (torch.tensor(1.0), INDEX, 3, "src must have at least 1 dimension, got a scalar"),
+        (X[:2], INDEX[None], 3, "index must have 1 dimension, got shape [1, 2]"),
+        (X[:2], INDEX.half(), 3, "index must be int32 or int64, got Half"),
+        (X, INDEX, 3, "index must hold one entry for each row of src, got 2 entries for 3 rows"),
+        (X[:2], INDEX, -1, "num_rows must be from 0 to 2147483647, got -1"),
+        (X[:2, :0], INDEX, 2**62, "num_rows must be from 0 to 2147483647, got 4611686018427387904"),
+        (X[:2], INDEX, 2, "index[0] is 2, out of range for 2 rows (num_rows) (allowed: 0 to 1)"),
+        (X[:2], INDEX, 0, "index[0] is 2, but there are no rows (num_rows) to index"),
+        (X[:2], INDEX - 1, 3, "index[1] is -1, out of range for 3 rows (num_rows) (allowed: 0 to 2)"),
+        (
+            X[:2].bool(),
+            INDEX,
+            3,
+            "src must be float64, float32, float16, bfloat16 or an integer of 8 to 64 bits, got Bool",
+        ),
+    ],
+)
+def test_scatter_add_refuses(src, index, num_rows, message):
+    with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::scatter_add: {message}')}$"):
+        RADIX.scatter_add(src, index, num_rows)
+
+
+SHAPES = [
+    (INDPTR[None], MEMBERS, "indptr must have 1 dimension, got shape [1, 4]"),
+    (INDPTR, MEMBERS[0], "members must have 1 dimension, got shape []"),
+    (INDPTR.float(), MEMBERS, "indptr must be int32 or int64, got Float"),
+    (INDPTR, MEMBERS.short(), "members must be int32 or int64, got Short"),
+    (INDPTR[1:], MEMBERS, "indptr must hold one entry more than there are rows, got 3 entries for 3 rows"),
+    (INDPTR[:0], MEMBERS, "indptr must hold one entry more than there are rows, got 0 entries for 3 rows"),
+    (INDPTR, MEMBERS[1:], "members must be as long as index, got 1 members for 2 entries of index"),
+]
+VALUES = [
+    (INDPTR + 1, MEMBERS, "indptr must start at 0, got 1"),
+    (torch.tensor([0, 2, 1, 2]), MEMBERS, "indptr must not decrease, got 2 and then 1 at index 2"),
+    (torch.tensor([0, 99, 99, 99]), MEMBERS, "indptr must end at the length of members, 2, got 99"),
+    (torch.tensor([0, 1, 1, 1]), MEMBERS, "indptr must end at the length of members, 2, got 1"),
+    (INDPTR, MEMBERS + 1, "members[0] is 2, out of range for 2 entries of index (allowed: 0 to 1)"),
+    (INDPTR, MEMBERS - 1, "members[1] is -1, out of range for 2 entries of index (allowed: 0 to 1)"),
+    (
+        INDPTR,
+        MEMBERS.flip(0),
+        "indptr and members are not the inverse of index: "
+        "members[0] is 0 under row 0, but index holds another row there",
+    ),
+]
+
+
+@pytest.mark.parametrize(("indptr", "members", "message"), SHAPES + VALUES)
+def test_scatter_add_csr_refuses(indptr, members, message):
+    with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::scatter_add.csr: {message}')}$"):
+        RADIX.scatter_add.csr(X[:2], INDEX, indptr, members, 3)
+
+
+def test_scatter_add_csr_refuses_a_member_listed_twice():
+    with pytest.raises(RuntimeError, match=re.escape("members[1] is 0 under row 1, listed twice")):
+        RADIX.scatter_add.csr(X, torch.tensor([1, 1, 0]), torch.tensor([0, 0, 3]), torch.tensor([0, 0, 1]), 2)
+
+
+@pytest.mark.parametrize(("indptr", "members", "message"), SHAPES)
+def test_gather_csr_refuses(indptr, members, message):
+    with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::gather.csr: {message}')}$"):
+        RADIX.gather.csr(X, INDEX, indptr, members)
+
+
+@pytest.mark.parametrize(("indptr", "members", "message"), VALUES)
+def test_the_backward_of_gather_csr_refuses_a_wrong_inverse(indptr, members, message):
+    x = X.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        RADIX.gather.csr(x, INDEX, indptr, members).sum().backward()
+
+
+Q, K = torch.randn(3, 4, 8), torch.randn(5, 2, 8)
+CU_Q, CU_K = torch.tensor([0, 1, 3]), torch.tensor([0, 2, 5])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((Q[0], K, K, CU_Q, CU_K, 1.0), "q must have shape [rows, heads, head_dim], got [4, 8]"),
+        ((Q.long(), K, K, CU_Q, CU_K, 1.0), "q must be float32, float64, bfloat16 or float16, got torch.int64"),
+        (
+            (Q, K.double(), K, CU_Q, CU_K, 1.0),
+            "q, k and v must have one dtype, got torch.float32 for q and torch.float64 for k",
+        ),
+        ((Q, K, K[1:], CU_Q, CU_K, 1.0), "k and v must have equal rows and heads, got [5, 2, 8] and [4, 2, 8]"),
+        ((Q[:, :, 1:], K, K, CU_Q, CU_K, 1.0), "q and k must have one head_dim, got 7 and 8"),
+        ((Q[:, :3], K, K, CU_Q, CU_K, 1.0), "the 3 heads of q must be a multiple of the 2 heads of k and v"),
+        ((Q, K, K, CU_Q, CU_K, 1.0, -1), "sliding_window must be at least 0 (0: none), got -1"),
+        (
+            (Q, K, K, CU_Q[:0], CU_K[:0], 1.0),
+            "cu_seqlens_q and cu_seqlens_k must be equally long and start at 0, got [] and []",
+        ),
+        (
+            (Q, K, K, CU_Q, CU_K[1:], 1.0),
+            "cu_seqlens_q and cu_seqlens_k must be equally long and start at 0, got [0, 1, 3] and [2, 5]",
+        ),
+        ((Q, K, K, CU_Q.flip(0) - 3, CU_K, 1.0), "run 0 has -2 queries and 2 keys; 0 <= queries <= keys is needed"),
+        (
+            (Q, K, K, torch.tensor([0, 3, 3]), CU_K, 1.0),
+            "run 0 has 3 queries and 2 keys; 0 <= queries <= keys is needed",
+        ),
+        ((Q[:2], K, K, CU_Q, CU_K, 1.0), "cu_seqlens_q ends at 3, past the 2 rows of q"),
+        ((Q, K, K, CU_Q, torch.tensor([0, 2, 6]), 1.0), "cu_seqlens_k must end at the 5 rows of k, got 6"),
+        ((Q, K, K, CU_Q, CU_K[None], 1.0), "cu_seqlens_k must have 1 dimension, got shape [1, 3]"),
+        ((Q, K, K, CU_Q.float(), CU_K, 1.0), "cu_seqlens_q must be int32 or int64, got torch.float32"),
+    ],
+)
+def test_varlen_attention_refuses(arguments, message):
+    with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::varlen_attention: {message}')}$"):
+        RADIX.varlen_attention(*arguments)
+
+
+def calls():
+    yield RADIX.fold.default, (IDS, IDS, CU)
+    yield RADIX.fold_plan.default, (IDS, IDS, CU)
+    yield RADIX.gather.default, (X, INDEX)
+    yield RADIX.gather.csr, (X, INDEX, INDPTR, MEMBERS)
+    yield RADIX.scatter_add.default, (X[:2], INDEX, 3)
+    yield RADIX.scatter_add.csr, (X[:2], INDEX, INDPTR, MEMBERS, 3)
+    yield RADIX.varlen_attention.default, (Q, K, K, CU_Q, CU_K, 1.0)
+
+
+@pytest.mark.parametrize(("op", "arguments"), list(calls()), ids=lambda value: str(value)[:24])
+def test_a_build_without_cuda_refuses_cuda_tensors(op, arguments):
+    """Runs what the dispatcher would run for CUDA tensors."""
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    name = op.name().removesuffix(".default")
+    with pytest.raises(
+        RuntimeError, match=f"^{re.escape(name)}: a tensor is on a CUDA device, and this build of radix_ops has no"
+    ):
+        op.redispatch(cuda, *arguments)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("op", "arguments"), list(calls()), ids=lambda value: str(value)[:24])
+def test_cuda_tensors_are_refused(op, arguments):
+    on_device = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
+    with pytest.raises(RuntimeError, match="this build of radix_ops has no CUDA kernel"):
+        op(*on_device)
+    with pytest.raises(RuntimeError, match="this build of radix_ops has no CUDA kernel"):
+        op(arguments[0], *on_device[1:])

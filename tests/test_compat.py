@@ -1,0 +1,154 @@
+"""radix_ops.compat, against the radix-mlp package that it stands in for."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+import radix_mlp
+import torch
+from batches import NAMED, pack, random_positions, random_sequences
+
+from radix_ops import compat
+
+
+def arrays(sequences, positions=None):
+    ids, default_positions, cu_seqlens = pack(sequences)
+    tensors = (ids, default_positions if positions is None else positions, cu_seqlens)
+    return [tensor.numpy().astype(np.uint32) for tensor in tensors]
+
+
+def assert_same(got, want):
+    assert isinstance(got, tuple)
+    assert len(got) == len(want) == 4
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == w.dtype
+        np.testing.assert_array_equal(g, w)
+
+
+def test_every_public_function_of_radix_mlp_is_here():
+    assert compat.__all__ == radix_mlp.__all__
+    assert isinstance(compat.__version__, str)
+    for name in radix_mlp.__all__:
+        ours, theirs = inspect.signature(getattr(compat, name)), inspect.signature(getattr(radix_mlp, name))
+        assert list(ours.parameters)[: len(theirs.parameters)] == list(theirs.parameters)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED if NAMED[name]])
+@pytest.mark.parametrize("pad_multiple_of", [None, 1, 8])
+def test_numpy_equals_radix_mlp(name, pad_multiple_of):
+    given = arrays(NAMED[name])
+    want = radix_mlp.compute_fold_and_scatter(*given, pad_multiple_of)
+    assert_same(compat.compute_fold_and_scatter(*given, pad_multiple_of), want)
+    assert_same(compat.compute_fold_and_scatter(*given, pad_multiple_of=pad_multiple_of, bound_checks=False), want)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_numpy_and_torch_equal_radix_mlp_on_random_batches(seed):
+    rng = np.random.default_rng(100 + seed)
+    for _ in range(700):
+        sequences = random_sequences(rng)
+        given = arrays(sequences, random_positions(rng, sequences))
+        multiple = [None, 1, 2, 32][int(rng.integers(4))]
+        assert_same(
+            compat.compute_fold_and_scatter(*given, multiple), radix_mlp.compute_fold_and_scatter(*given, multiple)
+        )
+        dtype = torch.int32 if rng.random() < 0.5 else torch.int64
+        tensors = [torch.from_numpy(x.astype(np.int64)).to(dtype) for x in given]
+        got = compat.compute_fold_and_scatter_torch(*tensors, multiple)
+        want = radix_mlp.compute_fold_and_scatter_torch(*tensors, multiple)
+        for g, w in zip(got, want, strict=True):
+            assert g.dtype == torch.int32
+            assert torch.equal(g, w.to(torch.int32))
+
+
+def test_numpy_keeps_large_ids():
+    given = [np.array(x, np.uint32) for x in ([2**32 - 1, 2**31, 5] * 2, [0, 2**32 - 1, 2] * 2, [0, 3, 6])]
+    assert_same(compat.compute_fold_and_scatter(*given), radix_mlp.compute_fold_and_scatter(*given))
+
+
+def test_numpy_takes_strided_and_read_only_arrays():
+    given = arrays(NAMED["nested"])
+    want = radix_mlp.compute_fold_and_scatter(*given)
+    strided = [np.repeat(x, 2)[::2] for x in given]
+    for x in strided:
+        x.flags.writeable = False
+    assert_same(compat.compute_fold_and_scatter(*strided), want)
+
+
+@pytest.mark.parametrize("position", range(3))
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.float32, np.uint64])
+def test_numpy_refuses_other_dtypes(position, dtype):
+    given = arrays(NAMED["nested"])
+    given[position] = given[position].astype(dtype)
+    with pytest.raises(TypeError, match=f"must be a NumPy array of uint32, got ndarray of {np.dtype(dtype)}"):
+        compat.compute_fold_and_scatter(*given)
+
+
+def test_other_types_are_refused():
+    with pytest.raises(TypeError, match="input_ids must be a NumPy array of uint32, got list"):
+        compat.compute_fold_and_scatter([1], [0], [0, 1])
+    with pytest.raises(TypeError, match="position_ids must be an int32 or int64 tensor, got Tensor of torch.float32"):
+        compat.compute_fold_and_scatter_torch(torch.zeros(1).int(), torch.zeros(1), torch.tensor([0, 1]))
+
+
+MALFORMED = {
+    "empty": ([1, 2], [0, 1], []),
+    "starts late": ([1, 2], [0, 1], [1, 2]),
+    "ends early": ([1, 2], [0, 1], [0, 1]),
+    "ends late": ([1, 2], [0, 1], [0, 3]),
+    "decreases": ([1, 2], [0, 1], [0, 2, 1, 2]),
+    "only zero": ([1, 2], [0, 1], [0]),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_cu_seq_lengths_are_refused(name):
+    given = [np.array(x, np.uint32) for x in MALFORMED[name]]
+    with pytest.raises(ValueError, match="cu_seq_lengths"):
+        compat.compute_fold_and_scatter(*given)
+    with pytest.raises(ValueError, match="cu_seq_lengths"):
+        compat.compute_fold_and_scatter_torch(*[torch.from_numpy(x.astype(np.int64)) for x in given])
+    with pytest.raises(ValueError, match="cu_seq_lengths"):
+        compat.compute_fold_and_scatter(*given, bound_checks=False)
+
+
+def test_empty_cu_seq_lengths_without_tokens():
+    nothing = [np.zeros(0, np.uint32)] * 3
+    tensors = [torch.zeros(0, dtype=torch.int32)] * 3
+    for function, given in (
+        (compat.compute_fold_and_scatter, nothing),
+        (compat.compute_fold_and_scatter_torch, tensors),
+    ):
+        with pytest.raises(ValueError, match="cu_seq_lengths is empty"):
+            function(*given)
+        assert [len(x) for x in function(*given, bound_checks=False)] == [0, 0, 0, 0]
+        assert [len(x) for x in function(*given, pad_multiple_of=8, bound_checks=False)] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (([[1, 2]], [0, 1], [0, 2]), r"input_ids must have 1 dimension, got shape \[1, 2\]"),
+        (([1, 2], [0], [0, 2]), "position_ids must be as long as input_ids, got 1 positions for 2 tokens"),
+        (([1, 2], [0, 1], [[0, 2]]), "cu_seq_lengths must have 1 dimension"),
+    ],
+)
+def test_shapes_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        compat.compute_fold_and_scatter(*[np.array(x, np.uint32) for x in given])
+    with pytest.raises(ValueError, match=message):
+        compat.compute_fold_and_scatter_torch(*[torch.tensor(x) for x in given])
+
+
+@pytest.mark.parametrize("pad_multiple_of", [0, -1])
+def test_pad_multiple_of_below_1_is_refused(pad_multiple_of):
+    given = arrays(NAMED["nested"])
+    with pytest.raises(ValueError, match=f"pad_multiple_of must be at least 1, got {pad_multiple_of}"):
+        compat.compute_fold_and_scatter(*given, pad_multiple_of)
+
+
+def test_torch_refuses_values_that_int32_does_not_hold():
+    with pytest.raises(ValueError, match="input_ids must fit int32"):
+        compat.compute_fold_and_scatter_torch(torch.tensor([2**31]), torch.tensor([0]), torch.tensor([0, 1]))

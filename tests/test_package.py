@@ -1,0 +1,52 @@
+"""What an installed package promises: one binary for all torch and Python versions, and errors that say what to do."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import radix_ops
+
+LIBRARY = Path(radix_ops.__file__).with_name("_C.abi3.so")
+
+
+def test_every_op_has_schema_fake_and_cpu_kernel():
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("radix::")]
+    assert sorted(names) == sorted(f"radix::{name}" for name in radix_ops.ops._ALL_OPS)
+    for name in names:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+        assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) reads the symbols")
+def test_the_binary_uses_the_stable_c_interface_alone():
+    listed = subprocess.run(["nm", "-D", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True)
+    symbols = [line.split()[-1] for line in listed.stdout.splitlines()]
+    from_torch = [symbol for symbol in symbols if re.search(r"torch|c10|N2at", symbol)]
+    assert from_torch
+    assert [symbol for symbol in from_torch if not symbol.startswith(("aoti_torch_", "torch_"))] == []
+    assert [s for s in symbols if s.startswith(("Py", "_Py"))] == []
+
+
+def test_the_binary_names_no_build_path():
+    assert str(Path(__file__).parent.parent / "csrc").encode() not in LIBRARY.read_bytes()
+
+
+def test_an_old_torch_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    with pytest.raises(ImportError, match=r"radix_ops needs torch >= 2.11, but torch 2.9.1\+cu128 is installed"):
+        radix_ops._load_extension()
+
+
+def test_a_missing_library_says_how_to_build(monkeypatch, tmp_path):
+    monkeypatch.setattr(radix_ops, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(
+        ImportError, match=r"radix_ops was not built: .*_C.abi3.so is missing. In a source tree, run `make build`"
+    ):
+        radix_ops._load_extension()
