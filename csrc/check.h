@@ -51,8 +51,20 @@ inline std::string dtype_of(const Tensor& tensor) {
   return torch::headeronly::toString(tensor.scalar_type());
 }
 
-inline bool is_index_dtype(ScalarType dtype) {
-  return dtype == ScalarType::Int || dtype == ScalarType::Long;
+inline int32_t dtype_code_of(const Tensor& tensor) {
+  int32_t code = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  return code;
+}
+
+// Tensor::scalar_type() asks for one dtype after another; these ask for one each.
+inline bool is_int32(const Tensor& tensor) {
+  return dtype_code_of(tensor) == aoti_torch_dtype_int32();
+}
+
+inline bool is_index_dtype(const Tensor& tensor) {
+  const int32_t code = dtype_code_of(tensor);
+  return code == aoti_torch_dtype_int32() || code == aoti_torch_dtype_int64();
 }
 
 inline void check_cpu(const char* op, const char* name, const Tensor& tensor) {
@@ -63,7 +75,7 @@ inline void check_cpu(const char* op, const char* name, const Tensor& tensor) {
 inline void check_index_like(const char* op, const char* name, const Tensor& tensor) {
   check_cpu(op, name, tensor);
   RADIX_CHECK(tensor.dim() == 1, op, name, " must have 1 dimension, got shape ", shape_of(tensor));
-  RADIX_CHECK(is_index_dtype(tensor.scalar_type()), op, name, " must be int32 or int64, got ", dtype_of(tensor));
+  RADIX_CHECK(is_index_dtype(tensor), op, name, " must be int32 or int64, got ", dtype_of(tensor));
 }
 
 // The shapes of an index's inverse over num_rows rows: indptr [num_rows + 1] and members as long as index.
@@ -89,30 +101,23 @@ inline void check_inverse_shapes(
       " entries of index");
 }
 
-inline int32_t dtype_code_of(const Tensor& tensor) {
-  int32_t code = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
-  return code;
-}
-
 // A new contiguous CPU tensor: one call of the C interface, where torch::stable::empty is a boxed dispatch.
-inline Tensor empty_cpu(const std::vector<int64_t>& sizes, int32_t dtype_code) {
-  std::vector<int64_t> strides(sizes.size());
+inline Tensor empty_cpu(const int64_t* sizes, int64_t dim, int32_t dtype_code) {
+  constexpr int64_t kMaxDim = 64;  // as in torch
+  int64_t strides[kMaxDim];
   int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
+  for (int64_t d = dim - 1; d >= 0; --d) {
     strides[d] = stride;
     stride *= std::max<int64_t>(sizes[d], 1);
   }
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()),
-      sizes.data(),
-      strides.data(),
-      dtype_code,
-      aoti_torch_device_type_cpu(),
-      0,
-      &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, dtype_code, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+inline Tensor empty_cpu(int64_t length, int32_t dtype_code) {
+  return empty_cpu(&length, 1, dtype_code);
 }
 
 inline Tensor as_contiguous(const Tensor& tensor) {

@@ -130,13 +130,24 @@ def _varlen_attention_backward_fake(grad_out, q, k, v, cu_seqlens_q, cu_seqlens_
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+class _KeysBelowAutograd(dict):
+    """A dispatch key set's bits -> the key set of the kernels below autograd; computing it each time costs 0.3 us."""
+
+    def __missing__(self, bits: int) -> torch._C.DispatchKeySet:
+        keys = torch._C.DispatchKeySet.from_raw_repr(bits) & torch._C._after_autograd_keyset
+        self[bits] = keys
+        return keys
+
+
+_below_autograd = _KeysBelowAutograd()
+
+
 def _register_autograd(op: torch._ops.OpOverload, save, backward) -> None:
     """Gives `op` a gradient for its first argument; `save(args)` says what `backward(saved, grad)` needs.
 
     `torch.library.register_autograd` does the same and costs three times as much on a call that needs no gradient,
     which is more than a small gather itself takes.
     """
-    below_autograd = torch._C._after_autograd_keyset
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -144,7 +155,7 @@ def _register_autograd(op: torch._ops.OpOverload, save, backward) -> None:
             tensors, ctx.sizes = save(*args)
             ctx.save_for_backward(*tensors)
             with torch._C._AutoDispatchBelowAutograd():
-                return op.redispatch(keyset & below_autograd, *args)
+                return op.redispatch(_below_autograd[keyset.raw_repr()], *args)
 
         @staticmethod
         def backward(ctx, grad):
@@ -159,7 +170,7 @@ def _register_autograd(op: torch._ops.OpOverload, save, backward) -> None:
     def autograd_kernel(keyset, first, *others):
         if first.requires_grad and grad_enabled():
             return Function.apply(keyset, first, *others)
-        return redispatch(keyset & below_autograd, first, *others)
+        return redispatch(_below_autograd[keyset.raw_repr()], first, *others)
 
     _library.impl(op, autograd_kernel, "Autograd", with_keyset=True)
 

@@ -70,6 +70,12 @@ def test_gather_takes_any_alignment(offset):
     assert_bits(GATHER(x, index), x[index])
 
 
+def test_gather_takes_rows_at_odd_bytes():
+    x = torch.arange(33, dtype=torch.int8).view(11, 3)[:, 1:]
+    index = torch.tensor([10, 0, 7, 7])
+    assert_bits(GATHER(x, index), x[index])
+
+
 def test_gather_of_nothing():
     assert GATHER(torch.rand(0, 3), torch.zeros(0, dtype=torch.int32)).shape == (0, 3)
     assert GATHER(torch.rand(4, 3), torch.zeros(0, dtype=torch.int64)).shape == (0, 3)

@@ -80,7 +80,7 @@ Folded build(
   const int64_t num_tokens = held_ids.size(0);
   const int64_t num_sequences = static_cast<int64_t>(bounds.size()) - 1;
 
-  Tensor unfold_index = empty_cpu({num_tokens}, aoti_torch_dtype_int32());
+  Tensor unfold_index = empty_cpu(num_tokens, aoti_torch_dtype_int32());
   int32_t* rows = unfold_index.mutable_data_ptr<int32_t>();
   Trie<Id, Position> trie(ids, positions, std::min(num_sequences, num_tokens));
   for (int64_t s = 0; s < num_sequences; ++s) {
@@ -99,9 +99,9 @@ Folded build(
       " rows; at most ",
       kMaxRows,
       " are allowed");
-  Tensor compact_ids = empty_cpu({num_rows}, dtype_code_of(input_ids));
-  Tensor compact_positions = empty_cpu({num_rows}, dtype_code_of(position_ids));
-  Tensor fold_index = empty_cpu({num_rows}, aoti_torch_dtype_int32());
+  Tensor compact_ids = empty_cpu(num_rows, dtype_code_of(input_ids));
+  Tensor compact_positions = empty_cpu(num_rows, dtype_code_of(position_ids));
+  Tensor fold_index = empty_cpu(num_rows, aoti_torch_dtype_int32());
   Id* out_ids = compact_ids.mutable_data_ptr<Id>();
   Position* out_positions = compact_positions.mutable_data_ptr<Position>();
   int32_t* out_tokens = fold_index.mutable_data_ptr<int32_t>();
@@ -124,11 +124,10 @@ Folded check_and_build(
     const Tensor& cu_seqlens,
     int64_t pad_multiple_of) {
   check_arguments(op, input_ids, position_ids, cu_seqlens, pad_multiple_of);
-  std::vector<int64_t> bounds = cu_seqlens.scalar_type() == ScalarType::Int
-                                    ? checked_bounds<int32_t>(op, cu_seqlens, input_ids.size(0))
-                                    : checked_bounds<int64_t>(op, cu_seqlens, input_ids.size(0));
-  const bool narrow_ids = input_ids.scalar_type() == ScalarType::Int;
-  const bool narrow_positions = position_ids.scalar_type() == ScalarType::Int;
+  std::vector<int64_t> bounds = is_int32(cu_seqlens) ? checked_bounds<int32_t>(op, cu_seqlens, input_ids.size(0))
+                                                     : checked_bounds<int64_t>(op, cu_seqlens, input_ids.size(0));
+  const bool narrow_ids = is_int32(input_ids);
+  const bool narrow_positions = is_int32(position_ids);
   auto* const build_for = narrow_ids ? (narrow_positions ? &build<int32_t, int32_t> : &build<int32_t, int64_t>)
                                      : (narrow_positions ? &build<int64_t, int32_t> : &build<int64_t, int64_t>);
   return build_for(op, input_ids, position_ids, std::move(bounds), pad_multiple_of);
@@ -150,9 +149,9 @@ Plan fold_plan_cpu(
   const int64_t num_rows = folded.fold_index.size(0);
   const int64_t num_runs = static_cast<int64_t>(folded.runs.size());
 
-  Tensor run_sequences = empty_cpu({num_runs}, int32);
-  Tensor cu_seqlens_q = empty_cpu({num_runs + 1}, int32);
-  Tensor cu_seqlens_k = empty_cpu({num_runs + 1}, int32);
+  Tensor run_sequences = empty_cpu(num_runs, int32);
+  Tensor cu_seqlens_q = empty_cpu(num_runs + 1, int32);
+  Tensor cu_seqlens_k = empty_cpu(num_runs + 1, int32);
   int32_t* sequences = run_sequences.mutable_data_ptr<int32_t>();
   int32_t* cu_q = cu_seqlens_q.mutable_data_ptr<int32_t>();
   int32_t* cu_k = cu_seqlens_k.mutable_data_ptr<int32_t>();
@@ -170,8 +169,8 @@ Plan fold_plan_cpu(
   }
 
   auto inverse_of = [&](const Tensor& index) {
-    Tensor indptr = empty_cpu({num_rows + 1}, int32);
-    Tensor members = empty_cpu({index.size(0)}, int32);
+    Tensor indptr = empty_cpu(num_rows + 1, int32);
+    Tensor members = empty_cpu(index.size(0), int32);
     invert_index(
         index.const_data_ptr<int32_t>(),
         index.size(0),
@@ -181,12 +180,12 @@ Plan fold_plan_cpu(
     return std::make_pair(indptr, members);
   };
   auto copy_of = [&](const Tensor& tensor) {
-    Tensor copy = empty_cpu({tensor.size(0)}, int32);
+    Tensor copy = empty_cpu(tensor.size(0), int32);
     std::copy_n(tensor.const_data_ptr<int32_t>(), tensor.size(0), copy.mutable_data_ptr<int32_t>());
     return copy;
   };
   auto [unfold_indptr, unfold_members] = inverse_of(folded.unfold_index);
-  Tensor kv_index = empty_cpu({cu_k[num_runs]}, int32);
+  Tensor kv_index = empty_cpu(cu_k[num_runs], int32);
   const int32_t* unfold_index = folded.unfold_index.const_data_ptr<int32_t>();
   for (int64_t r = 0; r < num_runs; ++r) {
     const int64_t begin = folded.bounds[sequences[r]];
@@ -201,7 +200,7 @@ Plan fold_plan_cpu(
   for (size_t s = 0; s + 1 < folded.bounds.size(); ++s) {
     min_seqlen = std::min(min_seqlen, folded.bounds[s + 1] - folded.bounds[s]);
   }
-  Tensor counts = empty_cpu({4}, aoti_torch_dtype_int64());
+  Tensor counts = empty_cpu(4, aoti_torch_dtype_int64());
   int64_t* count = counts.mutable_data_ptr<int64_t>();
   count[0] = cu_q[num_runs];
   count[1] = max_seqlen_q;

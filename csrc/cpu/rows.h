@@ -5,6 +5,15 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
+#include <type_traits>
+
+// A function marked with it is compiled for several vector widths, one of which is chosen when the library is loaded.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define RADIX_VECTOR_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define RADIX_VECTOR_CLONES
+#endif
 
 namespace radix {
 
@@ -18,25 +27,20 @@ struct Rows {
   int64_t stride_bytes;  // from one row to the next
 };
 
-inline bool has_contiguous_rows(const Tensor& tensor) {
-  int64_t expected = 1;
-  for (int64_t d = tensor.dim() - 1; d > 0; --d) {
-    const int64_t size = tensor.size(d);
-    if (size != 1 && tensor.stride(d) != expected) {
-      return false;
-    }
-    expected *= size;
-  }
-  return true;
-}
-
 // Copies the tensor only where its rows are not contiguous.
 inline Rows rows_of(const char* op, const char* name, const Tensor& tensor) {
   check_cpu(op, name, tensor);
-  RADIX_CHECK(tensor.dim() >= 1, op, name, " must have at least 1 dimension, got a scalar");
-  Rows rows{has_contiguous_rows(tensor) ? tensor : torch::stable::contiguous(tensor), nullptr, tensor.size(0), 1, 0, 0};
-  for (int64_t d = tensor.dim() - 1; d > 0; --d) {
-    rows.width *= tensor.size(d);
+  const auto sizes = tensor.sizes();
+  RADIX_CHECK(sizes.size() >= 1, op, name, " must have at least 1 dimension, got a scalar");
+  Rows rows{tensor, nullptr, sizes[0], 1, 0, 0};
+  bool contiguous_rows = true;
+  const auto strides = tensor.strides();
+  for (size_t d = sizes.size() - 1; d > 0; --d) {
+    contiguous_rows = contiguous_rows && (sizes[d] == 1 || strides[d] == rows.width);
+    rows.width *= sizes[d];
+  }
+  if (!contiguous_rows) {
+    rows.held = torch::stable::contiguous(tensor);
   }
   const int64_t element_bytes = static_cast<int64_t>(tensor.element_size());
   rows.data = static_cast<const char*>(rows.held.const_data_ptr());
@@ -47,23 +51,30 @@ inline Rows rows_of(const char* op, const char* name, const Tensor& tensor) {
 
 // A new tensor of `count` rows shaped like those of `like`.
 inline Tensor empty_rows(const Tensor& like, int64_t count) {
-  std::vector<int64_t> sizes(like.dim());
-  sizes[0] = count;
-  for (int64_t d = 1; d < like.dim(); ++d) {
-    sizes[d] = like.size(d);
+  const auto sizes = like.sizes();
+  int64_t out_sizes[64];
+  std::copy(sizes.begin(), sizes.end(), out_sizes);
+  out_sizes[0] = count;
+  return empty_cpu(out_sizes, static_cast<int64_t>(sizes.size()), dtype_code_of(like));
+}
+
+// The largest index, where negative ones count as larger than all others.
+template <typename T>
+RADIX_VECTOR_CLONES uint64_t largest_index(const T* index, int64_t length) {
+  std::make_unsigned_t<T> largest = 0;
+  for (int64_t i = 0; i < length; ++i) {
+    largest = std::max(largest, static_cast<std::make_unsigned_t<T>>(index[i]));
   }
-  return empty_cpu(sizes, dtype_code_of(like));
+  return largest;
 }
 
 // Raises unless every index[i] is in [0, bound). `what` says what the bound counts.
 template <typename T>
 inline void check_in_range(
     const char* op, const char* name, const T* index, int64_t length, int64_t bound, const char* what) {
-  bool out_of_range = false;
-  for (int64_t i = 0; i < length; ++i) {
-    out_of_range |= static_cast<uint64_t>(static_cast<int64_t>(index[i])) >= static_cast<uint64_t>(bound);
-  }
-  if (!out_of_range) [[likely]] {
+  // Negative int32 are at least 2^31 as unsigned, whatever the bound.
+  const uint64_t limit = std::min<uint64_t>(static_cast<uint64_t>(bound), std::numeric_limits<T>::max() + uint64_t{1});
+  if (length == 0 || largest_index(index, length) < limit) [[likely]] {
     return;
   }
   const T* bad = std::find_if(index, index + length, [bound](T i) { return i < 0 || i >= bound; });
@@ -99,7 +110,7 @@ inline void parallel_over(int64_t count, int64_t bytes_each, const Body& body) {
 // Calls run(T{}) with the index type of a checked index tensor.
 template <typename Run>
 inline auto with_index_type(const Tensor& index, const Run& run) {
-  return index.scalar_type() == ScalarType::Int ? run(int32_t{}) : run(int64_t{});
+  return is_int32(index) ? run(int32_t{}) : run(int64_t{});
 }
 
 }  // namespace radix

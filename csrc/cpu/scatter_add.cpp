@@ -12,7 +12,9 @@ namespace radix {
 namespace {
 
 // Columns that one task sums at a time, in a buffer that stays in the first-level cache.
-constexpr int64_t kColumns = 512;
+constexpr int64_t kColumns = 2048;
+// Source rows added in one pass over that buffer.
+constexpr int64_t kRowsAtOnce = 4;
 
 template <typename T>
 using accumulator_t = std::conditional_t<
@@ -21,26 +23,44 @@ using accumulator_t = std::conditional_t<
     // Integers wrap around as in index_add: unsigned arithmetic, since signed overflow is undefined.
     typename std::conditional_t<std::is_integral_v<T>, std::make_unsigned<T>, std::common_type<T>>::type>;
 
+// out[c] = sum over i of (row members[i] of src)[column + c], added in the order of members, for c < columns.
 template <typename T, typename Index>
-void sum_segment(const Rows& src, const Index* members, int64_t count, int64_t column, int64_t columns, T* out) {
+RADIX_VECTOR_CLONES void sum_segment(
+    const char* data,
+    int64_t stride_bytes,
+    const Index* members,
+    int64_t count,
+    int64_t column,
+    int64_t columns,
+    T* __restrict out) {
+  using Accumulator = accumulator_t<T>;
   auto source = [&](int64_t i) {
-    return reinterpret_cast<const T*>(src.data + static_cast<int64_t>(members[i]) * src.stride_bytes) + column;
+    return reinterpret_cast<const T*>(data + static_cast<int64_t>(members[i]) * stride_bytes) + column;
   };
   if (count <= 1) {
     if (count == 1) {
-      std::copy_n(source(0), columns, out);
+      std::memcpy(out, source(0), columns * sizeof(T));
     } else {
-      std::fill_n(out, columns, T(0));
+      std::memset(out, 0, columns * sizeof(T));
     }
     return;
   }
-  using Accumulator = accumulator_t<T>;
   Accumulator sum[kColumns];
   const T* first = source(0);
   for (int64_t c = 0; c < columns; ++c) {
     sum[c] = static_cast<Accumulator>(first[c]);
   }
-  for (int64_t i = 1; i < count; ++i) {
+  int64_t i = 1;
+  for (; i + kRowsAtOnce <= count; i += kRowsAtOnce) {
+    const T *row0 = source(i), *row1 = source(i + 1), *row2 = source(i + 2), *row3 = source(i + 3);
+    for (int64_t c = 0; c < columns; ++c) {
+      Accumulator total = static_cast<Accumulator>(sum[c] + static_cast<Accumulator>(row0[c]));
+      total = static_cast<Accumulator>(total + static_cast<Accumulator>(row1[c]));
+      total = static_cast<Accumulator>(total + static_cast<Accumulator>(row2[c]));
+      sum[c] = static_cast<Accumulator>(total + static_cast<Accumulator>(row3[c]));
+    }
+  }
+  for (; i < count; ++i) {
     const T* row = source(i);
     for (int64_t c = 0; c < columns; ++c) {
       sum[c] = static_cast<Accumulator>(sum[c] + static_cast<Accumulator>(row[c]));
@@ -62,7 +82,8 @@ void sum_segments(const Rows& src, const Index* indptr, const Index* members, in
           const int64_t row = task / blocks;
           const int64_t column = task % blocks * kColumns;
           sum_segment(
-              src,
+              src.data,
+              src.stride_bytes,
               members + indptr[row],
               static_cast<int64_t>(indptr[row + 1] - indptr[row]),
               column,
@@ -193,7 +214,7 @@ Tensor scatter_add_csr_cpu(
   return with_index_type(index, [&](auto index_type) {
     using Index = decltype(index_type);
     // indptr and members may differ in type; they are int32 together or both read as int64.
-    const bool narrow = indptr.scalar_type() == ScalarType::Int && members.scalar_type() == ScalarType::Int;
+    const bool narrow = is_int32(indptr) && is_int32(members);
     auto run = [&](auto inverse_type) {
       using Inverse = decltype(inverse_type);
       auto held_as = [](const Tensor& tensor) {

@@ -1,0 +1,65 @@
+"""fold on the CPU against the radix-mlp package, on one thread: ids and positions int64 for ours, uint32 for theirs."""
+
+from __future__ import annotations
+
+import harness
+import numpy as np
+import radix_mlp
+import torch
+
+import radix_ops  # noqa: F401  (registers torch.ops.radix)
+
+BATCHES = {  # sequences, tokens each, shared fraction
+    "32 x 2304, 0.89 shared": (32, 2304, 0.89),
+    "32 x 512, nothing shared": (32, 512, 0.0),
+    "2048 x 512, 0.25 shared": (2048, 512, 0.25),
+    "16384 x 32, nothing shared": (16384, 32, 0.0),
+    "32 x 512, all the same": (32, 512, 1.0),
+}
+TARGETS = dict(zip(BATCHES, (10, 10, 10, 10, 3), strict=True))
+VOCABULARY = 151_936
+
+
+def make(count: int, length: int, shared: float) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    prefix = int(length * shared)
+    ids = rng.integers(0, VOCABULARY, (count, length))
+    ids[:, :prefix] = ids[0, :prefix]
+    return [ids.flatten(), np.tile(np.arange(length), count), np.arange(count + 1) * length]
+
+
+def main() -> None:
+    args = harness.arguments(__doc__)
+    rows = []
+    for name, shape in BATCHES.items():
+        theirs = [array.astype(np.uint32) for array in make(*shape)]
+        ours = [torch.from_numpy(array) for array in make(*shape)]
+        want, got = radix_mlp.compute_fold_and_scatter(*theirs), torch.ops.radix.fold(*ours)
+        assert all(np.array_equal(w, g.numpy()) for w, g in zip(want, got, strict=True)), name
+        seconds = harness.seconds_per_call(
+            {
+                "radix-mlp": lambda given=theirs: radix_mlp.compute_fold_and_scatter(*given),
+                "fold": lambda given=ours: torch.ops.radix.fold(*given),
+                "fold_plan": lambda given=ours: torch.ops.radix.fold_plan(*given),
+            },
+            args.rounds,
+        )
+        tokens = len(ours[0])
+        rows.append(
+            {
+                "batch": name,
+                "tokens": tokens,
+                "rows": len(got[0]),
+                "radix-mlp ms": seconds["radix-mlp"] * 1e3,
+                "fold ms": seconds["fold"] * 1e3,
+                "fold Mtok/s": tokens / seconds["fold"] / 1e6,
+                "fold_plan ms": seconds["fold_plan"] * 1e3,
+                "radix-mlp / fold": seconds["radix-mlp"] / seconds["fold"],
+                "target": TARGETS[name],
+            }
+        )
+    harness.report("fold_cpu", rows, args.save)
+
+
+if __name__ == "__main__":
+    main()
