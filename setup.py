@@ -49,7 +49,6 @@ def extension() -> cpp_extension.CppExtension:
         # Next to a torch without CUDA, setuptools needs to be told where the toolkit is and what to build for.
         cpp_extension.CUDA_HOME = home
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-        macros.append(("RADIX_WITH_CUDA", None))
         files += cuda_files
         link.append("-lcudart_static")
     return cpp_extension.CppExtension(

@@ -1,4 +1,4 @@
-"""gather on the CPU against index_select: rows of hidden states, ids, and a call too small to matter but for overhead."""
+"""gather on the CPU against index_select: rows of hidden states, ids, and a call that is all overhead."""
 
 from __future__ import annotations
 

@@ -25,12 +25,13 @@ def main() -> None:
         sequences = [[*range(prefix), *range(10_000 * (s + 1), 10_000 * (s + 1) + own)] for s in range(count)]
         batch = FoldedBatch.from_sequences(sequences)
         index, num_rows = batch.unfold_index, batch.num_rows
+        wide_index = index.long()
         inverse = batch.unfold_indptr, batch.unfold_members
         for dtype in (torch.bfloat16, torch.float32):
             src = torch.randn(batch.num_tokens, WIDTH).to(dtype)
             exact = torch.zeros(num_rows, WIDTH, dtype=torch.float64).index_add_(0, index, src.double())
             functions = {
-                "index_add_": lambda src=src, n=num_rows, i=index.long(): src.new_zeros(n, WIDTH).index_add_(0, i, src),
+                "index_add_": lambda src=src, n=num_rows, i=wide_index: src.new_zeros(n, WIDTH).index_add_(0, i, src),
                 "scatter_add": lambda src=src, n=num_rows, i=index: torch.ops.radix.scatter_add(src, i, n),
                 "scatter_add.csr": lambda src=src, n=num_rows, i=index, inverse=inverse: (
                     torch.ops.radix.scatter_add.csr(src, i, *inverse, n)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating timing, the machine's description, JSON results and a table on the terminal."""
+"""What the benchmarks share: alternating timing, the machine's description, JSON results and a table."""
 
 from __future__ import annotations
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,21 @@ def test_a_missing_library_says_how_to_build(monkeypatch, tmp_path):
         ImportError, match=r"radix_ops was not built: .*_C.abi3.so is missing. In a source tree, run `make build`"
     ):
         radix_ops._load_extension()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc (CUDA toolkit) compiles the CUDA sources")
+def test_the_build_compiles_cuda_sources_without_a_gpu(tmp_path):
+    root = Path(__file__).parent.parent
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc"):
+        (shutil.copytree if (root / name).is_dir() else shutil.copy)(root / name, tmp_path / name)
+    (tmp_path / "csrc" / "cuda").mkdir(exist_ok=True)
+    (tmp_path / "csrc" / "cuda" / "probe.cu").write_text(
+        "__global__ void probe_kernel(int* x) { *x = 1; }\n"
+        'extern "C" __attribute__((visibility("default"))) void radix_probe(int* x) { probe_kernel<<<1, 1>>>(x); }\n'
+    )
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", "out"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=os.environ | {"MAX_JOBS": "2"})
+    (library,) = (tmp_path / "out").rglob("_C.abi3.so")
+    # Beside a torch without CUDA the library must still load; in a process of its own, since it defines torch.ops.radix.
+    program = f"import ctypes, torch; ctypes.CDLL({str(library)!r}).radix_probe; torch.ops.radix.gather"
+    subprocess.run([sys.executable, "-c", program], check=True)
