@@ -184,17 +184,18 @@ def test_varlen_attention_refuses(arguments, message):
         RADIX.varlen_attention(*arguments)
 
 
-def calls():
-    yield RADIX.fold.default, (IDS, IDS, CU)
-    yield RADIX.fold_plan.default, (IDS, IDS, CU)
-    yield RADIX.gather.default, (X, INDEX)
-    yield RADIX.gather.csr, (X, INDEX, INDPTR, MEMBERS)
-    yield RADIX.scatter_add.default, (X[:2], INDEX, 3)
-    yield RADIX.scatter_add.csr, (X[:2], INDEX, INDPTR, MEMBERS, 3)
-    yield RADIX.varlen_attention.default, (Q, K, K, CU_Q, CU_K, 1.0)
+CALLS = [
+    (RADIX.fold.default, (IDS, IDS, CU)),
+    (RADIX.fold_plan.default, (IDS, IDS, CU)),
+    (RADIX.gather.default, (X, INDEX)),
+    (RADIX.gather.csr, (X, INDEX, INDPTR, MEMBERS)),
+    (RADIX.scatter_add.default, (X[:2], INDEX, 3)),
+    (RADIX.scatter_add.csr, (X[:2], INDEX, INDPTR, MEMBERS, 3)),
+    (RADIX.varlen_attention.default, (Q, K, K, CU_Q, CU_K, 1.0)),
+]
 
 
-@pytest.mark.parametrize(("op", "arguments"), list(calls()), ids=lambda value: str(value)[:24])
+@pytest.mark.parametrize(("op", "arguments"), CALLS, ids=[op.name() for op, _ in CALLS])
 def test_a_build_without_cuda_refuses_cuda_tensors(op, arguments):
     """Runs what the dispatcher would run for CUDA tensors."""
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -207,7 +208,7 @@ def test_a_build_without_cuda_refuses_cuda_tensors(op, arguments):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("op", "arguments"), list(calls()), ids=lambda value: str(value)[:24])
+@pytest.mark.parametrize(("op", "arguments"), CALLS, ids=[op.name() for op, _ in CALLS])
 def test_cuda_tensors_are_refused(op, arguments):
     on_device = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
     with pytest.raises(RuntimeError, match="this build of radix_ops has no CUDA kernel"):

@@ -67,6 +67,6 @@ def test_the_build_compiles_cuda_sources_without_a_gpu(tmp_path):
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", "out"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=os.environ | {"MAX_JOBS": "2"})
     (library,) = (tmp_path / "out").rglob("_C.abi3.so")
-    # Beside a torch without CUDA the library must still load; in a process of its own, since it defines torch.ops.radix.
+    # Beside a torch without CUDA it must still load: in a process of its own, since it defines torch.ops.radix.
     program = f"import ctypes, torch; ctypes.CDLL({str(library)!r}).radix_probe; torch.ops.radix.gather"
     subprocess.run([sys.executable, "-c", program], check=True)
