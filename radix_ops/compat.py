@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -67,9 +69,8 @@ def compute_fold_and_scatter_torch(
 
 
 def _fold(tensors: list[Tensor], pad_multiple_of: int | None, bound_checks: bool | None) -> tuple[Tensor, ...]:
-    if pad_multiple_of is None:
-        pad_multiple_of = 1
-    elif pad_multiple_of < 1:
+    pad_multiple_of = 1 if pad_multiple_of is None else operator.index(pad_multiple_of)
+    if pad_multiple_of < 1:
         raise ValueError(f"pad_multiple_of must be at least 1, got {pad_multiple_of}")
     for name, tensor in zip(_NAMES, tensors, strict=True):
         if tensor.dim() != 1:

@@ -149,6 +149,13 @@ def test_pad_multiple_of_below_1_is_refused(pad_multiple_of):
         compat.compute_fold_and_scatter(*given, pad_multiple_of)
 
 
+def test_pad_multiple_of_must_be_an_integer():
+    given = arrays(NAMED["nested"])
+    assert_same(compat.compute_fold_and_scatter(*given, np.int64(8)), compat.compute_fold_and_scatter(*given, 8))
+    with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+        compat.compute_fold_and_scatter(*given, 2.5)
+
+
 def test_torch_refuses_values_that_int32_does_not_hold():
     with pytest.raises(ValueError, match="input_ids must fit int32"):
         compat.compute_fold_and_scatter_torch(torch.tensor([2**31]), torch.tensor([0]), torch.tensor([0, 1]))
