@@ -29,7 +29,7 @@ def make(count: int, length: int, shared: float) -> list[np.ndarray]:
 
 
 def main() -> None:
-    args = harness.arguments(__doc__)
+    args = harness.parse(harness.make_parser(__doc__))
     rows = []
     for name, shape in BATCHES.items():
         theirs = [array.astype(np.uint32) for array in make(*shape)]

@@ -19,7 +19,7 @@ SHAPES = {  # rows, row, packed tokens
 
 
 def main() -> None:
-    args = harness.arguments(__doc__)
+    args = harness.parse(harness.make_parser(__doc__))
     rows = []
     for name, (count, row, length, dtype) in SHAPES.items():
         x = torch.randn(count, *row).mul(100).to(dtype)

@@ -19,7 +19,7 @@ def error(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def main() -> None:
-    args = harness.arguments(__doc__)
+    args = harness.parse(harness.make_parser(__doc__))
     rows = []
     for name, (count, prefix, own) in BATCHES.items():
         sequences = [[*range(prefix), *range(10_000 * (s + 1), 10_000 * (s + 1) + own)] for s in range(count)]

@@ -17,11 +17,17 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def arguments(description: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
-    parser.add_argument("--rounds", type=int, default=7, help="alternating rounds; the best median of each counts")
+def make_parser(description: str, *, threads: int = 1, rounds: int = 7) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=threads, help=f"threads of torch (default: {threads})")
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, help=f"alternating rounds, of which the best counts (default: {rounds})"
+    )
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     return args

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .batch import FoldedBatch
 
-_LAYOUTS = ("auto", "compact", "unfold")
+LAYOUTS = ("auto", "compact", "unfold")
 
 
 def attention(
@@ -59,8 +59,8 @@ def _zero_padding_rows(rows: Tensor, batch: FoldedBatch) -> Tensor:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, batch: FoldedBatch, sliding_window: int | None, layout: str) -> None:
-    if layout not in _LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(map(repr, _LAYOUTS))}, got {layout!r}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1, or None for no window, got {sliding_window}")
     for name, x in (("q", q), ("k", k), ("v", v)):

@@ -1,0 +1,161 @@
+"""How a transformers decoder stack computes a padded batch on the rows of its prefix trie. For `radix_ops.hf`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+from ._hf_types import attention_modules
+from .attention import attention
+from .batch import FoldedBatch, fold
+
+_ATTENTION_NAME = "radix_ops"
+# Further arguments of a stack's forward that may reach its layers because they don't change what a row computes.
+HARMLESS_ARGUMENTS = frozenset(
+    {"output_hidden_states", "return_dict", "num_items_in_batch", "shift_labels", "ignore_index", "token_type_ids"}
+)
+
+
+@dataclasses.dataclass(eq=False)
+class PaddedBatch:
+    """A padded batch [B, T] as rows, and the way back."""
+
+    batch: FoldedBatch
+    shape: torch.Size  # [B, T]
+    real: Tensor | None  # [num_tokens] where the packed tokens stand in the flat padded batch; None without padding
+
+    @classmethod
+    def fold(
+        cls, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, *, sees_packing: bool
+    ) -> PaddedBatch:
+        """Folds input_ids [B, T] under attention_mask [B, T]; position_ids [B, T] or [1, T] count from 0 if left out.
+
+        With `sees_packing`, a row without a mask holds several sequences, one from each step of its positions that
+        isn't 1 to the next, as transformers has it.
+        """
+        shape = input_ids.shape
+        if position_ids is not None:
+            position_ids = position_ids.expand(shape)
+        if attention_mask is not None:
+            mask = attention_mask.to(device=input_ids.device, dtype=torch.bool)
+            batch = FoldedBatch.from_padded(input_ids, mask, position_ids)
+            return cls(batch, shape, None if batch.num_tokens == shape.numel() else mask.flatten().nonzero().flatten())
+        is_start = torch.zeros(shape, dtype=torch.bool, device=input_ids.device)
+        is_start[:, 0] = True
+        if position_ids is not None and sees_packing:
+            is_start[:, 1:] = position_ids.diff(dim=1) != 1
+        cu_seqlens = nn.functional.pad(is_start.flatten().nonzero().flatten(), (0, 1), value=shape.numel())
+        positions = None if position_ids is None else position_ids.flatten()
+        return cls(fold(input_ids.flatten(), cu_seqlens, positions), shape, None)
+
+    def unfold(self, rows: Tensor) -> Tensor:
+        """[1, num_rows, D] -> [B, T, D] with zeros at padding."""
+        tokens = self.batch.unfold(rows.squeeze(0))
+        if self.real is not None:
+            tokens = tokens.new_zeros(self.shape.numel(), tokens.shape[1]).index_copy_(0, self.real, tokens)
+        return tokens.unflatten(0, self.shape)
+
+
+@dataclasses.dataclass(eq=False)
+class _FoldedCall:
+    """What the attention function needs to know.
+
+    It travels by keyword argument: a layer that gradient checkpointing computes again gets what it got the first time,
+    whatever was called in between.
+    """
+
+    batch: FoldedBatch
+    layout: str
+    attention_calls: int = 0
+
+
+def run_folded(stack: PreTrainedModel, padded: PaddedBatch, further_arguments: dict[str, Any], layout: str):
+    """The stack's output for the batch, in its padded layout; `further_arguments` are the HARMLESS_ARGUMENTS given."""
+    wants_dict = further_arguments.pop("return_dict", getattr(stack.config, "return_dict", True))
+    if further_arguments.get("output_hidden_states", getattr(stack.config, "output_hidden_states", False)):
+        # The twin's modules share their hooks with the stack's, but not the note that the hooks are there.
+        maybe_install_capturing_hooks(stack)
+    call = _FoldedCall(padded.batch, layout)
+    outputs = type(stack).forward(
+        _twin_stack(stack),
+        input_ids=padded.batch.input_ids[None],
+        position_ids=padded.batch.position_ids[None],
+        use_cache=False,
+        return_dict=True,
+        radix_call=call,
+        **further_arguments,
+    )
+    num_layers = len(attention_modules(stack))
+    if call.attention_calls != num_layers:
+        raise RuntimeError(
+            f"{type(stack).__name__} has {num_layers} layers and called the folded attention {call.attention_calls} "
+            "times, so its output is not to be trusted: something replaced its attention after enable"
+        )
+    last_rows, hidden_states = outputs.last_hidden_state, outputs.hidden_states
+    outputs.last_hidden_state = padded.unfold(last_rows)
+    if hidden_states is not None:
+        unfolded = {id(last_rows): outputs.last_hidden_state, id(None): None}
+        outputs.hidden_states = tuple(
+            unfolded[id(rows)] if id(rows) in unfolded else padded.unfold(rows) for rows in hidden_states
+        )
+    return outputs.to_tuple() if wants_dict is False else outputs
+
+
+def _twin_stack(stack: PreTrainedModel) -> PreTrainedModel:
+    """The same stack, parameters, hooks, flags and all, whose attention is ours.
+
+    The attention function is named by the config, which the model shares with its owner, with other threads and with
+    layers that are computed again during backward. So the name changes in a copy of the config, and shallow copies of
+    the modules that read it lead there: the stack, its layers and their attention. No mask function has our name, so
+    no mask is made.
+    """
+    config = _shallow_copy(stack.config)
+    config._attn_implementation = _ATTENTION_NAME
+    layers = []
+    for layer in stack.layers:
+        # A compiled call is bound to the original.
+        twin_attention = _shallow_copy(layer.self_attn, config=config, _compiled_call_impl=None)
+        children = {**layer._modules, "self_attn": twin_attention}
+        layers.append(_shallow_copy(layer, _modules=children, _compiled_call_impl=None))
+    return _shallow_copy(stack, config=config, _modules={**stack._modules, "layers": nn.ModuleList(layers)})
+
+
+def _shallow_copy(original: nn.Module | PreTrainedConfig, **replaced):
+    copied = object.__new__(type(original))
+    copied.__dict__.update(original.__dict__, **replaced)
+    return copied
+
+
+def _folded_attention(
+    module: nn.Module,
+    query: Tensor,  # [1, H, num_rows, D]
+    key: Tensor,  # [1, H_kv, num_rows, D]
+    value: Tensor,  # [1, H_kv, num_rows, D]
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    radix_call: _FoldedCall | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface -> ([1, num_rows, H, D], no weights)."""
+    if radix_call is None:
+        raise RuntimeError(f"the attention {_ATTENTION_NAME!r} can't be chosen by name; use radix_ops.hf.enable(model)")
+    if attention_mask is not None or dropout or is_causal is False:
+        raise RuntimeError("the folded attention was given a mask, dropout or is_causal=False, which it has no use for")
+    radix_call.attention_calls += 1
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        # Autocast does this for scaled_dot_product_attention.
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    out = attention(q, k, v, radix_call.batch, scale=scaling, sliding_window=sliding_window, layout=radix_call.layout)
+    return out[None], None
+
+
+AttentionInterface.register(_ATTENTION_NAME, _folded_attention)
