@@ -21,7 +21,7 @@ lint: $(VENV)/.lint
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -type f)
 
 wheel: $(VENV)/.torch
-	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	PYTHONWARNINGS=ignore $(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
 bench: $(VENV)/.built
@@ -52,7 +52,7 @@ $(VENV)/.deps: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.deps $(SOURCES)
-	$(PIP) install --quiet --no-build-isolation --no-deps -e .
+	PYTHONWARNINGS=ignore $(PIP) install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.venv pyproject.toml
