@@ -21,6 +21,7 @@ lint: $(VENV)/.lint
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -type f)
 
 wheel: $(VENV)/.torch
+	rm -rf build/lib* build/bdist* dist
 	PYTHONWARNINGS=ignore $(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -41,8 +42,8 @@ def extension() -> cpp_extension.CppExtension:
     ]
     nvcc = ["-O3", "-std=c++20"]
     files = sources("*.cpp") + sources("cpu/*.cpp")
-    # libtorch.so must come with libtorch_cpu.so, or a torch with CUDA registers its kernels too late.
-    link = ["-Wl,--no-as-needed", "-ltorch"]
+    # libtorch.so holds no symbol that we use, but needs libtorch_cuda.so where torch has CUDA: keep it among ours.
+    link = ["-Wl,--no-as-needed", "-ltorch"] if sys.platform == "linux" else ["-ltorch"]
     cuda_files = sources("cuda/*.cu")
     home = cuda_home()
     if home and cuda_files:

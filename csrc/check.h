@@ -20,6 +20,8 @@ using torch::stable::Tensor;
 
 // Sizes are int64; stored indices are int32, which bounds how many tokens and rows there may be.
 constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
+// Most torch operators allow no more dimensions either.
+constexpr int64_t kMaxDim = 64;
 
 template <typename... Args>
 [[noreturn]] inline void fail(const char* op, const Args&... args) {
@@ -37,14 +39,19 @@ template <typename... Args>
     }                                   \
   } while (false)
 
-inline std::string shape_of(const Tensor& tensor) {
+inline std::string shape_text(const int64_t* sizes, int64_t dim) {
   std::ostringstream text;
   text << "[";
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    text << (d ? ", " : "") << tensor.size(d);
+  for (int64_t d = 0; d < dim; ++d) {
+    text << (d ? ", " : "") << sizes[d];
   }
   text << "]";
   return text.str();
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return shape_text(sizes.data(), static_cast<int64_t>(sizes.size()));
 }
 
 inline std::string dtype_of(const Tensor& tensor) {
@@ -101,9 +108,9 @@ inline void check_inverse_shapes(
       " entries of index");
 }
 
-// A new contiguous CPU tensor: one call of the C interface, where torch::stable::empty is a boxed dispatch.
+// A new contiguous CPU tensor of at most kMaxDim dimensions: one call of the C interface, where torch::stable::empty is
+// a boxed dispatch.
 inline Tensor empty_cpu(const int64_t* sizes, int64_t dim, int32_t dtype_code) {
-  constexpr int64_t kMaxDim = 64;  // as in torch
   int64_t strides[kMaxDim];
   int64_t stride = 1;
   for (int64_t d = dim - 1; d >= 0; --d) {
@@ -111,8 +118,11 @@ inline Tensor empty_cpu(const int64_t* sizes, int64_t dim, int32_t dtype_code) {
     stride *= std::max<int64_t>(sizes[d], 1);
   }
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype_code, aoti_torch_device_type_cpu(), 0, &handle));
+  const auto status =
+      aoti_torch_empty_strided(dim, sizes, strides, dtype_code, aoti_torch_device_type_cpu(), 0, &handle);
+  if (status != AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error("radix: out of memory for a tensor of shape " + shape_text(sizes, dim));
+  }
   return Tensor(handle);
 }
 

@@ -28,10 +28,11 @@ ids keep their dtype, int32 or int64; index outputs are int32; index arguments a
 RadixMLP's (arXiv 2601.15013, section 3).
 
 `gather` and `scatter_add` are each other's gradient, so both can be differentiated any number of times. `scatter_add`
-sums each row's members in ascending order, in fp32 (fp64 for float64; integers wrap): the result is the same bits on
-every run and for any number of threads. `varlen_attention` can be differentiated once.
+sums each row's entries one after another, in ascending order (the .csr overload: in the order of members), in fp32
+(fp64 for float64; integers wrap): the result is the same bits on every run and for any number of threads. `varlen_attention` can be differentiated once.
 
-Malformed arguments raise RuntimeError, which names the argument, before memory outside the arguments is read.
+Malformed arguments raise RuntimeError, which names the argument, before memory outside the arguments is read. Tensors
+have at most 64 dimensions.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ X, INDEX = torch.randn(3, 2), torch.tensor([2, 0])
 INDPTR, MEMBERS = torch.tensor([0, 1, 1, 2]), torch.tensor([1, 0])
 # One number of storage seen as too many tokens: nothing of it may be read.
 HUGE = torch.zeros(1, dtype=torch.int64).expand(2**31)
+MANY = torch.zeros(1, dtype=torch.int64).expand(2**31 + 1)
 
 
 @pytest.mark.parametrize("op", ["fold", "fold_plan"])
@@ -30,6 +31,10 @@ HUGE = torch.zeros(1, dtype=torch.int64).expand(2**31)
         ((IDS, IDS[1:], CU), "position_ids must be as long as input_ids, got 3 positions for 4 tokens"),
         ((HUGE, HUGE, CU), "input_ids holds 2147483648 tokens; at most 2147483647 are allowed"),
         ((IDS, IDS, CU[:0]), "cu_seqlens is empty; it must hold 0 and then the end of each sequence"),
+        (
+            (IDS, IDS, HUGE.new_zeros(1).expand(2**31 + 1)),
+            "cu_seqlens holds 2147483648 sequences; at most 2147483647 are allowed",
+        ),
         ((IDS, IDS, CU + 1), "cu_seqlens must start at 0, got 1"),
         ((IDS, IDS, torch.tensor([-1, 4])), "cu_seqlens must start at 0, got -1"),
         ((IDS, IDS, torch.tensor([0, 3, 2, 4])), "cu_seqlens must not decrease, got 3 and then 2 at index 2"),
@@ -53,6 +58,7 @@ def test_fold_refuses(op, arguments, message):
     ("x", "index", "message"),
     [
         (torch.tensor(1.0), INDEX, "x must have at least 1 dimension, got a scalar"),
+        (X.view(3, 2, *[1] * 63), INDEX, "x must have at most 64 dimensions, got 65"),
         (X, INDEX[None], "index must have 1 dimension, got shape [1, 2]"),
         (X, INDEX[0], "index must have 1 dimension, got shape []"),
         (X, INDEX.float(), "index must be int32 or int64, got Float"),
@@ -73,6 +79,7 @@ def test_gather_refuses(x, index, message):
     ("src", "index", "num_rows", "message"),
     [
         (torch.tensor(1.0), INDEX, 3, "src must have at least 1 dimension, got a scalar"),
+        (X[:2].view(2, 2, *[1] * 63), INDEX, 3, "src must have at most 64 dimensions, got 65"),
         (X[:2], INDEX[None], 3, "index must have 1 dimension, got shape [1, 2]"),
         (X[:2], INDEX.half(), 3, "index must be int32 or int64, got Half"),
         (X, INDEX, 3, "index must hold one entry for each row of src, got 2 entries for 3 rows"),
@@ -215,3 +222,8 @@ def test_cuda_tensors_are_refused(op, arguments):
         op(*on_device)
     with pytest.raises(RuntimeError, match="this build of radix_ops has no CUDA kernel"):
         op(arguments[0], *on_device[1:])
+
+
+def test_a_tensor_that_memory_does_not_hold_is_an_error():
+    with pytest.raises(RuntimeError, match=re.escape("out of memory for a tensor of shape [2147483647, 1073741824]")):
+        RADIX.scatter_add(torch.zeros(1).expand(1, 2**30), torch.tensor([0]), 2**31 - 1)

@@ -26,6 +26,14 @@ void check_arguments(
       num_tokens <= kMaxRows, op, "input_ids holds ", num_tokens, " tokens; at most ", kMaxRows, " are allowed");
   RADIX_CHECK(cu_seqlens.size(0) >= 1, op, "cu_seqlens is empty; it must hold 0 and then the end of each sequence");
   RADIX_CHECK(
+      cu_seqlens.size(0) - 1 <= kMaxRows,
+      op,
+      "cu_seqlens holds ",
+      cu_seqlens.size(0) - 1,
+      " sequences; at most ",
+      kMaxRows,
+      " are allowed");
+  RADIX_CHECK(
       multiple >= 1 && multiple <= kMaxRows, op, "pad_multiple_of must be from 1 to ", kMaxRows, ", got ", multiple);
 }
 

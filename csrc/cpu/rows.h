@@ -32,6 +32,14 @@ inline Rows rows_of(const char* op, const char* name, const Tensor& tensor) {
   check_cpu(op, name, tensor);
   const auto sizes = tensor.sizes();
   RADIX_CHECK(sizes.size() >= 1, op, name, " must have at least 1 dimension, got a scalar");
+  RADIX_CHECK(
+      static_cast<int64_t>(sizes.size()) <= kMaxDim,
+      op,
+      name,
+      " must have at most ",
+      kMaxDim,
+      " dimensions, got ",
+      sizes.size());
   Rows rows{tensor, nullptr, sizes[0], 1, 0, 0};
   bool contiguous_rows = true;
   const auto strides = tensor.strides();
@@ -52,7 +60,7 @@ inline Rows rows_of(const char* op, const char* name, const Tensor& tensor) {
 // A new tensor of `count` rows shaped like those of `like`.
 inline Tensor empty_rows(const Tensor& like, int64_t count) {
   const auto sizes = like.sizes();
-  int64_t out_sizes[64];
+  int64_t out_sizes[kMaxDim];
   std::copy(sizes.begin(), sizes.end(), out_sizes);
   out_sizes[0] = count;
   return empty_cpu(out_sizes, static_cast<int64_t>(sizes.size()), dtype_code_of(like));

@@ -1,5 +1,5 @@
 // radix::scatter_add and radix::scatter_add.csr on the CPU: each output row is one sum over its segment of source
-// rows, in ascending order, so the result does not depend on the number of threads.
+// rows, always in the same order, so the result does not depend on the number of threads.
 #include "inverse.h"
 #include "rows.h"
 
