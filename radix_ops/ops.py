@@ -29,7 +29,8 @@ RadixMLP's (arXiv 2601.15013, section 3).
 
 `gather` and `scatter_add` are each other's gradient, so both can be differentiated any number of times. `scatter_add`
 sums each row's entries one after another, in ascending order (the .csr overload: in the order of members), in fp32
-(fp64 for float64; integers wrap): the result is the same bits on every run and for any number of threads. `varlen_attention` can be differentiated once.
+(fp64 for float64; integers wrap): the result is the same bits on every run and for any number of threads.
+`varlen_attention` can be differentiated once.
 
 Malformed arguments raise RuntimeError, which names the argument, before memory outside the arguments is read. Tensors
 have at most 64 dimensions.

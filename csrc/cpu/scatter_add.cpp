@@ -94,10 +94,9 @@ void sum_segments(const Rows& src, const Index* indptr, const Index* members, in
 }
 
 template <typename Index>
-Tensor sum_by_dtype(
-    const char* op, const Tensor& like, const Rows& src, const Index* indptr, const Index* members, int64_t num_rows) {
-  Tensor out = empty_rows(like, num_rows);
-  switch (like.scalar_type()) {
+void sum_by_dtype(
+    const char* op, const Rows& src, const Index* indptr, const Index* members, int64_t num_rows, Tensor& out) {
+  switch (out.scalar_type()) {
     case ScalarType::Double:
       sum_segments<double>(src, indptr, members, num_rows, out);
       break;
@@ -126,9 +125,8 @@ Tensor sum_by_dtype(
       sum_segments<uint8_t>(src, indptr, members, num_rows, out);
       break;
     default:
-      fail(op, "src must be float64, float32, float16, bfloat16 or an integer of 8 to 64 bits, got ", dtype_of(like));
+      fail(op, "src must be float64, float32, float16, bfloat16 or an integer of 8 to 64 bits, got ", dtype_of(out));
   }
-  return out;
 }
 
 void check_sizes(const char* op, const Rows& src, const Tensor& index, int64_t num_rows) {
@@ -153,10 +151,15 @@ Tensor scatter_add_cpu(const Tensor& src, const Tensor& index, int64_t num_rows)
     using Index = decltype(type);
     const Index* targets = static_cast<const Index*>(held_index.const_data_ptr());
     check_in_range(op, "index", targets, rows.count, num_rows, "rows (num_rows)");
-    std::vector<int64_t> indptr(num_rows + 1);
-    std::vector<int64_t> members(rows.count);
-    invert_index(targets, rows.count, num_rows, indptr.data(), members.data());
-    return sum_by_dtype(op, src, rows, indptr.data(), members.data(), num_rows);
+    Tensor out = empty_rows(src, num_rows);
+    auto sum = [&](auto inverse_type) {
+      std::vector<decltype(inverse_type)> indptr(num_rows + 1);
+      std::vector<decltype(inverse_type)> members(rows.count);
+      invert_index(targets, rows.count, num_rows, indptr.data(), members.data());
+      sum_by_dtype(op, rows, indptr.data(), members.data(), num_rows, out);
+    };
+    rows.count <= kMaxRows ? sum(int32_t{}) : sum(int64_t{});
+    return out;
   });
 }
 
@@ -226,7 +229,9 @@ Tensor scatter_add_csr_cpu(
       const Inverse* starts = static_cast<const Inverse*>(held_indptr.const_data_ptr());
       const Inverse* entries = static_cast<const Inverse*>(held_members.const_data_ptr());
       check_inverse(op, static_cast<const Index*>(held_index.const_data_ptr()), starts, entries, rows.count, num_rows);
-      return sum_by_dtype(op, src, rows, starts, entries, num_rows);
+      Tensor out = empty_rows(src, num_rows);
+      sum_by_dtype(op, rows, starts, entries, num_rows, out);
+      return out;
     };
     return narrow ? run(int32_t{}) : run(int64_t{});
   });
