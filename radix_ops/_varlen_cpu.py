@@ -121,7 +121,7 @@ def varlen_attention_backward(grad_out, q, k, v, cu_seqlens_q, cu_seqlens_k, sca
         return x.unflatten(1, (-1, heads // kv_heads)).permute(1, 0, 2, 3).flatten(1, 2)
 
     def max_rows(num_keys: int) -> int:
-        return max(1, min(_MAX_BLOCK_ROWS, _MAX_BLOCK_SCORES // (heads * num_keys)))
+        return max(1, min(_MAX_BLOCK_ROWS, _MAX_BLOCK_SCORES // max(1, heads * num_keys)))
 
     for block in _blocks(ends_q, ends_k, sliding_window, max_rows):
         queries, grads = by_kv_head(q[block.rows]), by_kv_head(grad_out[block.rows])
