@@ -42,6 +42,8 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window) -> tuple[list[in
         fail(f"k and v must have equal rows and heads, got {list(k.shape)} and {list(v.shape)}")
     if k.shape[2] != q.shape[2]:
         fail(f"q and k must have one head_dim, got {q.shape[2]} and {k.shape[2]}")
+    if q.shape[1] == 0 or q.shape[2] == 0:
+        fail(f"q must have at least one head and a head_dim of at least 1, got {list(q.shape)}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         fail(f"the {q.shape[1]} heads of q must be a multiple of the {k.shape[1]} heads of k and v")
     if sliding_window < 0:
@@ -121,7 +123,7 @@ def varlen_attention_backward(grad_out, q, k, v, cu_seqlens_q, cu_seqlens_k, sca
         return x.unflatten(1, (-1, heads // kv_heads)).permute(1, 0, 2, 3).flatten(1, 2)
 
     def max_rows(num_keys: int) -> int:
-        return max(1, min(_MAX_BLOCK_ROWS, _MAX_BLOCK_SCORES // max(1, heads * num_keys)))
+        return max(1, min(_MAX_BLOCK_ROWS, _MAX_BLOCK_SCORES // (heads * num_keys)))
 
     for block in _blocks(ends_q, ends_k, sliding_window, max_rows):
         queries, grads = by_kv_head(q[block.rows]), by_kv_head(grad_out[block.rows])

@@ -77,6 +77,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, batch: FoldedBatch, sliding_window: 
             raise ValueError(
                 f"attention runs on the CPU; {name} is on {x.device} and the batch on {batch.fold_index.device}"
             )
+    if q.shape[1] == 0 or q.shape[2] == 0:
+        raise ValueError(f"q must have at least one head and a head_dim of at least 1, got {list(q.shape)}")
     if q.shape[2] != k.shape[2] or k.shape[1] != v.shape[1] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
             "q [rows, H, D], k [rows, H_kv, D] and v [rows, H_kv, D_v] must agree in D and H_kv, and H be a multiple "

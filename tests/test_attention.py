@@ -150,6 +150,8 @@ ROWS = BATCH.num_rows
         ([(ROWS, 4, 8), (ROWS, 32), (ROWS, 4, 8)], {}, ValueError, r"k must have shape \[num_rows"),
         ([(ROWS, 4, 8), (ROWS, 3, 8), (ROWS, 3, 8)], {}, ValueError, "H be a multiple of H_kv"),
         ([(ROWS, 4, 8), (ROWS, 0, 8), (ROWS, 0, 8)], {}, ValueError, "H be a multiple of H_kv"),
+        ([(ROWS, 0, 8), (ROWS, 2, 8), (ROWS, 2, 8)], {}, ValueError, "q must have at least one head"),
+        ([(ROWS, 4, 0), (ROWS, 2, 0), (ROWS, 2, 8)], {}, ValueError, "a head_dim of at least 1"),
         ([(ROWS, 4, 8), (ROWS, 2, 9), (ROWS, 2, 9)], {}, ValueError, "must agree in D and H_kv"),
         ([(ROWS, 4, 8), (ROWS, 4, 8), (ROWS, 2, 8)], {}, ValueError, "must agree in D and H_kv"),
     ],

@@ -166,6 +166,10 @@ CU_Q, CU_K = torch.tensor([0, 1, 3]), torch.tensor([0, 2, 5])
         ((Q, K, K[1:], CU_Q, CU_K, 1.0), "k and v must have equal rows and heads, got [5, 2, 8] and [4, 2, 8]"),
         ((Q[:, :, 1:], K, K, CU_Q, CU_K, 1.0), "q and k must have one head_dim, got 7 and 8"),
         ((Q[:, :3], K, K, CU_Q, CU_K, 1.0), "the 3 heads of q must be a multiple of the 2 heads of k and v"),
+        (
+            (Q[:, :0], K, K, CU_Q, CU_K, 1.0),
+            "q must have at least one head and a head_dim of at least 1, got [3, 0, 8]",
+        ),
         ((Q, K, K, CU_Q, CU_K, 1.0, -1), "sliding_window must be at least 0 (0: none), got -1"),
         (
             (Q, K, K, CU_Q[:0], CU_K[:0], 1.0),
