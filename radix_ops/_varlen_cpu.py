@@ -36,6 +36,8 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window) -> tuple[list[in
             fail(f"{name} must have shape [rows, heads, head_dim], got {list(tensor.shape)}")
         if tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             fail(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
+        if tensor.device.type != "cpu":
+            fail(f"q, k and v must be on the CPU, got {name} on {tensor.device}")
         if tensor.dtype != q.dtype:
             fail(f"q, k and v must have one dtype, got {q.dtype} for q and {tensor.dtype} for {name}")
     if k.shape[:2] != v.shape[:2]:
@@ -48,7 +50,7 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window) -> tuple[list[in
         fail(f"the {q.shape[1]} heads of q must be a multiple of the {k.shape[1]} heads of k and v")
     if sliding_window < 0:
         fail(f"sliding_window must be at least 0 (0: none), got {sliding_window}")
-    check_index_like("varlen_attention", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_index_like("varlen_attention", q.device, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     if not ends_q or len(ends_q) != len(ends_k) or ends_q[0] != 0 or ends_k[0] != 0:
         fail(

@@ -40,9 +40,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from . import _varlen_cpu
-from ._check import check_index_like
+from ._check import check_devices, check_index_like
 
 _ALL_OPS = (
     "fold",
@@ -66,7 +69,7 @@ def _index_like(tensor: Tensor, *sizes) -> Tensor:
 
 @torch.library.register_fake("radix::fold")
 def _fold_fake(input_ids, position_ids, cu_seqlens, pad_multiple_of=1):
-    check_index_like("fold", input_ids=input_ids, position_ids=position_ids, cu_seqlens=cu_seqlens)
+    check_index_like("fold", input_ids.device, input_ids=input_ids, position_ids=position_ids, cu_seqlens=cu_seqlens)
     return _fold_outputs(input_ids, position_ids, _new_size())
 
 
@@ -81,7 +84,9 @@ def _fold_outputs(input_ids, position_ids, num_rows):
 
 @torch.library.register_fake("radix::fold_plan")
 def _fold_plan_fake(input_ids, position_ids, cu_seqlens, pad_multiple_of=1):
-    check_index_like("fold_plan", input_ids=input_ids, position_ids=position_ids, cu_seqlens=cu_seqlens)
+    check_index_like(
+        "fold_plan", input_ids.device, input_ids=input_ids, position_ids=position_ids, cu_seqlens=cu_seqlens
+    )
     num_rows, num_runs, num_kv = _new_size(), _new_size(), _new_size()
     return (
         *_fold_outputs(input_ids, position_ids, num_rows),
@@ -99,31 +104,32 @@ def _fold_plan_fake(input_ids, position_ids, cu_seqlens, pad_multiple_of=1):
 
 @torch.library.register_fake("radix::gather")
 def _gather_fake(x, index):
-    check_index_like("gather", index=index)
+    check_index_like("gather", x.device, index=index)
     return x.new_empty(index.shape[0], *x.shape[1:])
 
 
 @torch.library.register_fake("radix::gather.csr")
 def _gather_csr_fake(x, index, indptr, members):
-    check_index_like("gather.csr", index=index, indptr=indptr, members=members)
+    check_index_like("gather.csr", x.device, index=index, indptr=indptr, members=members)
     return x.new_empty(index.shape[0], *x.shape[1:])
 
 
 @torch.library.register_fake("radix::scatter_add")
 def _scatter_add_fake(src, index, num_rows):
-    check_index_like("scatter_add", index=index)
+    check_index_like("scatter_add", src.device, index=index)
     return src.new_empty(num_rows, *src.shape[1:])
 
 
 @torch.library.register_fake("radix::scatter_add.csr")
 def _scatter_add_csr_fake(src, index, indptr, members, num_rows):
-    check_index_like("scatter_add.csr", index=index, indptr=indptr, members=members)
+    check_index_like("scatter_add.csr", src.device, index=index, indptr=indptr, members=members)
     return src.new_empty(num_rows, *src.shape[1:])
 
 
 @torch.library.register_fake("radix::varlen_attention")
 def _varlen_attention_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, sliding_window=0):
-    check_index_like("varlen_attention", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_index_like("varlen_attention", q.device, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_devices("varlen_attention", q.device, k=k, v=v)
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
 
 
@@ -144,34 +150,47 @@ class _KeysBelowAutograd(dict):
 _below_autograd = _KeysBelowAutograd()
 
 
-def _register_autograd(op: torch._ops.OpOverload, save, backward) -> None:
-    """Gives `op` a gradient for its first argument; `save(args)` says what `backward(saved, grad)` needs.
+def _register_autograd(op: torch._ops.OpOverload, num_inputs: int, save, backward, jvp=None) -> None:
+    """Gives `op` gradients for its first `num_inputs` arguments.
 
-    `torch.library.register_autograd` does the same and costs three times as much on a call that needs no gradient,
-    which is more than a small gather itself takes.
+    `save(*arguments)` is (tensors, rest), what `backward((*tensors,), rest, *grads)` and `jvp` likewise need.
+    `torch.library.register_autograd` takes three times as long on a call that needs no gradient, which is more than a
+    small gather itself takes, and drops forward-mode tangents without a word.
     """
 
-    class Function(torch.autograd.Function):
+    # An Autograd kernel runs at one level of function transforms; torch.autograd.Function would start from the top.
+    class Function(_SingleLevelFunction):
         @staticmethod
         def forward(ctx, keyset, *args):
-            tensors, ctx.sizes = save(*args)
+            tensors, ctx.rest = save(*args)
             ctx.save_for_backward(*tensors)
+            ctx.save_for_forward(*tensors)
             with torch._C._AutoDispatchBelowAutograd():
                 return op.redispatch(_below_autograd[keyset.raw_repr()], *args)
 
         @staticmethod
-        def backward(ctx, grad):
-            num_others = len(ctx.needs_input_grad) - 2
-            grad_first = backward(ctx.saved_tensors, ctx.sizes, grad) if ctx.needs_input_grad[1] else None
-            return (None, grad_first, *[None] * num_others)
+        def backward(ctx, *grads):
+            grad_inputs = backward(ctx.saved_tensors, ctx.rest, *grads)
+            return (None, *grad_inputs, *[None] * (len(ctx.needs_input_grad) - 1 - num_inputs))
 
-    Function.__name__ = Function.__qualname__ = f"{op.name().replace('::', '_').replace('.', '_')}"
+        @staticmethod
+        def jvp(ctx, _, tangent, *others):
+            if jvp is None:
+                raise RuntimeError(f"{op.name()} has no forward-mode gradient; use backward mode")
+            return jvp(ctx.saved_tensors, ctx.rest, tangent)
+
+    Function.__name__ = Function.__qualname__ = op.name().replace("::", "_").replace(".", "_")
     redispatch = op._handle.redispatch_boxed
     grad_enabled = torch.is_grad_enabled
 
     def autograd_kernel(keyset, first, *others):
-        if first.requires_grad and grad_enabled():
-            return Function.apply(keyset, first, *others)
+        needs_gradient = first.requires_grad or (
+            num_inputs > 1 and any(x.requires_grad for x in others[: num_inputs - 1])
+        )
+        # Inside a dual level, any tensor may carry a tangent.
+        if (needs_gradient and grad_enabled()) or forward_ad._current_level >= 0:
+            with enable_single_level_autograd_function():
+                return Function.apply(keyset, first, *others)
         return redispatch(_below_autograd[keyset.raw_repr()], first, *others)
 
     _library.impl(op, autograd_kernel, "Autograd", with_keyset=True)
@@ -182,44 +201,51 @@ _library = torch.library.Library("radix", "IMPL")
 
 _register_autograd(
     _radix.gather.default,
+    1,
     lambda x, index: ((index,), x.shape[0]),
-    lambda saved, num_rows, grad: _radix.scatter_add(grad, *saved, num_rows),
+    lambda saved, num_rows, grad: (_radix.scatter_add(grad, *saved, num_rows),),
+    lambda saved, num_rows, tangent: _radix.gather(tangent, *saved),
 )
 _register_autograd(
     _radix.gather.csr,
+    1,
     lambda x, index, indptr, members: ((index, indptr, members), x.shape[0]),
-    lambda saved, num_rows, grad: _radix.scatter_add.csr(grad, *saved, num_rows),
+    lambda saved, num_rows, grad: (_radix.scatter_add.csr(grad, *saved, num_rows),),
+    lambda saved, num_rows, tangent: _radix.gather.csr(tangent, *saved),
 )
 _register_autograd(
     _radix.scatter_add.default,
-    lambda src, index, num_rows: ((index,), None),
-    lambda saved, _, grad: _radix.gather(grad, *saved),
+    1,
+    lambda src, index, num_rows: ((index,), num_rows),
+    lambda saved, num_rows, grad: (_radix.gather(grad, *saved),),
+    lambda saved, num_rows, tangent: _radix.scatter_add(tangent, *saved, num_rows),
 )
 _register_autograd(
     _radix.scatter_add.csr,
-    lambda src, index, indptr, members, num_rows: ((index, indptr, members), None),
-    lambda saved, _, grad: _radix.gather.csr(grad, *saved),
+    1,
+    lambda src, index, indptr, members, num_rows: ((index, indptr, members), num_rows),
+    lambda saved, num_rows, grad: (_radix.gather.csr(grad, *saved),),
+    lambda saved, num_rows, tangent: _radix.scatter_add.csr(tangent, *saved, num_rows),
 )
 
 
-def _varlen_attention_setup(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.sliding_window = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _varlen_attention_gradient(ctx, grad_out):
-    grads = _radix.varlen_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale, ctx.sliding_window)
-    return (*grads, None, None, None, None)
-
-
-def _no_double_backward(ctx, *grads):
+def _no_double_backward(saved, rest, *grads):
     raise RuntimeError("radix::varlen_attention can be differentiated once; its gradient has no gradient of its own")
 
 
-torch.library.register_autograd(
-    "radix::varlen_attention", _varlen_attention_gradient, setup_context=_varlen_attention_setup
+# The dispatcher drops trailing arguments that hold their defaults.
+_register_autograd(
+    _radix.varlen_attention.default,
+    3,
+    lambda *arguments: (arguments[:5], arguments[5:]),
+    lambda saved, rest, grad_out: _radix.varlen_attention_backward(grad_out, *saved, *rest),
 )
-torch.library.register_autograd("radix::varlen_attention_backward", _no_double_backward)
+_register_autograd(
+    _radix.varlen_attention_backward.default,
+    4,
+    lambda *arguments: ((), None),
+    _no_double_backward,
+)
 _library.impl("varlen_attention", _varlen_cpu.varlen_attention, "CPU")
 _library.impl("varlen_attention_backward", _varlen_cpu.varlen_attention_backward, "CPU")
 

@@ -106,3 +106,45 @@ def test_inputs_that_need_no_gradient_get_none():
         assert not RADIX.gather(x, INDEX).requires_grad
     with torch.inference_mode():
         assert RADIX.gather(x, INDEX).is_inference()
+
+
+def reference_of(op, arguments):
+    """The same function in torch's own differentiable ops."""
+    rest = arguments[1:]
+    if op in (RADIX.gather.default, RADIX.gather.csr):
+        return lambda x: x.index_select(0, rest[0])
+    return lambda x: x.new_zeros(rest[-1], *x.shape[1:]).index_add(0, rest[0], x)
+
+
+LINEAR = [pair for pair in sample_inputs() if pair[0] is not RADIX.varlen_attention.default]
+
+
+@pytest.mark.parametrize(("op", "arguments"), LINEAR, ids=[str(op) + str(i) for i, (op, _) in enumerate(LINEAR)])
+@pytest.mark.parametrize("transform", ["jvp", "jacfwd", "jacrev", "vjp", "grad", "dual"])
+def test_function_transforms(op, arguments, transform):
+    x, rest = arguments[0], arguments[1:]
+    ours, theirs = (lambda x: op(x, *rest).sin()), (lambda x: reference_of(op, arguments)(x).sin())
+
+    def run(function):
+        if transform == "jvp":
+            return torch.func.jvp(function, (x,), (x.cos(),))[1]
+        if transform == "vjp":
+            value, pull = torch.func.vjp(function, x)
+            return pull(value.cos())[0]
+        if transform == "grad":
+            return torch.func.grad(lambda x: function(x).sum())(x)
+        if transform == "dual":
+            with torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(x, x.cos())
+                return torch.autograd.forward_ad.unpack_dual(function(dual)).tangent
+        return getattr(torch.func, transform)(function)(x)
+
+    torch.testing.assert_close(run(ours), run(theirs))
+
+
+def test_attention_refuses_forward_mode():
+    op, arguments = next(pair for pair in sample_inputs() if pair[0] is RADIX.varlen_attention.default)
+    with pytest.raises(RuntimeError, match="forward-mode gradient"):
+        torch.func.jvp(lambda q: op(q, *arguments[1:]), (arguments[0],), (arguments[0],))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode gradient"):
+        op(torch.autograd.forward_ad.make_dual(arguments[0], arguments[0]), *arguments[1:])

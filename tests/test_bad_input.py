@@ -217,6 +217,15 @@ def test_a_build_without_cuda_refuses_cuda_tensors(op, arguments):
         op.redispatch(cuda, *arguments)
 
 
+@pytest.mark.parametrize(("op", "arguments"), CALLS, ids=[op.name() for op, _ in CALLS])
+def test_tensors_on_two_devices_are_refused(op, arguments):
+    for position, argument in enumerate(arguments):
+        if isinstance(argument, torch.Tensor):
+            mixed = [*arguments[:position], argument.to("meta"), *arguments[position + 1 :]]
+            with pytest.raises(RuntimeError, match="all tensors must be on one device|must be on the CPU"):
+                op(*mixed)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("op", "arguments"), CALLS, ids=[op.name() for op, _ in CALLS])
