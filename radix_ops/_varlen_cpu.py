@@ -6,6 +6,7 @@ last query stands at its last key. Query rows behind the last run are padding: t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -72,8 +73,12 @@ def _shorten(values: list[int]) -> str:
     return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:4]))}, ... {values[-1]}]"
 
 
-def _blocks(ends_q: list[int], ends_k: list[int], window: int, max_rows) -> Iterator[_Block]:
-    """Every query once, in blocks of at most `max_rows(number of keys)` rows."""
+def _blocks(ends_q: list[int], ends_k: list[int], window: int, max_rows, k: Tensor, v: Tensor) -> Iterator[_Block]:
+    """Every query once, in blocks of at most `max_rows(number of keys)` rows.
+
+    A masked key counts 0 times its value, which is NaN where the value is not finite. A row that others share must not
+    take that from a later token of one sequence, so there each query is a block of its own and sees no mask.
+    """
     for r in range(len(ends_q) - 1):
         first_row, end_row = ends_q[r], ends_q[r + 1]
         first_key, end_key = ends_k[r], ends_k[r + 1]
@@ -84,8 +89,19 @@ def _blocks(ends_q: list[int], ends_k: list[int], window: int, max_rows) -> Iter
             block_end = min(row + max_rows(end_key - first_key), end_row)
             lowest = max(first_key, row + offset - window + 1) if window else first_key
             keys = slice(lowest, block_end + offset)
-            yield _Block(slice(row, block_end), keys, _mask(block_end - row, keys.stop - keys.start, window))
+            maskable = slice(lowest if window else row + offset, keys.stop)
+            if block_end - row > 1 and not _is_finite(k[maskable], v[maskable]):
+                for single in range(row, block_end):
+                    first = max(first_key, single + offset - window + 1) if window else first_key
+                    yield _Block(slice(single, single + 1), slice(first, single + offset + 1), None)
+            else:
+                yield _Block(slice(row, block_end), keys, _mask(block_end - row, keys.stop - keys.start, window))
             row = block_end
+
+
+def _is_finite(*tensors: Tensor) -> bool:
+    """False wherever a value is not finite; also where a sum is too large for its type, which costs time alone."""
+    return all(math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))) for x in tensors)
 
 
 def _mask(num_rows: int, num_keys: int, window: int) -> Tensor | None:
@@ -102,7 +118,7 @@ def _mask(num_rows: int, num_keys: int, window: int) -> Tensor | None:
 def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, sliding_window=0):
     ends_q, ends_k = _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window)
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-    for block in _blocks(ends_q, ends_k, sliding_window, lambda num_keys: _MAX_BLOCK_ROWS):
+    for block in _blocks(ends_q, ends_k, sliding_window, lambda num_keys: _MAX_BLOCK_ROWS, k, v):
         heads_first = [x.transpose(0, 1).unsqueeze(0) for x in (q[block.rows], k[block.keys], v[block.keys])]
         attended = F.scaled_dot_product_attention(*heads_first, attn_mask=block.mask, scale=scale, enable_gqa=True)
         out[block.rows] = attended.squeeze(0).transpose(0, 1)
@@ -127,7 +143,7 @@ def varlen_attention_backward(grad_out, q, k, v, cu_seqlens_q, cu_seqlens_k, sca
     def max_rows(num_keys: int) -> int:
         return max(1, min(_MAX_BLOCK_ROWS, _MAX_BLOCK_SCORES // (heads * num_keys)))
 
-    for block in _blocks(ends_q, ends_k, sliding_window, max_rows):
+    for block in _blocks(ends_q, ends_k, sliding_window, max_rows, k, v):
         queries, grads = by_kv_head(q[block.rows]), by_kv_head(grad_out[block.rows])
         keys, values = (x[block.keys].to(wide).transpose(0, 1) for x in (k, v))  # [H_kv, keys, D]
         scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale)

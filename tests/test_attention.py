@@ -100,6 +100,27 @@ def test_padding_rows_are_zero_whatever_they_hold(layout):
         assert torch.equal(x[batch.num_nodes :], torch.zeros_like(x[batch.num_nodes :]))
 
 
+@pytest.mark.parametrize("layout", ["compact", "unfold"])
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_stays_in_its_sequence(layout, window, value):
+    """Row 3 follows the shared rows 0 to 2 and belongs to the first sequence alone."""
+    batch = FoldedBatch.from_sequences([[1, 2, 3, 4, 5], [1, 2, 3, 6, 7], [1, 2, 3, 8]])
+    q, k, v = inputs(batch, "gqa", torch.float64)
+    clean = attention(q, k, v, batch, layout=layout, sliding_window=window)
+    for spoiled in (k, v):
+        saved = spoiled.detach()[3].clone()
+        spoiled.detach()[3] = value
+        out = attention(q, k, v, batch, layout=layout, sliding_window=window)
+        rows = [0, 1, 2, 5, 6, 7]
+        torch.testing.assert_close(out[rows], clean[rows])
+        (grad_q,) = torch.autograd.grad(out[rows].sum(), q)
+        assert grad_q[rows].isfinite().all()
+        spoiled.detach()[3] = saved
+    v.detach()[3] = value
+    assert not attention(q, k, v, batch, layout=layout, sliding_window=window)[[3, 4]].isfinite().any()
+
+
 @pytest.mark.parametrize("name", ["no_sequences", "all_empty"])
 def test_attention_of_nothing(name):
     batch = FoldedBatch.from_sequences(NAMED[name])
