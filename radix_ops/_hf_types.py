@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _global_hooks
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_layers import (
@@ -25,6 +26,8 @@ _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 # Attention implementations whose answer the tests compare with; another name may attend to anything.
 _KNOWN_ATTENTION = ("eager", "sdpa")
 _IGNORED_LABEL = -100
+# Whose modules inside a decoder stack work on one token at a time, as far as the families' tests and checks go.
+_KNOWN_PACKAGES = ("torch", "transformers", "peft")
 # Path -> name of the class behind the family's prefix; projections and embeddings may be adapted or quantised.
 _PARTS_OF_STACK = {"rotary_emb": "RotaryEmbedding", "norm": "RMSNorm"}
 _PARTS_OF_LAYER = {
@@ -134,6 +137,8 @@ def unfoldable(stack: PreTrainedModel) -> str | None:
 
 def interference(stack: PreTrainedModel) -> str | None:
     """What at this moment makes a token's value depend on more than the tokens up to it, if anything."""
+    if _global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks:
+        return "a hook on all modules would see rows for positions"
     pending = list(stack._modules.values())
     while pending:
         module = pending.pop()
@@ -141,8 +146,12 @@ def interference(stack: PreTrainedModel) -> str | None:
             continue
         pending.extend(module._modules.values())
         reason = None
+        if "forward" in module.__dict__:
+            reason = "has a forward that was replaced"
+        elif type(module).__module__.partition(".")[0] not in _KNOWN_PACKAGES:
+            reason = f"is of type {type(module).__qualname__}, which is not known to work on one token at a time"
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            reason = "has a hook, which would see rows for positions" if _has_foreign_hook(module) else None
+            reason = "has a hook, which would see rows for positions" if _has_foreign_hook(module) else reason
         if module.training:
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
                 reason = "drops out"
@@ -195,6 +204,8 @@ def head_reads_padding(head: PreTrainedModel, arguments: Mapping[str, Any]) -> b
         return not mask.gather(1, _pooled_column(head, input_ids)).all()
     if forward is GenericForQuestionAnswering.forward:
         return arguments.get("start_positions") is not None and arguments.get("end_positions") is not None
+    if arguments.get("use_cache") is False and _kept_logits_read_padding(arguments.get("logits_to_keep"), mask):
+        return True
     if labels is None:
         return False
     ignored = _IGNORED_LABEL
@@ -212,6 +223,13 @@ def head_reads_padding(head: PreTrainedModel, arguments: Mapping[str, Any]) -> b
     if reordered or head.loss_function is not LOSS_MAPPING[loss]:
         return True
     return bool(((labels.to(mask.device) != ignored) & ~mask).any())
+
+
+def _kept_logits_read_padding(logits_to_keep: int | Tensor | None, mask: Tensor) -> bool:
+    """Whether a caller that picks positions, as generate(use_cache=False) does, picks a masked one."""
+    if isinstance(logits_to_keep, Tensor):
+        return not mask[:, logits_to_keep.to(mask.device)].all()
+    return bool(logits_to_keep) and not mask[:, -logits_to_keep:].all()
 
 
 def _pooled_column(head: PreTrainedModel, input_ids: Tensor) -> Tensor:

@@ -52,8 +52,6 @@ def attention(
 
 
 def _zero_padding_rows(rows: Tensor, batch: FoldedBatch) -> Tensor:
-    if batch.num_nodes == batch.num_rows:
-        return rows
     is_padding = torch.arange(batch.num_rows, device=rows.device) >= batch.num_nodes
     return rows.masked_fill(is_padding[:, None, None], 0)
 
@@ -61,9 +59,15 @@ def _zero_padding_rows(rows: Tensor, batch: FoldedBatch) -> Tensor:
 def _check(q: Tensor, k: Tensor, v: Tensor, batch: FoldedBatch, sliding_window: int | None, layout: str) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
-    if sliding_window is not None and sliding_window < 1:
+    if not isinstance(batch, FoldedBatch):
+        raise TypeError(f"batch must be a FoldedBatch, got {type(batch).__name__}")
+    if sliding_window is not None and (isinstance(sliding_window, bool) or not isinstance(sliding_window, int)):
+        raise TypeError(f"sliding_window must be an int or None, got {type(sliding_window).__name__}")
+    if sliding_window is not None and not 1 <= sliding_window < 2**63:
         raise ValueError(f"sliding_window must be at least 1, or None for no window, got {sliding_window}")
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.dim() != 3 or x.shape[0] != batch.num_rows:
             raise ValueError(
                 f"{name} must have shape [num_rows={batch.num_rows}, heads, head_dim], got {list(x.shape)}"

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ._check import INDEX_DTYPES
 
+_SEQUENCE_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 @dataclasses.dataclass(eq=False)
 class FoldedBatch:
@@ -47,6 +49,8 @@ class FoldedBatch:
 
         Raises TypeError for anything but integers, ValueError as `fold` does.
         """
+        if not isinstance(sequences, Sequence):
+            raise TypeError(f"sequences must be a list of lists of token ids, got {type(sequences).__name__}")
         tensors = []
         for i, sequence in enumerate(sequences):
             try:
@@ -55,8 +59,8 @@ class FoldedBatch:
                 raise TypeError(f"sequences[{i}] must hold integers: {error}") from None
             if tensor.dim() != 1:
                 raise ValueError(f"sequences[{i}] must be a flat list of token ids, got shape {list(tensor.shape)}")
-            if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
-                raise TypeError(f"sequences[{i}] must hold integers, got {tensor.dtype}")
+            if tensor.numel() and tensor.dtype not in _SEQUENCE_DTYPES:
+                raise TypeError(f"sequences[{i}] must hold integers that int64 holds, got {tensor.dtype}")
             tensors.append(tensor.to(torch.int64))
         lengths = torch.tensor([0] + [len(tensor) for tensor in tensors])
         input_ids = torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int64, device=device)
@@ -77,8 +81,12 @@ class FoldedBatch:
         count from 0 at each row's first real token unless `position_ids` [B, T] gives them. Raises ValueError for
         shapes that differ, a mask with other values than 0 and 1, and a mask with a hole.
         """
-        for name, tensor in (("attention_mask", attention_mask), ("position_ids", position_ids)):
-            if tensor is not None and (tensor.dim() != 2 or tensor.shape != input_ids.shape):
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        given |= {} if position_ids is None else {"position_ids": position_ids}
+        for name, tensor in given.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            if tensor.dim() != 2 or tensor.shape != input_ids.shape:
                 raise ValueError(
                     "input_ids, attention_mask and position_ids must have one shape [B, T], "
                     f"got {list(input_ids.shape)} for input_ids and {list(tensor.shape)} for {name}"
@@ -127,8 +135,11 @@ class FoldedBatch:
     @property
     def last_rows(self) -> Tensor:
         """[B] the row of each sequence's last token. Raises ValueError if a sequence is empty."""
-        if self.num_sequences and self.min_seqlen == 0:
-            raise ValueError("last_rows: a sequence of the batch is empty, so it has no last row")
+        message = "last_rows: a sequence of the batch is empty, so it has no last row"
+        if torch.compiler.is_compiling():
+            torch._check(self.min_seqlen > 0, lambda: message)
+        elif self.num_sequences and self.min_seqlen == 0:
+            raise ValueError(message)
         return self.unfold_index[self.cu_seqlens[1:] - 1]
 
     def fold(self, x: Tensor) -> Tensor:
@@ -157,6 +168,7 @@ class FoldedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> FoldedBatch:
         """The batch with its tensors on `device`."""
+        device = torch.device(device)
         moved = {
             field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
             for field in dataclasses.fields(self)
@@ -171,7 +183,7 @@ class FoldedBatch:
     def __repr__(self) -> str:
         return (
             f"FoldedBatch(num_sequences={self.num_sequences}, num_tokens={self.num_tokens}, num_rows={self.num_rows}, "
-            f"compact_ratio={self.compact_ratio:.3f}, device={self.input_ids.device})"
+            f"num_nodes={self.num_nodes}, device={self.input_ids.device})"
         )
 
 
@@ -265,8 +277,8 @@ def _check(input_ids: Tensor, cu_seqlens: Tensor, position_ids: Tensor | None, p
             raise ValueError(f"{name} is on {tensor.device}, but input_ids is on {input_ids.device}")
     if isinstance(pad_multiple_of, bool) or not isinstance(pad_multiple_of, (int, torch.SymInt)):
         raise TypeError(f"pad_multiple_of must be an int, got {type(pad_multiple_of).__name__}")
-    if pad_multiple_of < 1:
-        raise ValueError(f"pad_multiple_of must be at least 1, got {pad_multiple_of}")
+    if not 1 <= pad_multiple_of < 2**31:
+        raise ValueError(f"pad_multiple_of must be from 1 to {2**31 - 1}, got {pad_multiple_of}")
     if position_ids is None:
         return _positions_from_zero(input_ids, cu_seqlens)
     if position_ids.shape != input_ids.shape:

@@ -43,6 +43,16 @@ def score(args: argparse.Namespace) -> None:
         raise ScoreError(f"--output {args.output} is the input file itself")
     if args.output and not Path(args.output).parent.is_dir():
         raise ScoreError(f"--output {args.output}: its folder does not exist")
+    if args.output is not None and (
+        not args.output or (os.path.exists(args.output) and not os.path.isfile(args.output))
+    ):
+        raise ScoreError(f"--output {args.output!r} is not a regular file")
+    try:
+        on_cpu = torch.device(args.device).type == "cpu"
+    except RuntimeError:
+        on_cpu = False
+    if not on_cpu and not args.plain:
+        raise ScoreError(f"--device {args.device!r} can't fold: it must be cpu, or cuda with --plain")
     if args.compare and args.output and os.path.exists(args.output) and not args.overwrite:
         raise ScoreError(f"--output {args.output} exists and --compare times whole runs; --overwrite replaces it")
     if args.threads:
@@ -81,6 +91,8 @@ def _score_remaining(args, model, items, sequences, keys, results) -> None:
 def _compare(args, model, items, sequences, keys, results) -> None:
     plain_scores, plain = _run(args, model, sequences, False, None, warm_up=True)
     scores, folded = _run(args, model, sequences, True, None, warm_up=True)
+    for found in (plain_scores, scores):
+        scoring.check_finite(items, sequences, found)
     if results:
         Collector(items, sequences, keys, results).add(range(len(sequences)), scores)
         results.finish()
@@ -182,9 +194,9 @@ def context_length(config, tokenizer) -> int | None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed; it must be 1 or more")
+    value = int(text) if text.isdecimal() else 0
+    if not 1 <= value <= 2**31 - 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {2**31 - 1}")
     return value
 
 

@@ -70,13 +70,13 @@ def compute_fold_and_scatter_torch(
 
 def _fold(tensors: list[Tensor], pad_multiple_of: int | None, bound_checks: bool | None) -> tuple[Tensor, ...]:
     pad_multiple_of = 1 if pad_multiple_of is None else operator.index(pad_multiple_of)
-    if pad_multiple_of < 1:
-        raise ValueError(f"pad_multiple_of must be at least 1, got {pad_multiple_of}")
+    if not 1 <= pad_multiple_of < 2**31:
+        raise ValueError(f"pad_multiple_of must be from 1 to {2**31 - 1}, got {pad_multiple_of}")
     for name, tensor in zip(_NAMES, tensors, strict=True):
         if tensor.dim() != 1:
             raise ValueError(f"{name} must have 1 dimension, got shape {list(tensor.shape)}")
     input_ids, position_ids, cu_seqlens = tensors
-    if bound_checks is False and cu_seqlens.numel() == 0 and input_ids.numel() == 0:
+    if bound_checks is not None and not bound_checks and cu_seqlens.numel() == 0 and input_ids.numel() == 0:
         cu_seqlens = cu_seqlens.new_zeros(1)
     try:
         return torch.ops.radix.fold(input_ids, position_ids, cu_seqlens, pad_multiple_of)

@@ -172,7 +172,7 @@ class _HeadForward(_Forward):
     def __call__(self, *args, **kwargs):
         arguments = _hf_types.bind(type(self.module).forward, self.module, *args, **kwargs)
         if _hf_types.head_reads_padding(self.module, arguments):
-            kwargs["radix_obstacle"] = "labels or pooling read a masked position"
+            kwargs["radix_obstacle"] = "labels, pooling or logits_to_keep read a masked position"
         return self.__wrapped__(*args, **kwargs)
 
 

@@ -8,10 +8,13 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 from . import scoring
 from .plan import Sequence
 from .scoring import Item, ScoreError
 
+_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 TORN_START = b'{"line": '
 
 
@@ -119,14 +122,16 @@ class Collector:
 def result_keys(model, mode: str, items: list[Item], sequences: list[Sequence]) -> list[str]:
     """For each item a hash of its input line and token ids, of the mode, and of the model's config and weights.
 
-    64 values sampled from each parameter stand for the weights.
+    Of the weights it takes the bits of vectors and, of matrices, a sum over the bits of each row.
     """
     config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_") and k != "transformers_version"}
     base = hashlib.sha256(json.dumps([mode, config], sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
-        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]
+        bits = parameter.detach().contiguous().view(_INTEGER_OF_SIZE[parameter.element_size()])
+        if bits.dim() > 1:
+            bits = bits.flatten(1).sum(1, dtype=torch.int64)
         base.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        base.update(sample.double().cpu().numpy().tobytes())
+        base.update(bits.cpu().numpy().tobytes())
     hashes = []
     for item in items:
         hashes.append(base.copy())

@@ -78,7 +78,9 @@ def _parse_line(raw: bytes, number: int, where: str) -> Item:
     if not raw.strip():
         raise ScoreError(f"{where} is blank; each line must hold one JSON object")
     try:
-        fields = json.loads(raw.decode("utf-8"), parse_float=_finite, parse_constant=_finite)
+        fields = json.loads(
+            raw.decode("utf-8"), parse_float=_finite, parse_constant=_finite, object_pairs_hook=_unique_keys
+        )
     except UnicodeDecodeError as error:
         raise ScoreError(f"{where} is not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}") from error
     except (ValueError, RecursionError) as error:
@@ -102,6 +104,14 @@ def _parse_line(raw: bytes, number: int, where: str) -> Item:
     if clash:
         raise ScoreError(f'{where} has the key "{clash}", which the output uses itself; rename it')
     return Item(number, where, context, choices, fields, raw)
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return fields
 
 
 def _finite(text: str) -> float:
@@ -203,7 +213,7 @@ def check_model(model, sequences: list[Sequence], folded: bool) -> None:
     probe = torch.from_numpy(sequences[0].inputs[:8].astype(np.int64))[None].to(model.device)
     logits = model(input_ids=probe, use_cache=False).logits
     ours = head(stack(input_ids=probe, use_cache=False).last_hidden_state)
-    if not torch.allclose(ours, logits.to(ours.dtype), rtol=1e-5, atol=1e-5):
+    if not torch.allclose(ours, logits.to(ours.dtype), rtol=1e-5, atol=1e-5, equal_nan=True):
         raise ScoreError(f"{type(model).__name__} does more to its logits than its output head, so it can't be scored")
     if folded:
         try:
@@ -324,8 +334,7 @@ def result(item: Item, sequences: list[Sequence], scores: list[ChoiceScore]) -> 
     """
     logprobs = [score.logprob for score in scores]
     for number, value in enumerate(logprobs):
-        if not math.isfinite(value):
-            raise ScoreError(f"{item.where}: choices[{number}] got the log-probability {value}; try --dtype float32")
+        _check_finite(item, number, value)
     lengths = [max(1, len(choice.lstrip())) for choice in item.choices]
     return {
         "line": item.line,
@@ -336,6 +345,17 @@ def result(item: Item, sequences: list[Sequence], scores: list[ChoiceScore]) -> 
         "best": int(np.argmax(logprobs)),
         "best_per_char": int(np.argmax(np.divide(logprobs, lengths))),
     }
+
+
+def check_finite(items: list[Item], sequences: list[Sequence], scores: list[ChoiceScore]) -> None:
+    """ScoreError naming the first choice whose log-probability isn't finite."""
+    for sequence, score in zip(sequences, scores, strict=True):
+        _check_finite(items[sequence.item], sequence.choice, score.logprob)
+
+
+def _check_finite(item: Item, number: int, logprob: float) -> None:
+    if not math.isfinite(logprob):
+        raise ScoreError(f"{item.where}: choices[{number}] got the log-probability {logprob}; try --dtype float32")
 
 
 def differences(items: list[Item], a: list[ChoiceScore], b: list[ChoiceScore]) -> tuple[int, float]:

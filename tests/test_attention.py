@@ -190,3 +190,18 @@ def test_attention_refuses_dtypes_and_devices():
         attention(q.long(), q.long(), q.long(), BATCH)
     with pytest.raises(ValueError, match="attention runs on the CPU; q is on meta"):
         attention(q.to("meta"), q, q, BATCH)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sliding_window": 2.5}, "sliding_window must be an int or None, got float"),
+        ({"sliding_window": True}, "sliding_window must be an int or None, got bool"),
+        ({"batch": None}, "batch must be a FoldedBatch, got NoneType"),
+        ({"v": [1]}, "v must be a torch.Tensor, got list"),
+    ],
+)
+def test_attention_refuses_other_types(options, message):
+    q = torch.randn(ROWS, 4, 8)
+    with pytest.raises(TypeError, match=message):
+        attention(**{"q": q, "k": q, "v": q, "batch": BATCH, **options})

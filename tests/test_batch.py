@@ -178,7 +178,7 @@ GOOD = pack(NAMED["nested"])
         ((GOOD[0], GOOD[2].short()), TypeError, "cu_seqlens must be int32 or int64, got torch.int16"),
         ((GOOD[0], GOOD[2], GOOD[1].bool()), TypeError, "position_ids must be int32 or int64, got torch.bool"),
         ((GOOD[0], GOOD[2], GOOD[1], 2.0), TypeError, "pad_multiple_of must be an int, got float"),
-        ((GOOD[0], GOOD[2], GOOD[1], 0), ValueError, "pad_multiple_of must be at least 1, got 0"),
+        ((GOOD[0], GOOD[2], GOOD[1], 0), ValueError, "pad_multiple_of must be from 1 to 2147483647, got 0"),
         ((GOOD[0][None], GOOD[2]), ValueError, r"input_ids must have 1 dimension, got shape \[1, 17\]"),
         (
             (GOOD[0], GOOD[2], GOOD[1][1:]),
@@ -200,9 +200,13 @@ def test_fold_and_pack_refuse_bad_arguments(make, arguments, error, message):
 @pytest.mark.parametrize(
     ("sequences", "error", "message"),
     [
-        ([[1, 2], [1.5]], TypeError, r"sequences\[1\] must hold integers, got torch.float32"),
+        (
+            [[1, 2], [1.5]],
+            TypeError,
+            r"sequences\[1\] must hold integers that int64 holds, got torch.float32",
+        ),
         ([["a"]], TypeError, r"sequences\[0\] must hold integers"),
-        ([[True]], TypeError, r"sequences\[0\] must hold integers, got torch.bool"),
+        ([[True]], TypeError, r"sequences\[0\] must hold integers that int64 holds, got torch.bool"),
         ([[[1, 2]]], ValueError, r"sequences\[0\] must be a flat list of token ids, got shape \[1, 2\]"),
         ([1, 2], ValueError, r"sequences\[0\] must be a flat list of token ids, got shape \[\]"),
     ],
@@ -210,3 +214,27 @@ def test_fold_and_pack_refuse_bad_arguments(make, arguments, error, message):
 def test_from_sequences_refuses_bad_arguments(sequences, error, message):
     with pytest.raises(error, match=message):
         FoldedBatch.from_sequences(sequences)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda ids: FoldedBatch.from_padded(ids, None), "attention_mask must be a torch.Tensor, got NoneType"),
+        (lambda ids: FoldedBatch.from_padded(ids.tolist(), ids), "input_ids must be a torch.Tensor, got list"),
+        (lambda ids: FoldedBatch.from_padded(ids, ids, [0]), "position_ids must be a torch.Tensor, got list"),
+        (lambda ids: FoldedBatch.from_sequences(None), "sequences must be a list of lists of token ids, got NoneType"),
+        (
+            lambda ids: FoldedBatch.from_sequences([torch.ones(1, dtype=torch.uint64)]),
+            r"sequences\[0\] .* torch.uint64",
+        ),
+        (lambda ids: FoldedBatch.from_sequences([[1]]).to(torch.float32), "dtype"),
+    ],
+)
+def test_other_types_are_refused(call, message):
+    with pytest.raises(TypeError, match=message):
+        call(torch.ones(2, 3, dtype=torch.int64))
+
+
+def test_repr():
+    batch = FoldedBatch.from_sequences([[1, 2], [1, 3]], pad_multiple_of=4)
+    assert repr(batch) == "FoldedBatch(num_sequences=2, num_tokens=4, num_rows=4, num_nodes=3, device=cpu)"

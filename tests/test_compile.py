@@ -119,6 +119,20 @@ def test_compile_with_the_fold_inside():
         torch.testing.assert_close(compiled(ids, cu_seqlens, table), table[ids] * 2)
 
 
+@pytest.mark.usefixtures("no_recompiles")
+def test_compile_of_pooling_and_unfolded_attention_with_the_fold_inside():
+    def function(ids, cu_seqlens, table):
+        batch = radix_ops.fold(ids, cu_seqlens, pad_multiple_of=4)
+        q = table[batch.input_ids].unflatten(-1, (4, 6))
+        return radix_ops.attention(q, q, q, batch, layout="unfold")[batch.last_rows]
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+    table = torch.randn(101, 24)
+    for sequences in [FIRST, *OTHERS[:3]]:
+        ids, _, cu_seqlens = pack(sequences)
+        torch.testing.assert_close(compiled(ids, cu_seqlens, table), function(ids, cu_seqlens, table))
+
+
 class Frame(torch.nn.Module):
     def __init__(self):
         super().__init__()

@@ -192,7 +192,7 @@ def test_masked_position_that_is_read_runs_unfolded(case):
     models = [build("qwen3", head=head) for _ in range(2)]
     check_unfolded(
         *models,
-        "labels or pooling read a masked position",
+        "labels, pooling or logits_to_keep read a masked position",
         lambda model: {"input_ids": ids, "attention_mask": mask, **arguments(ids, mask)},
     )
 
@@ -204,7 +204,7 @@ def test_custom_loss_is_taken_to_read_masked_positions():
         model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.square().sum()
     labels = IDS.masked_fill(MASK == 0, -100)
     arguments = {"input_ids": IDS, "attention_mask": MASK, "labels": labels}
-    check_unfolded(*models, "labels or pooling read a masked position", lambda model: arguments)
+    check_unfolded(*models, "labels, pooling or logits_to_keep read a masked position", lambda model: arguments)
     models[1](input_ids=SQUARE_IDS, attention_mask=torch.ones_like(SQUARE_IDS), labels=SQUARE_IDS)
     assert models[1].radix_stats.folded == 1
 
@@ -220,7 +220,7 @@ def test_unknown_head_is_taken_to_read_masked_positions():
     models = [OtherHead(build().config).eval() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     arguments = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS.masked_fill(MASK == 0, -100)}
-    check_unfolded(*models, "labels or pooling read a masked position", lambda model: arguments)
+    check_unfolded(*models, "labels, pooling or logits_to_keep read a masked position", lambda model: arguments)
     models[1](input_ids=IDS, attention_mask=MASK)
     assert models[1].radix_stats.folded == 1
 
@@ -284,3 +284,79 @@ def test_threshold(threshold, ids, mask, folds):
     assert (model.radix_stats.folded, model.radix_stats.skipped) == ((1, 0) if folds else (0, 1))
     if not folds:
         assert model.radix_stats.rows == ids.numel()
+
+
+def _mix_positions(x):
+    return x - x.mean(-2, keepdim=True)
+
+
+class _MixingLinear(torch.nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        return self.linear(_mix_positions(x))
+
+
+def _replace_mlp_forward(model):
+    mlp = model.model.layers[0].mlp
+    original = mlp.forward
+    mlp.forward = lambda x: original(_mix_positions(x))
+
+
+def _replace_norm_forward(model):
+    norm = model.model.norm
+    original = norm.forward
+    norm.forward = lambda x: original(_mix_positions(x))
+
+
+def _replace_projection(model):
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = _MixingLinear(attention.q_proj)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_replace_mlp_forward, "layers.0.mlp has a forward that was replaced"),
+        (_replace_norm_forward, "norm has a forward that was replaced"),
+        (
+            _replace_projection,
+            "layers.1.self_attn.q_proj is of type _MixingLinear, which is not known to work on one token at a time",
+        ),
+    ],
+)
+@torch.no_grad()
+def test_replaced_parts_run_unfolded(change, reason):
+    plain, model = build(), build()
+    for each in (plain, model):
+        change(each)
+    check_unfolded(plain, model, reason, lambda model: {"input_ids": IDS, "attention_mask": MASK, "use_cache": None})
+
+
+@torch.no_grad()
+def test_global_hooks_run_unfolded():
+    plain, model = build(), build()
+
+    def mix(module, inputs, output):
+        return _mix_positions(output) if type(module).__name__ == "LlamaMLP" else None
+
+    handle = torch.nn.modules.module.register_module_forward_hook(mix)
+    try:
+        reason = "a hook on all modules would see rows for positions"
+        check_unfolded(plain, model, reason, lambda model: {"input_ids": IDS, "attention_mask": MASK})
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def test_generate_without_a_cache_from_right_padded_rows():
+    """It reads the logits of the last column, which are those of padding."""
+    model = build()
+    options = {"attention_mask": MASK, "max_new_tokens": 3, "use_cache": False, "do_sample": False}
+    plain = model.generate(IDS, **options)
+    hf.enable(model, threshold=1.0)
+    with pytest.warns(UserWarning, match="logits_to_keep read a masked position"):
+        got = model.generate(IDS, **options)
+    assert torch.equal(got, plain)
