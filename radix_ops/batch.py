@@ -135,11 +135,10 @@ class FoldedBatch:
     @property
     def last_rows(self) -> Tensor:
         """[B] the row of each sequence's last token. Raises ValueError if a sequence is empty."""
-        message = "last_rows: a sequence of the batch is empty, so it has no last row"
         if torch.compiler.is_compiling():
-            torch._check(self.min_seqlen > 0, lambda: message)
+            torch._check(self.min_seqlen > 0, lambda: "last_rows: a sequence of the batch is empty")
         elif self.num_sequences and self.min_seqlen == 0:
-            raise ValueError(message)
+            raise ValueError("last_rows: a sequence of the batch is empty, so it has no last row")
         return self.unfold_index[self.cu_seqlens[1:] - 1]
 
     def fold(self, x: Tensor) -> Tensor:
