@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 INDEX_DTYPES = (torch.int32, torch.int64)
+ATTENTION_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_index_like(op: str, device: torch.device, **tensors: Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._check import check_index_like
+from ._check import ATTENTION_DTYPES, check_index_like
 
 # Queries that share one dense mask: as a whole, the mask of 2048 queries over 8192 keys would take 128 MiB in fp32.
 _MAX_BLOCK_ROWS = 256
@@ -35,7 +35,7 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window) -> tuple[list[in
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 3:
             fail(f"{name} must have shape [rows, heads, head_dim], got {list(tensor.shape)}")
-        if tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        if tensor.dtype not in ATTENTION_DTYPES:
             fail(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
         if tensor.device.type != "cpu":
             fail(f"q, k and v must be on the CPU, got {name} on {tensor.device}")

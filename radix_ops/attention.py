@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ._check import ATTENTION_DTYPES
 from .batch import FoldedBatch
 
 LAYOUTS = ("auto", "compact", "unfold")
@@ -72,7 +73,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, batch: FoldedBatch, sliding_window: 
             raise ValueError(
                 f"{name} must have shape [num_rows={batch.num_rows}, heads, head_dim], got {list(x.shape)}"
             )
-        if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16) or x.dtype != q.dtype:
+        if x.dtype not in ATTENTION_DTYPES or x.dtype != q.dtype:
             raise TypeError(
                 "q, k and v must be of one dtype, float32, float64, bfloat16 or float16, "
                 f"got {q.dtype} for q and {x.dtype} for {name}"

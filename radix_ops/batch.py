@@ -78,8 +78,9 @@ class FoldedBatch:
         """Folds the real tokens of a padded batch, input_ids [B, T], where attention_mask [B, T] is 1 (else 0).
 
         Padding may stand on either side of a row or on both; a row of padding alone is an empty sequence. Positions
-        count from 0 at each row's first real token unless `position_ids` [B, T] gives them. Raises ValueError for
-        shapes that differ, a mask with other values than 0 and 1, and a mask with a hole.
+        count from 0 at each row's first real token unless `position_ids` [B, T] gives them. Raises TypeError for
+        anything but tensors, ValueError for shapes that differ, a mask with other values than 0 and 1, and a mask with
+        a hole.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
         given |= {} if position_ids is None else {"position_ids": position_ids}

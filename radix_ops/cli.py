@@ -47,12 +47,7 @@ def score(args: argparse.Namespace) -> None:
         not args.output or (os.path.exists(args.output) and not os.path.isfile(args.output))
     ):
         raise ScoreError(f"--output {args.output!r} is not a regular file")
-    try:
-        on_cpu = torch.device(args.device).type == "cpu"
-    except RuntimeError:
-        on_cpu = False
-    if not on_cpu and not args.plain:
-        raise ScoreError(f"--device {args.device!r} can't fold: it must be cpu, or cuda with --plain")
+    _check_device(args.device, folds=not args.plain)
     if args.compare and args.output and os.path.exists(args.output) and not args.overwrite:
         raise ScoreError(f"--output {args.output} exists and --compare times whole runs; --overwrite replaces it")
     if args.threads:
@@ -71,6 +66,16 @@ def score(args: argparse.Namespace) -> None:
         _compare(args, model, items, sequences, keys, results)
     else:
         _score_remaining(args, model, items, sequences, keys, results)
+
+
+def _check_device(name: str, folds: bool) -> None:
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = None
+    if kind != "cpu" and (folds or kind != "cuda"):
+        wrong = "can't fold" if folds else "can't be used"
+        raise ScoreError(f"--device {name!r} {wrong}: it must be cpu, or cuda with --plain")
 
 
 def _score_remaining(args, model, items, sequences, keys, results) -> None:

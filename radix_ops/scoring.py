@@ -219,7 +219,7 @@ def check_model(model, sequences: list[Sequence], folded: bool) -> None:
         try:
             with _folding(model):
                 pass
-        except (ValueError, TypeError, NotImplementedError) as error:
+        except (ValueError, TypeError) as error:
             raise ScoreError(f"{error}; --plain scores without folding") from error
 
 

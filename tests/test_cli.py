@@ -378,6 +378,8 @@ def test_result_keys_see_every_weight():
     [
         (("--device", "foo"), "--device 'foo' can't fold: it must be cpu, or cuda with --plain"),
         (("--device", "meta"), "--device 'meta' can't fold: it must be cpu, or cuda with --plain"),
+        (("--plain", "--device", "foo"), "--device 'foo' can't be used: it must be cpu, or cuda with --plain"),
+        (("--plain", "--device", "meta"), "--device 'meta' can't be used: it must be cpu, or cuda with --plain"),
         (("--output", "."), "--output '.' is not a regular file"),
         (("--output", os.devnull), f"--output {os.devnull!r} is not a regular file"),
         (("--output", ""), "--output '' is not a regular file"),
