@@ -1,5 +1,6 @@
 """Builds radix_ops._C: one extension for every Python >= 3.10 and torch >= 2.11, with CUDA kernels where nvcc is."""
 
+import hashlib
 import os
 import shutil
 import sys
@@ -40,7 +41,10 @@ def extension() -> cpp_extension.CppExtension:
         "-Wall",
         "-Wno-unknown-pragmas",
     ]
-    nvcc = ["-O3", "-std=c++20"]
+    nvcc = ["-O3", "-std=c++20", f"-Xcompiler=-fvisibility=hidden,-ffile-prefix-map={ROOT}=."]
+    # Beside a torch without CUDA nothing tracks the headers of .cu files: a changed flag compiles them again.
+    headers = [path.read_bytes() for path in sorted((ROOT / "csrc").rglob("*.*h"))]
+    nvcc.append(f"-DRADIX_HEADERS={hashlib.sha256(b''.join(headers)).hexdigest()[:16]}")
     files = sources("*.cpp") + sources("cpu/*.cpp")
     # libtorch.so holds no symbol that we use, but needs libtorch_cuda.so where torch has CUDA: keep it among ours.
     link = ["-Wl,--no-as-needed", "-ltorch"] if sys.platform == "linux" else ["-ltorch"]

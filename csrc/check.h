@@ -74,22 +74,54 @@ inline bool is_index_dtype(const Tensor& tensor) {
   return code == aoti_torch_dtype_int32() || code == aoti_torch_dtype_int64();
 }
 
-inline void check_cpu(const char* op, const char* name, const Tensor& tensor) {
-  RADIX_CHECK(tensor.is_cpu(), op, name, " is on another device than the CPU; all tensors must be on one device");
+// The device that a kernel runs on and that all its tensors must be on.
+struct Place {
+  int32_t type;
+  int32_t index;
+
+  bool operator==(const Place& other) const = default;
+};
+
+// AOTInductor's C interface gives the CPU an index of -1 or 0.
+inline Place place_of(const Tensor& tensor) {
+  Place place{};
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &place.type));
+  if (place.type != aoti_torch_device_type_cpu()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &place.index));
+  }
+  return place;
+}
+
+inline Place cpu() {
+  return Place{aoti_torch_device_type_cpu(), 0};
+}
+
+inline void check_place(const char* op, const char* name, const Tensor& tensor, const Place& place) {
+  if (place_of(tensor) == place) [[likely]] {
+    return;
+  }
+  const bool on_cpu = place == cpu();
+  const std::string device = on_cpu ? "the CPU" : "cuda:" + std::to_string(place.index);
+  fail(op, name, " is on another device than ", device, "; all tensors must be on one device");
 }
 
 // A 1-D int32 or int64 tensor: ids, positions, indices and cumulative lengths.
-inline void check_index_like(const char* op, const char* name, const Tensor& tensor) {
-  check_cpu(op, name, tensor);
+inline void check_index_like(const char* op, const char* name, const Tensor& tensor, const Place& place) {
+  check_place(op, name, tensor, place);
   RADIX_CHECK(tensor.dim() == 1, op, name, " must have 1 dimension, got shape ", shape_of(tensor));
   RADIX_CHECK(is_index_dtype(tensor), op, name, " must be int32 or int64, got ", dtype_of(tensor));
 }
 
 // The shapes of an index's inverse over num_rows rows: indptr [num_rows + 1] and members as long as index.
 inline void check_inverse_shapes(
-    const char* op, const Tensor& index, const Tensor& indptr, const Tensor& members, int64_t num_rows) {
-  check_index_like(op, "indptr", indptr);
-  check_index_like(op, "members", members);
+    const char* op,
+    const Tensor& index,
+    const Tensor& indptr,
+    const Tensor& members,
+    int64_t num_rows,
+    const Place& place) {
+  check_index_like(op, "indptr", indptr, place);
+  check_index_like(op, "members", members, place);
   RADIX_CHECK(
       indptr.size(0) - 1 == num_rows,
       op,
@@ -108,9 +140,9 @@ inline void check_inverse_shapes(
       " entries of index");
 }
 
-// A new contiguous CPU tensor of at most kMaxDim dimensions: one call of the C interface, where torch::stable::empty is
-// a boxed dispatch.
-inline Tensor empty_cpu(const int64_t* sizes, int64_t dim, int32_t dtype_code) {
+// A new contiguous tensor of at most kMaxDim dimensions: one call of the C interface, where torch::stable::empty is a
+// boxed dispatch.
+inline Tensor empty_at(const Place& place, const int64_t* sizes, int64_t dim, int32_t dtype_code) {
   int64_t strides[kMaxDim];
   int64_t stride = 1;
   for (int64_t d = dim - 1; d >= 0; --d) {
@@ -118,16 +150,15 @@ inline Tensor empty_cpu(const int64_t* sizes, int64_t dim, int32_t dtype_code) {
     stride *= std::max<int64_t>(sizes[d], 1);
   }
   AtenTensorHandle handle = nullptr;
-  const auto status =
-      aoti_torch_empty_strided(dim, sizes, strides, dtype_code, aoti_torch_device_type_cpu(), 0, &handle);
+  const auto status = aoti_torch_empty_strided(dim, sizes, strides, dtype_code, place.type, place.index, &handle);
   if (status != AOTI_TORCH_SUCCESS) {
     throw std::runtime_error("radix: out of memory for a tensor of shape " + shape_text(sizes, dim));
   }
   return Tensor(handle);
 }
 
-inline Tensor empty_cpu(int64_t length, int32_t dtype_code) {
-  return empty_cpu(&length, 1, dtype_code);
+inline Tensor empty_at(const Place& place, int64_t length, int32_t dtype_code) {
+  return empty_at(place, &length, 1, dtype_code);
 }
 
 inline Tensor as_contiguous(const Tensor& tensor) {

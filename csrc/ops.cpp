@@ -12,8 +12,14 @@ STABLE_TORCH_LIBRARY(radix, m) {
       " Tensor kv_index, Tensor kv_indptr, Tensor kv_members, Tensor counts)");
   m.def("gather(Tensor x, Tensor index) -> Tensor");
   m.def("gather.csr(Tensor x, Tensor index, Tensor indptr, Tensor members) -> Tensor");
+  m.def("gather_kv(Tensor k, Tensor v, Tensor index) -> (Tensor, Tensor)");
+  m.def("gather_kv.csr(Tensor k, Tensor v, Tensor index, Tensor indptr, Tensor members) -> (Tensor, Tensor)");
   m.def("scatter_add(Tensor src, Tensor index, SymInt num_rows) -> Tensor");
   m.def("scatter_add.csr(Tensor src, Tensor index, Tensor indptr, Tensor members, SymInt num_rows) -> Tensor");
+  m.def("scatter_add_kv(Tensor src_k, Tensor src_v, Tensor index, SymInt num_rows) -> (Tensor, Tensor)");
+  m.def(
+      "scatter_add_kv.csr(Tensor src_k, Tensor src_v, Tensor index, Tensor indptr, Tensor members, SymInt num_rows)"
+      " -> (Tensor, Tensor)");
   m.def(
       "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
       " float scale, int sliding_window=0) -> Tensor");

@@ -48,7 +48,7 @@ def attention(
         out = torch.ops.radix.varlen_attention(*packed, batch.cu_seqlens, batch.cu_seqlens, scale, window)
         return _zero_padding_rows(batch.fold(out), batch)
     inverse = (batch.kv_index, batch.kv_indptr, batch.kv_members)
-    keys, values = (torch.ops.radix.gather.csr(x, *inverse) for x in (k, v))
+    keys, values = torch.ops.radix.gather_kv.csr(k, v, *inverse)
     return torch.ops.radix.varlen_attention(q, keys, values, batch.cu_seqlens_q, batch.cu_seqlens_k, scale, window)
 
 

@@ -54,8 +54,7 @@ def compute_fold_and_scatter_torch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`compute_fold_and_scatter` for tensors: int32 or int64 on one device in, int32 on that device out.
 
-    Tensors on another device than the CPU are folded on the CPU. Ids and positions that int32 does not hold raise
-    ValueError.
+    CUDA tensors are folded where they are. Ids and positions that int32 does not hold raise ValueError.
     """
     tensors = [input_ids, position_ids, cu_seq_lengths]
     for name, tensor in zip(_NAMES, tensors, strict=True):
@@ -63,9 +62,8 @@ def compute_fold_and_scatter_torch(
             raise TypeError(f"{name} must be an int32 or int64 tensor, got {_type_name(tensor)}")
         if tensor.device != input_ids.device:
             raise ValueError(f"{name} is on {tensor.device}, but input_ids is on {input_ids.device}")
-    ids, positions, *maps = _fold([tensor.cpu() for tensor in tensors], pad_multiple_of, bound_checks)
-    folded = _narrow("input_ids", ids), _narrow("position_ids", positions), *maps
-    return tuple(tensor.to(input_ids.device) for tensor in folded)
+    ids, positions, *maps = _fold(tensors, pad_multiple_of, bound_checks)
+    return _narrow("input_ids", ids), _narrow("position_ids", positions), *maps
 
 
 def _fold(tensors: list[Tensor], pad_multiple_of: int | None, bound_checks: bool | None) -> tuple[Tensor, ...]:

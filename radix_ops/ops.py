@@ -14,7 +14,9 @@ gather(x [R, ...], index [N])
     -> x[index] [N, ...], of any dtype.
 scatter_add(src [N, ...], index [N], num_rows)
     -> out [num_rows, ...] with out[index[i]] += src[i]; float64, float32, float16, bfloat16 and integers.
-gather.csr(x, index, indptr, members), scatter_add.csr(src, index, indptr, members, num_rows)
+gather_kv(k [R, ...], v [R, ...], index [N]), scatter_add_kv(src_k [N, ...], src_v [N, ...], index [N], num_rows)
+    -> gather or scatter_add of two tensors of one dtype by one index, in one pass on CUDA.
+gather.csr(x, index, indptr, members), scatter_add.csr(src, index, indptr, members, num_rows), and of the pairs alike
     -> the same, with the inverse of index at hand, so that neither scatter_add nor the backward of gather sorts:
     members[indptr[j]:indptr[j + 1]] are the i with index[i] == j.
 varlen_attention(q [num_rows, H, D], k [K, H_kv, D], v [K, H_kv, D_v], cu_seqlens_q, cu_seqlens_k, scale,
@@ -29,14 +31,23 @@ RadixMLP's (arXiv 2601.15013, section 3).
 
 `gather` and `scatter_add` are each other's gradient, so both can be differentiated any number of times. `scatter_add`
 sums each row's entries one after another, in ascending order (the .csr overload: in the order of members), in fp32
-(fp64 for float64; integers wrap): the result is the same bits on every run and for any number of threads.
+(fp64 for float64; integers wrap): the result is the same bits on every run and for any number of threads. On CUDA a row
+of more than 128 entries is summed in up to 128 parts, and the parts in order: the same bits on every run there too.
 `varlen_attention` can be differentiated once.
 
 Malformed arguments raise RuntimeError, which names the argument, before memory outside the arguments is read. Tensors
 have at most 64 dimensions.
+
+On CUDA, all ops but varlen_attention run on the current stream. fold and fold_plan copy 32 bytes to the host, once (a
+second time if two paths have one 64-bit hash), and wait for them: they can't be captured in a CUDA graph; the others
+can, and never wait. cu_seqlens is checked by fold; a value of index, indptr or members that is out of range, or members
+that are not the inverse of index in scatter_add, are device asserts, as in torch.index_select. (gather.csr takes from
+the inverse only which rows to keep in the cache.)
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -52,8 +63,12 @@ _ALL_OPS = (
     "fold_plan",
     "gather",
     "gather.csr",
+    "gather_kv",
+    "gather_kv.csr",
     "scatter_add",
     "scatter_add.csr",
+    "scatter_add_kv",
+    "scatter_add_kv.csr",
     "varlen_attention",
     "varlen_attention_backward",
 )
@@ -102,28 +117,29 @@ def _fold_plan_fake(input_ids, position_ids, cu_seqlens, pad_multiple_of=1):
     )
 
 
-@torch.library.register_fake("radix::gather")
-def _gather_fake(x, index):
-    check_index_like("gather", x.device, index=index)
+def _gather_fake(op, x, index, *inverse):
+    check_index_like(op, x.device, index=index, **dict(zip(("indptr", "members"), inverse, strict=False)))
     return x.new_empty(index.shape[0], *x.shape[1:])
 
 
-@torch.library.register_fake("radix::gather.csr")
-def _gather_csr_fake(x, index, indptr, members):
-    check_index_like("gather.csr", x.device, index=index, indptr=indptr, members=members)
-    return x.new_empty(index.shape[0], *x.shape[1:])
-
-
-@torch.library.register_fake("radix::scatter_add")
-def _scatter_add_fake(src, index, num_rows):
-    check_index_like("scatter_add", src.device, index=index)
+def _scatter_add_fake(op, src, index, *rest):
+    *inverse, num_rows = rest
+    check_index_like(op, src.device, index=index, **dict(zip(("indptr", "members"), inverse, strict=False)))
     return src.new_empty(num_rows, *src.shape[1:])
 
 
-@torch.library.register_fake("radix::scatter_add.csr")
-def _scatter_add_csr_fake(src, index, indptr, members, num_rows):
-    check_index_like("scatter_add.csr", src.device, index=index, indptr=indptr, members=members)
-    return src.new_empty(num_rows, *src.shape[1:])
+def _pair_fake(fake):
+    def pair_fake(op, k, v, *rest):
+        check_devices(op, k.device, v=v)
+        return fake(op, k, *rest), fake(op, v, *rest)
+
+    return pair_fake
+
+
+for _name, _fake in (("gather", _gather_fake), ("scatter_add", _scatter_add_fake)):
+    for _op, _kernel in ((_name, _fake), (f"{_name}_kv", _pair_fake(_fake))):
+        for _overload in (_op, f"{_op}.csr"):
+            torch.library.register_fake(f"radix::{_overload}", functools.partial(_kernel, _overload))
 
 
 @torch.library.register_fake("radix::varlen_attention")
@@ -174,10 +190,10 @@ def _register_autograd(op: torch._ops.OpOverload, num_inputs: int, save, backwar
             return (None, *grad_inputs, *[None] * (len(ctx.needs_input_grad) - 1 - num_inputs))
 
         @staticmethod
-        def jvp(ctx, _, tangent, *others):
+        def jvp(ctx, _, *tangents):
             if jvp is None:
                 raise RuntimeError(f"{op.name()} has no forward-mode gradient; use backward mode")
-            return jvp(ctx.saved_tensors, ctx.rest, tangent)
+            return jvp(ctx.saved_tensors, ctx.rest, *tangents[:num_inputs])
 
     Function.__name__ = Function.__qualname__ = op.name().replace("::", "_").replace(".", "_")
     redispatch = op._handle.redispatch_boxed
@@ -199,34 +215,36 @@ def _register_autograd(op: torch._ops.OpOverload, num_inputs: int, save, backwar
 _radix = torch.ops.radix
 _library = torch.library.Library("radix", "IMPL")
 
-_register_autograd(
-    _radix.gather.default,
-    1,
-    lambda x, index: ((index,), x.shape[0]),
-    lambda saved, num_rows, grad: (_radix.scatter_add(grad, *saved, num_rows),),
-    lambda saved, num_rows, tangent: _radix.gather(tangent, *saved),
-)
-_register_autograd(
-    _radix.gather.csr,
-    1,
-    lambda x, index, indptr, members: ((index, indptr, members), x.shape[0]),
-    lambda saved, num_rows, grad: (_radix.scatter_add.csr(grad, *saved, num_rows),),
-    lambda saved, num_rows, tangent: _radix.gather.csr(tangent, *saved),
-)
-_register_autograd(
-    _radix.scatter_add.default,
-    1,
-    lambda src, index, num_rows: ((index,), num_rows),
-    lambda saved, num_rows, grad: (_radix.gather(grad, *saved),),
-    lambda saved, num_rows, tangent: _radix.scatter_add(tangent, *saved, num_rows),
-)
-_register_autograd(
-    _radix.scatter_add.csr,
-    1,
-    lambda src, index, indptr, members, num_rows: ((index, indptr, members), num_rows),
-    lambda saved, num_rows, grad: (_radix.gather.csr(grad, *saved),),
-    lambda saved, num_rows, tangent: _radix.scatter_add.csr(tangent, *saved, num_rows),
-)
+
+def _register_linear(gather, scatter_add, num_inputs: int) -> None:
+    """Gradients of a gather and a scatter_add of `num_inputs` tensors, each the other's transpose.
+
+    Between the tensors and num_rows stand index and, in the .csr overloads, its inverse.
+    """
+
+    def as_tuple(result):
+        return result if num_inputs > 1 else (result,)
+
+    _register_autograd(
+        gather,
+        num_inputs,
+        lambda *arguments: (arguments[num_inputs:], arguments[0].shape[0]),
+        lambda saved, num_rows, *grads: as_tuple(scatter_add(*grads, *saved, num_rows)),
+        lambda saved, num_rows, *tangents: gather(*tangents, *saved),
+    )
+    _register_autograd(
+        scatter_add,
+        num_inputs,
+        lambda *arguments: (arguments[num_inputs:-1], arguments[-1]),
+        lambda saved, num_rows, *grads: as_tuple(gather(*grads, *saved)),
+        lambda saved, num_rows, *tangents: scatter_add(*tangents, *saved, num_rows),
+    )
+
+
+_register_linear(_radix.gather.default, _radix.scatter_add.default, 1)
+_register_linear(_radix.gather.csr, _radix.scatter_add.csr, 1)
+_register_linear(_radix.gather_kv.default, _radix.scatter_add_kv.default, 2)
+_register_linear(_radix.gather_kv.csr, _radix.scatter_add_kv.csr, 2)
 
 
 def _no_double_backward(saved, rest, *grads):

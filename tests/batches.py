@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import torch
 
@@ -32,6 +34,16 @@ def pack(sequences: list[list[int]], dtype: torch.dtype = torch.int64) -> tuple[
     positions = torch.tensor([i for sequence in sequences for i in range(len(sequence))], dtype=dtype)
     cu_seqlens = torch.tensor([0] + [len(sequence) for sequence in sequences]).cumsum(0).to(dtype)
     return ids, positions, cu_seqlens
+
+
+def rounds(count: int) -> range:
+    """`count` rounds of a test of random batches, or a share of them: a memory checker makes them slow."""
+    return range(max(1, count // int(os.environ.get("RADIX_TEST_DIVISOR", "1"))))
+
+
+def to(device: str, values):
+    """A tuple or list of tensors and other values, with the tensors on `device`."""
+    return type(values)(value.to(device) if isinstance(value, torch.Tensor) else value for value in values)
 
 
 def random_sequences(rng: np.random.Generator) -> list[list[int]]:

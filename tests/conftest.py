@@ -5,9 +5,29 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """Each device that the ops have kernels for."""
+    return request.param
+
+
+@pytest.fixture
+def default_device(device):
+    """The same, with new tensors on it."""
+    with torch.device(device):
+        yield device
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import NAMED, pack
+from batches import NAMED, pack, to
 
 from radix_ops import FoldedBatch
 
@@ -13,15 +13,25 @@ INDEX = torch.tensor([3, 0, 0, 2, 3, 3, 0], dtype=torch.int32)
 INDPTR, MEMBERS = torch.tensor([0, 3, 3, 4, 7, 7]), torch.tensor([1, 2, 6, 3, 0, 4, 5])
 
 
-def sample_inputs(requires_grad=False, dtype=torch.float64):
-    """(op, arguments) for every op of torch.ops.radix, over shapes that differ pairwise."""
-    x = torch.randn(5, 4, dtype=dtype, requires_grad=requires_grad)
-    src = torch.randn(7, 3, 2, dtype=dtype, requires_grad=requires_grad)
-    scalars = torch.randn(7, dtype=dtype, requires_grad=requires_grad)
-    strided = torch.randn(4, 5, dtype=dtype, requires_grad=requires_grad).T
+def sample_inputs(requires_grad=False, dtype=torch.float64, device="cpu"):
+    """(op, arguments) for every op of torch.ops.radix that has a kernel, over shapes that differ pairwise."""
+    for op, arguments in _sample_inputs(dtype):
+        if device == "cpu" or "varlen_attention" not in op.name():
+            on_device = to(device, arguments)
+            for argument in on_device:
+                if isinstance(argument, torch.Tensor) and argument.is_floating_point():
+                    argument.requires_grad_(requires_grad)
+            yield op, on_device
+
+
+def _sample_inputs(dtype):
+    x = torch.randn(5, 4, dtype=dtype)
+    src = torch.randn(7, 3, 2, dtype=dtype)
+    scalars = torch.randn(7, dtype=dtype)
+    strided = torch.randn(4, 5, dtype=dtype).T
     batch = FoldedBatch.from_sequences(NAMED["nested"], pad_multiple_of=8)
-    q = torch.randn(batch.num_rows, 4, 6, dtype=dtype, requires_grad=requires_grad)
-    k, v = (torch.randn(len(batch.kv_index), 2, d, dtype=dtype, requires_grad=requires_grad) for d in (6, 3))
+    q = torch.randn(batch.num_rows, 4, 6, dtype=dtype)
+    k, v = (torch.randn(len(batch.kv_index), 2, d, dtype=dtype) for d in (6, 3))
     runs = (batch.cu_seqlens_q, batch.cu_seqlens_k)
     yield RADIX.gather.default, (x, INDEX)
     yield RADIX.gather.default, (strided, INDEX.long())
@@ -29,6 +39,12 @@ def sample_inputs(requires_grad=False, dtype=torch.float64):
     yield RADIX.scatter_add.default, (src, INDEX, 5)
     yield RADIX.scatter_add.default, (scalars, INDEX.long(), 9)
     yield RADIX.scatter_add.csr, (src, INDEX, INDPTR, MEMBERS, 5)
+    pair = torch.randn(5, 2, 3, dtype=dtype), torch.randn(5, 4, dtype=dtype)
+    yield RADIX.gather_kv.default, (*pair, INDEX)
+    yield RADIX.gather_kv.csr, (*pair, INDEX, INDPTR, MEMBERS)
+    pair = torch.randn(7, 2, 3, dtype=dtype), torch.randn(7, 4, dtype=dtype)
+    yield RADIX.scatter_add_kv.default, (*pair, INDEX, 8)
+    yield RADIX.scatter_add_kv.csr, (*pair, INDEX, INDPTR, MEMBERS, 5)
     yield RADIX.varlen_attention.default, (q, k, v, *runs, 0.4)
     yield RADIX.varlen_attention.default, (q, k, v, *runs, 0.4, 2)
 
@@ -41,15 +57,15 @@ def fold_inputs():
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_opcheck(requires_grad, dtype):
-    for op, arguments in sample_inputs(requires_grad, dtype):
+def test_opcheck(requires_grad, dtype, device):
+    for op, arguments in sample_inputs(requires_grad, dtype, device):
         torch.library.opcheck(op, arguments)
 
 
 @pytest.mark.parametrize("op", [RADIX.fold.default, RADIX.fold_plan.default])
-def test_opcheck_of_folds(op):
+def test_opcheck_of_folds(op, device):
     for arguments in fold_inputs():
-        torch.library.opcheck(op, arguments)
+        torch.library.opcheck(op, to(device, arguments))
 
 
 def test_opcheck_of_the_attention_backward():
@@ -59,8 +75,8 @@ def test_opcheck_of_the_attention_backward():
             torch.library.opcheck(RADIX.varlen_attention_backward.default, (grad_out, *arguments))
 
 
-def test_gradcheck_and_gradgradcheck():
-    for op, arguments in sample_inputs(requires_grad=True):
+def test_gradcheck_and_gradgradcheck(device):
+    for op, arguments in sample_inputs(requires_grad=True, device=device):
         differentiable = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
         rest = arguments[len(differentiable) :]
 
@@ -73,9 +89,10 @@ def test_gradcheck_and_gradgradcheck():
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_gradient_through_fold_and_unfold_with_padding_rows(name):
+@pytest.mark.usefixtures("default_device")
+def test_gradient_through_fold_and_unfold_with_padding_rows(name, device):
     """Padding rows repeat token 0, so their gradient belongs to it; none of the gradients here is zero."""
-    batch = FoldedBatch.from_sequences(NAMED[name], pad_multiple_of=4)
+    batch = FoldedBatch.from_sequences(NAMED[name], pad_multiple_of=4, device=device)
     x = torch.randn(batch.num_tokens, 3, dtype=torch.float64, requires_grad=True)
     grad_rows = torch.randn(batch.num_rows, 3, dtype=torch.float64)
     (got,) = torch.autograd.grad(batch.fold(x), x, grad_rows)
@@ -98,6 +115,18 @@ def test_attention_refuses_double_backward():
         grad.sum().backward()
 
 
+def test_one_of_two_gradients(device):
+    """A loss that reads K alone, and inputs of which one needs no gradient."""
+    for op, (k, v, *rest) in sample_inputs(requires_grad=True, device=device):
+        if "_kv" in op.name():
+            out_k, out_v = op(k, v, *rest)
+            grads = torch.autograd.grad(out_k.square().sum(), (k, v), retain_graph=True)
+            (want,) = torch.autograd.grad(op(k, v.detach(), *rest)[0].square().sum(), k)
+            torch.testing.assert_close(grads[0], want)
+            assert not grads[1].any()
+            assert out_v.requires_grad
+
+
 def test_inputs_that_need_no_gradient_get_none():
     x = torch.randn(5, 4)
     assert not RADIX.gather(x, INDEX).requires_grad
@@ -116,12 +145,14 @@ def reference_of(op, arguments):
     return lambda x: x.new_zeros(rest[-1], *x.shape[1:]).index_add(0, rest[0], x)
 
 
-LINEAR = [pair for pair in sample_inputs() if pair[0] is not RADIX.varlen_attention.default]
+SINGLE = ("gather", "gather.csr", "scatter_add", "scatter_add.csr")
+LINEAR = [pair for pair in sample_inputs() if pair[0].name().removeprefix("radix::") in SINGLE]
 
 
 @pytest.mark.parametrize(("op", "arguments"), LINEAR, ids=[str(op) + str(i) for i, (op, _) in enumerate(LINEAR)])
 @pytest.mark.parametrize("transform", ["jvp", "jacfwd", "jacrev", "vjp", "grad", "dual"])
-def test_function_transforms(op, arguments, transform):
+def test_function_transforms(op, arguments, transform, device):
+    arguments = to(device, arguments)
     x, rest = arguments[0], arguments[1:]
     ours, theirs = (lambda x: op(x, *rest).sin()), (lambda x: reference_of(op, arguments)(x).sin())
 
@@ -140,6 +171,22 @@ def test_function_transforms(op, arguments, transform):
         return getattr(torch.func, transform)(function)(x)
 
     torch.testing.assert_close(run(ours), run(theirs))
+
+
+@pytest.mark.parametrize("transform", ["jvp", "jacfwd", "jacrev"])
+def test_function_transforms_of_pairs(transform, device):
+    """Against the same ops on one tensor at a time, which are tested above."""
+    for op, (k, v, *rest) in sample_inputs(device=device):
+        if "_kv" not in op.name():
+            continue
+        single = getattr(getattr(RADIX, op.name().split("::")[1].split(".")[0].removesuffix("_kv")), op._overloadname)
+        ours = lambda k, v, op=op, rest=rest: tuple(x.sin() for x in op(k, v, *rest))  # noqa: E731
+        theirs = lambda k, v, op=single, rest=rest: tuple(op(x, *rest).sin() for x in (k, v))  # noqa: E731
+        if transform == "jvp":
+            got, want = (torch.func.jvp(function, (k, v), (k.cos(), v.cos())) for function in (ours, theirs))
+        else:
+            got, want = (getattr(torch.func, transform)(function, argnums=(0, 1))(k, v) for function in (ours, theirs))
+        torch.testing.assert_close(got, want)
 
 
 def test_attention_refuses_forward_mode():

@@ -13,9 +13,20 @@ RADIX = torch.ops.radix
 IDS, CU = torch.tensor([1, 2, 3, 4]), torch.tensor([0, 2, 4])
 X, INDEX = torch.randn(3, 2), torch.tensor([2, 0])
 INDPTR, MEMBERS = torch.tensor([0, 1, 1, 2]), torch.tensor([1, 0])
-# One number of storage seen as too many tokens: nothing of it may be read.
+# One number of storage seen as too many tokens or sequences: nothing of it may be read.
 HUGE = torch.zeros(1, dtype=torch.int64).expand(2**31)
 MANY = torch.zeros(1, dtype=torch.int64).expand(2**31 + 1)
+
+
+def to(device, arguments):
+    """The arguments on a device; `Tensor.to` would store every element of an expanded tensor."""
+
+    def move(value):
+        if isinstance(value, torch.Tensor):
+            return value[:1].to(device).expand(value.shape) if value.stride() == (0,) else value.to(device)
+        return value
+
+    return [move(value) for value in arguments]
 
 
 @pytest.mark.parametrize("op", ["fold", "fold_plan"])
@@ -32,7 +43,7 @@ MANY = torch.zeros(1, dtype=torch.int64).expand(2**31 + 1)
         ((HUGE, HUGE, CU), "input_ids holds 2147483648 tokens; at most 2147483647 are allowed"),
         ((IDS, IDS, CU[:0]), "cu_seqlens is empty; it must hold 0 and then the end of each sequence"),
         (
-            (IDS, IDS, HUGE.new_zeros(1).expand(2**31 + 1)),
+            (IDS, IDS, MANY),
             "cu_seqlens holds 2147483648 sequences; at most 2147483647 are allowed",
         ),
         ((IDS, IDS, CU + 1), "cu_seqlens must start at 0, got 1"),
@@ -49,56 +60,111 @@ MANY = torch.zeros(1, dtype=torch.int64).expand(2**31 + 1)
         ((IDS, IDS, CU, 2**31), "pad_multiple_of must be from 1 to 2147483647, got 2147483648"),
     ],
 )
-def test_fold_refuses(op, arguments, message):
+def test_fold_refuses(op, arguments, message, device):
     with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::{op}: {message}')}$"):
-        getattr(RADIX, op)(*arguments)
+        getattr(RADIX, op)(*to(device, arguments))
 
 
-@pytest.mark.parametrize(
-    ("x", "index", "message"),
-    [
-        (torch.tensor(1.0), INDEX, "x must have at least 1 dimension, got a scalar"),
-        (X.view(3, 2, *[1] * 63), INDEX, "x must have at most 64 dimensions, got 65"),
-        (X, INDEX[None], "index must have 1 dimension, got shape [1, 2]"),
-        (X, INDEX[0], "index must have 1 dimension, got shape []"),
-        (X, INDEX.float(), "index must be int32 or int64, got Float"),
-        (X, INDEX.to(torch.uint8), "index must be int32 or int64, got Byte"),
-        (X, INDEX + 1, "index[0] is 3, out of range for 3 rows (allowed: 0 to 2)"),
-        (X, INDEX.int() - 1, "index[1] is -1, out of range for 3 rows (allowed: 0 to 2)"),
-        (X, INDEX - 2**62, "index[0] is -4611686018427387902, out of range for 3 rows (allowed: 0 to 2)"),
-        (X[:0], INDEX, "index[0] is 2, but there are no rows to index"),
-        (X[:, :0], INDEX + 9, "index[0] is 11, out of range for 3 rows (allowed: 0 to 2)"),
-    ],
-)
+GATHER_SHAPES = [
+    (torch.tensor(1.0), INDEX, "x must have at least 1 dimension, got a scalar"),
+    (X.view(3, 2, *[1] * 63), INDEX, "x must have at most 64 dimensions, got 65"),
+    (X, INDEX[None], "index must have 1 dimension, got shape [1, 2]"),
+    (X, INDEX[0], "index must have 1 dimension, got shape []"),
+    (X, INDEX.float(), "index must be int32 or int64, got Float"),
+    (X, INDEX.to(torch.uint8), "index must be int32 or int64, got Byte"),
+]
+GATHER_VALUES = [
+    (X, INDEX + 1, "index[0] is 3, out of range for 3 rows (allowed: 0 to 2)"),
+    (X, INDEX.int() - 1, "index[1] is -1, out of range for 3 rows (allowed: 0 to 2)"),
+    (X, INDEX - 2**62, "index[0] is -4611686018427387902, out of range for 3 rows (allowed: 0 to 2)"),
+    (X[:0], INDEX, "index[0] is 2, but there are no rows to index"),
+    (X[:, :0], INDEX + 9, "index[0] is 11, out of range for 3 rows (allowed: 0 to 2)"),
+]
+
+
+@pytest.mark.parametrize(("x", "index", "message"), GATHER_SHAPES + GATHER_VALUES)
 def test_gather_refuses(x, index, message):
     with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::gather: {message}')}$"):
         RADIX.gather(x, index)
 
 
-@pytest.mark.parametrize(
-    ("src", "index", "num_rows", "message"),
-    [
-        (torch.tensor(1.0), INDEX, 3, "src must have at least 1 dimension, got a scalar"),
-        (X[:2].view(2, 2, *[1] * 63), INDEX, 3, "src must have at most 64 dimensions, got 65"),
-        (X[:2], INDEX[None], 3, "index must have 1 dimension, got shape [1, 2]"),
-        (X[:2], INDEX.half(), 3, "index must be int32 or int64, got Half"),
-        (X, INDEX, 3, "index must hold one entry for each row of src, got 2 entries for 3 rows"),
-        (X[:2], INDEX, -1, "num_rows must be from 0 to 2147483647, got -1"),
-        (X[:2, :0], INDEX, 2**62, "num_rows must be from 0 to 2147483647, got 4611686018427387904"),
-        (X[:2], INDEX, 2, "index[0] is 2, out of range for 2 rows (num_rows) (allowed: 0 to 1)"),
-        (X[:2], INDEX, 0, "index[0] is 2, but there are no rows (num_rows) to index"),
-        (X[:2], INDEX - 1, 3, "index[1] is -1, out of range for 3 rows (num_rows) (allowed: 0 to 2)"),
-        (
-            X[:2].bool(),
-            INDEX,
-            3,
-            "src must be float64, float32, float16, bfloat16 or an integer of 8 to 64 bits, got Bool",
-        ),
-    ],
-)
+SCATTER_ADD_SHAPES = [
+    (torch.tensor(1.0), INDEX, 3, "src must have at least 1 dimension, got a scalar"),
+    (X[:2].view(2, 2, *[1] * 63), INDEX, 3, "src must have at most 64 dimensions, got 65"),
+    (X[:2], INDEX[None], 3, "index must have 1 dimension, got shape [1, 2]"),
+    (X[:2], INDEX.half(), 3, "index must be int32 or int64, got Half"),
+    (X, INDEX, 3, "index must hold one entry for each row of src, got 2 entries for 3 rows"),
+    (X[:2], INDEX, -1, "num_rows must be from 0 to 2147483647, got -1"),
+    (X[:2, :0], INDEX, 2**62, "num_rows must be from 0 to 2147483647, got 4611686018427387904"),
+    (
+        X[:2].bool(),
+        INDEX,
+        3,
+        "src must be float64, float32, float16, bfloat16 or an integer of 8 to 64 bits, got Bool",
+    ),
+]
+SCATTER_ADD_VALUES = [
+    (X[:2], INDEX, 2, "index[0] is 2, out of range for 2 rows (num_rows) (allowed: 0 to 1)"),
+    (X[:2], INDEX, 0, "index[0] is 2, but there are no rows (num_rows) to index"),
+    (X[:2], INDEX - 1, 3, "index[1] is -1, out of range for 3 rows (num_rows) (allowed: 0 to 2)"),
+]
+
+
+@pytest.mark.parametrize(("src", "index", "num_rows", "message"), SCATTER_ADD_SHAPES + SCATTER_ADD_VALUES)
 def test_scatter_add_refuses(src, index, num_rows, message):
     with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::scatter_add: {message}')}$"):
         RADIX.scatter_add(src, index, num_rows)
+
+
+PAIRS = [
+    ((X, X[:2]), "must have equally many rows, got 3 and 2"),
+    ((X, X.double()), "must have one dtype, got Float and Double"),
+    ((X, torch.tensor(1.0)), "must have at least 1 dimension, got a scalar"),
+]
+
+
+@pytest.mark.parametrize(("pair", "message"), PAIRS)
+@pytest.mark.parametrize("op", ["gather_kv", "scatter_add_kv"])
+def test_pairs_are_refused(op, pair, message, device):
+    rest = (INDEX,) if op == "gather_kv" else (torch.tensor([0, 1, 1]), 3)
+    inverse = (INDPTR, MEMBERS)
+    k, v = ("k", "v") if op == "gather_kv" else ("src_k", "src_v")
+    named = f"{v} {message}" if "scalar" in message else f"{k} and {v} {message}"
+    for overload, arguments in (("default", rest), ("csr", (rest[0], *inverse, *rest[1:]))):
+        name = op if overload == "default" else f"{op}.csr"
+        with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::{name}: {named}')}$"):
+            getattr(getattr(RADIX, op), overload)(*to(device, (*pair, *arguments)))
+
+
+@pytest.mark.parametrize(("x", "index", "message"), [case for case in GATHER_SHAPES if case[0].dim()])
+def test_gather_kv_refuses(x, index, message, device):
+    message = re.sub("^x must", "k must", message)
+    with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::gather_kv: {message}')}$"):
+        RADIX.gather_kv(*to(device, (x, x, index)))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("x", "index", "message"), GATHER_SHAPES)
+def test_gather_on_cuda_refuses(x, index, message):
+    with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::gather: {message}')}$"):
+        RADIX.gather(*to("cuda", (x, index)))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("src", "index", "num_rows", "message"), SCATTER_ADD_SHAPES)
+def test_scatter_add_on_cuda_refuses(src, index, num_rows, message):
+    with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::scatter_add: {message}')}$"):
+        RADIX.scatter_add(*to("cuda", (src, index, num_rows)))
+
+
+@pytest.mark.cuda
+def test_no_rows_on_cuda_are_refused_before_the_kernel():
+    x, index = X.cuda(), INDEX.cuda()
+    with pytest.raises(RuntimeError, match="radix::gather: index holds 2 entries, but there are no rows to index"):
+        RADIX.gather(x[:0], index)
+    message = re.escape("radix::scatter_add: index holds 2 entries, but there are no rows (num_rows) to index")
+    with pytest.raises(RuntimeError, match=message):
+        RADIX.scatter_add(x[:2], index, 0)
 
 
 SHAPES = [
@@ -138,9 +204,16 @@ def test_scatter_add_csr_refuses_a_member_listed_twice():
 
 
 @pytest.mark.parametrize(("indptr", "members", "message"), SHAPES)
-def test_gather_csr_refuses(indptr, members, message):
+def test_gather_csr_refuses(indptr, members, message, device):
     with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::gather.csr: {message}')}$"):
-        RADIX.gather.csr(X, INDEX, indptr, members)
+        RADIX.gather.csr(*to(device, (X, INDEX, indptr, members)))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("indptr", "members", "message"), SHAPES)
+def test_scatter_add_csr_on_cuda_refuses(indptr, members, message):
+    with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::scatter_add.csr: {message}')}$"):
+        RADIX.scatter_add.csr(*to("cuda", (X[:2], INDEX, indptr, members, 3)))
 
 
 @pytest.mark.parametrize(("indptr", "members", "message"), VALUES)
@@ -200,24 +273,28 @@ CALLS = [
     (RADIX.fold_plan.default, (IDS, IDS, CU)),
     (RADIX.gather.default, (X, INDEX)),
     (RADIX.gather.csr, (X, INDEX, INDPTR, MEMBERS)),
+    (RADIX.gather_kv.default, (X, X, INDEX)),
+    (RADIX.gather_kv.csr, (X, X, INDEX, INDPTR, MEMBERS)),
     (RADIX.scatter_add.default, (X[:2], INDEX, 3)),
     (RADIX.scatter_add.csr, (X[:2], INDEX, INDPTR, MEMBERS, 3)),
+    (RADIX.scatter_add_kv.default, (X[:2], X[:2], INDEX, 3)),
+    (RADIX.scatter_add_kv.csr, (X[:2], X[:2], INDEX, INDPTR, MEMBERS, 3)),
     (RADIX.varlen_attention.default, (Q, K, K, CU_Q, CU_K, 1.0)),
 ]
+each_call = pytest.mark.parametrize(("op", "arguments"), CALLS, ids=[op.name() for op, _ in CALLS])
 
 
-@pytest.mark.parametrize(("op", "arguments"), CALLS, ids=[op.name() for op, _ in CALLS])
-def test_a_build_without_cuda_refuses_cuda_tensors(op, arguments):
+@each_call
+def test_a_build_or_a_torch_without_cuda_refuses_cuda_tensors(op, arguments):
     """Runs what the dispatcher would run for CUDA tensors."""
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    name = op.name().removesuffix(".default")
     with pytest.raises(
-        RuntimeError, match=f"^{re.escape(name)}: a tensor is on a CUDA device, and this build of radix_ops has no"
+        RuntimeError, match=r"^radix::\S+: (a tensor is on a CUDA device, (and this build|but the installed torch)|no)"
     ):
         op.redispatch(cuda, *arguments)
 
 
-@pytest.mark.parametrize(("op", "arguments"), CALLS, ids=[op.name() for op, _ in CALLS])
+@each_call
 def test_tensors_on_two_devices_are_refused(op, arguments):
     for position, argument in enumerate(arguments):
         if isinstance(argument, torch.Tensor):
@@ -227,14 +304,19 @@ def test_tensors_on_two_devices_are_refused(op, arguments):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("op", "arguments"), CALLS, ids=[op.name() for op, _ in CALLS])
-def test_cuda_tensors_are_refused(op, arguments):
-    on_device = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
-    with pytest.raises(RuntimeError, match="this build of radix_ops has no CUDA kernel"):
-        op(*on_device)
-    with pytest.raises(RuntimeError, match="this build of radix_ops has no CUDA kernel"):
-        op(arguments[0], *on_device[1:])
+@each_call
+def test_tensors_on_the_cpu_and_on_cuda_are_refused(op, arguments):
+    if op is RADIX.varlen_attention.default:
+        with pytest.raises(RuntimeError, match="this build of radix_ops has no CUDA kernel"):
+            op(*to("cuda", arguments))
+        return
+    for position, argument in enumerate(arguments):
+        if isinstance(argument, torch.Tensor):
+            mixed = to("cuda", arguments)
+            mixed[position] = argument
+            message = " is on another device than cuda:0; all tensors must be on one device"
+            with pytest.raises(RuntimeError, match=f"^radix::\\S+: \\w+{re.escape(message)}$"):
+                op(*mixed)
 
 
 def test_a_tensor_that_memory_does_not_hold_is_an_error():

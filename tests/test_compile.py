@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import NAMED, pack
+from batches import NAMED, pack, to
 
 import radix_ops
 from radix_ops import FoldedBatch
@@ -32,12 +32,13 @@ def plain(ids, positions, cu_seqlens, table, weight):
     return table[ids] @ weight + table[ids]
 
 
-def parameters():
-    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((101, 23), (23, 23))]
+def parameters(device="cpu"):
+    shapes = ((101, 23), (23, 23))
+    return [torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True) for shape in shapes]
 
 
-def check(function, sequences):
-    arguments, tensors = pack(sequences), parameters()
+def check(function, sequences, device):
+    arguments, tensors = to(device, pack(sequences)), parameters(device)
     got, want = function(*arguments, *tensors), plain(*arguments, *tensors)
     torch.testing.assert_close(got, want)
     weights = torch.randn_like(want)
@@ -58,31 +59,32 @@ def no_recompiles():
 
 @pytest.mark.usefixtures("no_recompiles")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile_is_one_graph_for_lengths_never_seen(backend):
+def test_compile_is_one_graph_for_lengths_never_seen(backend, device):
     compiled = torch.compile(rows_and_back, backend=backend, fullgraph=True, dynamic=True)
     for sequences in [FIRST, *OTHERS]:
-        check(compiled, sequences)
+        check(compiled, sequences, device)
 
 
 @pytest.mark.parametrize("name", ["one_token", "one_empty", "no_sequences", "single"])
-def test_compile_is_right_for_sizes_0_and_1(name):
+def test_compile_is_right_for_sizes_0_and_1(name, device):
     torch._dynamo.reset()
     compiled = torch.compile(rows_and_back, backend="aot_eager", fullgraph=True, dynamic=True)
-    check(compiled, FIRST)
-    check(compiled, NAMED[name])
+    check(compiled, FIRST, device)
+    check(compiled, NAMED[name], device)
 
 
 @pytest.mark.usefixtures("no_recompiles")
-def test_compile_of_the_csr_ops_and_scatter_add():
+def test_compile_of_the_csr_ops_and_scatter_add(device):
     def function(x, batch_index, indptr, members, num_rows):
         rows = RADIX.scatter_add.csr(x.sin(), batch_index, indptr, members, num_rows)
         rows = rows * RADIX.scatter_add(x, batch_index, num_rows)
-        return RADIX.gather.csr(rows, batch_index, indptr, members)
+        keys, values = RADIX.gather_kv.csr(rows, rows[:, 1:], batch_index, indptr, members)
+        return RADIX.gather.csr(rows, batch_index, indptr, members) + keys + values.sum(1, keepdim=True)
 
     compiled = torch.compile(function, fullgraph=True, dynamic=True)
     for sequences in [FIRST, *OTHERS]:
-        batch = FoldedBatch.from_sequences(sequences)
-        x = torch.randn(batch.num_tokens, 5, requires_grad=True)
+        batch = FoldedBatch.from_sequences(sequences, device=device)
+        x = torch.randn(batch.num_tokens, 5, dtype=torch.float64, device=device, requires_grad=True)
         arguments = (x, batch.unfold_index, batch.unfold_indptr, batch.unfold_members, batch.num_rows)
         got, want = compiled(*arguments), function(*arguments)
         torch.testing.assert_close(got, want)
@@ -107,15 +109,15 @@ def test_compile_of_attention_over_a_batch(backend):
 
 
 @pytest.mark.usefixtures("no_recompiles")
-def test_compile_with_the_fold_inside():
+def test_compile_with_the_fold_inside(device):
     def function(ids, cu_seqlens, table):
         batch = radix_ops.fold(ids, cu_seqlens)
         return batch.unfold(table[batch.input_ids] * 2)
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
-    table = torch.randn(101, 23)
+    table = torch.randn(101, 23, device=device)
     for sequences in [FIRST, *OTHERS]:
-        ids, _, cu_seqlens = pack(sequences)
+        ids, _, cu_seqlens = to(device, pack(sequences))
         torch.testing.assert_close(compiled(ids, cu_seqlens, table), table[ids] * 2)
 
 
@@ -142,15 +144,15 @@ class Frame(torch.nn.Module):
         return rows_and_back(ids, positions, cu_seqlens, self.table, self.weight)
 
 
-def test_export_serves_lengths_never_seen(tmp_path):
-    frame = Frame()
+def test_export_serves_lengths_never_seen(tmp_path, device):
+    frame = Frame().to(device)
     tokens, ends = torch.export.Dim("tokens"), torch.export.Dim("ends")
     shapes = ({0: tokens}, {0: tokens}, {0: ends})
-    program = torch.export.export(frame, pack(FIRST), dynamic_shapes=shapes)
+    program = torch.export.export(frame, to(device, pack(FIRST)), dynamic_shapes=shapes)
     torch.export.save(program, tmp_path / "frame.pt2")
     loaded = torch.export.load(tmp_path / "frame.pt2").module()
     for sequences in [FIRST, *OTHERS]:
-        arguments = pack(sequences)
+        arguments = to(device, pack(sequences))
         torch.testing.assert_close(loaded(*arguments), plain(*arguments, frame.table, frame.weight))
 
 

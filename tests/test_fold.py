@@ -9,11 +9,22 @@ import numpy as np
 import pytest
 import radix_mlp
 import torch
-from batches import NAMED, pack, random_positions, random_sequences
+from batches import NAMED, pack, random_positions, random_sequences, rounds, to
 
 from radix_ops import reference
 
-FOLD, FOLD_PLAN = torch.ops.radix.fold, torch.ops.radix.fold_plan
+RADIX = torch.ops.radix
+
+
+@pytest.fixture
+def fold(device):
+    """radix::fold on each device, of arguments on the CPU and with results there."""
+    return lambda *arguments: to("cpu", RADIX.fold(*to(device, arguments)))
+
+
+@pytest.fixture
+def fold_plan(device):
+    return lambda *arguments: to("cpu", RADIX.fold_plan(*to(device, arguments)))
 
 
 def seed_fold(ids, positions, cu_seqlens, pad_multiple_of=1):
@@ -28,13 +39,13 @@ def assert_equal_values(got, want):
 
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("pad_multiple_of", [1, 4])
-def test_fold_equals_brute_force(name, pad_multiple_of):
+def test_fold_equals_brute_force(fold, name, pad_multiple_of):
     arguments = pack(NAMED[name])
-    assert_equal_values(FOLD(*arguments, pad_multiple_of), reference.fold(*arguments, pad_multiple_of))
+    assert_equal_values(fold(*arguments, pad_multiple_of), reference.fold(*arguments, pad_multiple_of))
 
 
-def test_fold_golden():
-    ids, positions, unfold_index, fold_index = FOLD(*pack([[5, 6, 7], [5, 6, 8], [5], [6]]), 4)
+def test_fold_golden(fold):
+    ids, positions, unfold_index, fold_index = fold(*pack([[5, 6, 7], [5, 6, 8], [5], [6]]), 4)
     assert ids.tolist() == [5, 6, 7, 8, 6, 0, 0, 0]
     assert positions.tolist() == [0, 1, 2, 2, 0, 0, 0, 0]
     assert unfold_index.tolist() == [0, 1, 2, 0, 1, 3, 0, 4]
@@ -42,13 +53,13 @@ def test_fold_golden():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_fold_equals_radix_mlp_on_random_batches(seed):
+def test_fold_equals_radix_mlp_on_random_batches(fold, seed):
     rng = np.random.default_rng(seed)
-    for _ in range(750):
+    for _ in rounds(750):
         sequences = random_sequences(rng)
         ids, _, cu_seqlens = pack(sequences)
         arguments = (ids, random_positions(rng, sequences), cu_seqlens, int(rng.choice([1, 2, 8, 64])))
-        got = FOLD(*arguments)
+        got = fold(*arguments)
         assert_equal_values(got, seed_fold(*arguments))
         assert_equal_values(got, reference.fold(*arguments))
 
@@ -69,58 +80,58 @@ def adversarial_batches():
 
 
 @pytest.mark.parametrize(("name", "sequences"), list(adversarial_batches()))
-def test_fold_equals_radix_mlp_on_adversarial_batches(name, sequences):
+def test_fold_equals_radix_mlp_on_adversarial_batches(fold, name, sequences):
     arguments = pack(sequences)
-    assert_equal_values(FOLD(*arguments), seed_fold(*arguments))
+    assert_equal_values(fold(*arguments), seed_fold(*arguments))
 
 
-def test_fold_position_mismatch_inside_an_edge():
+def test_fold_position_mismatch_inside_an_edge(fold):
     ids = torch.tensor([1, 2, 3, 4] * 2)
     positions = torch.tensor([0, 1, 2, 3, 0, 1, 5, 6])
     arguments = (ids, positions, torch.tensor([0, 4, 8]))
-    assert_equal_values(FOLD(*arguments), reference.fold(*arguments))
-    assert FOLD(*arguments)[0].tolist() == [1, 2, 3, 4, 3, 4]
+    assert_equal_values(fold(*arguments), reference.fold(*arguments))
+    assert fold(*arguments)[0].tolist() == [1, 2, 3, 4, 3, 4]
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("positions_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("cu_dtype", [torch.int32, torch.int64])
-def test_fold_dtypes(ids_dtype, positions_dtype, cu_dtype):
+def test_fold_dtypes(fold, ids_dtype, positions_dtype, cu_dtype):
     ids, positions, cu_seqlens = pack(NAMED["nested"])
     want = reference.fold(ids, positions, cu_seqlens)
-    got = FOLD(ids.to(ids_dtype), positions.to(positions_dtype), cu_seqlens.to(cu_dtype))
+    got = fold(ids.to(ids_dtype), positions.to(positions_dtype), cu_seqlens.to(cu_dtype))
     assert [x.dtype for x in got] == [ids_dtype, positions_dtype, torch.int32, torch.int32]
     assert_equal_values(got, want)
 
 
-def test_fold_keeps_extreme_values():
+def test_fold_keeps_extreme_values(fold):
     limits = torch.iinfo(torch.int64)
     ids = torch.tensor([limits.min, limits.max, -1, limits.min, limits.max, 1])
     positions = torch.tensor([limits.max, limits.min, 0] * 2)
     arguments = (ids, positions, torch.tensor([0, 3, 6]))
-    assert_equal_values(FOLD(*arguments), reference.fold(*arguments))
+    assert_equal_values(fold(*arguments), reference.fold(*arguments))
 
 
-def test_fold_takes_strided_arguments():
-    ids, positions, cu_seqlens = pack(NAMED["nested"])
+def test_fold_takes_strided_arguments(device):
+    ids, positions, cu_seqlens = to(device, pack(NAMED["nested"]))
 
     def spread(x):
         return torch.stack([x, torch.full_like(x, 99)], 1)[:, 0]
 
     strided = [spread(x) for x in (ids, positions, cu_seqlens)]
     assert not any(x.is_contiguous() for x in strided)
-    assert_equal_values(FOLD(*strided), reference.fold(ids, positions, cu_seqlens))
-    assert_equal_values(
-        FOLD(torch.tensor(5).expand(6), torch.arange(6), torch.tensor([0, 3, 6]))[:1], [torch.full((6,), 5)]
-    )
+    assert_equal_values(RADIX.fold(*strided), to(device, reference.fold(*to("cpu", (ids, positions, cu_seqlens)))))
+    expanded = torch.tensor(5, device=device).expand(6)
+    assert RADIX.fold(expanded, *to(device, (torch.arange(6), torch.tensor([0, 3, 6]))))[0].tolist() == [5] * 6
 
 
-def test_fold_wide_batch_is_not_quadratic():
+def test_fold_wide_batch_is_not_quadratic(fold):
     count = 100_000
     ids = torch.stack([torch.randperm(count), torch.full((count,), 3)], 1).flatten()
     arguments = (ids, torch.arange(2).repeat(count), torch.arange(0, 2 * count + 1, 2))
+    fold(*arguments)  # the first call on a device loads its kernels
     start = time.perf_counter()
-    compact_ids, _, unfold_index, _ = FOLD(*arguments)
+    compact_ids, _, unfold_index, _ = fold(*arguments)
     seconds = time.perf_counter() - start
     assert torch.equal(compact_ids, ids)
     assert torch.equal(unfold_index.long(), torch.arange(2 * count))
@@ -128,21 +139,21 @@ def test_fold_wide_batch_is_not_quadratic():
     assert seconds < 0.5
 
 
-def test_fold_deep_batch():
+def test_fold_deep_batch(fold):
     base = torch.randint(0, 50_000, (200_000,))
     ids = torch.cat([base, base, base[:-1], torch.tensor([-1])])
     positions = torch.arange(200_000).repeat(3)
-    compact_ids, _, unfold_index, fold_index = FOLD(ids, positions, torch.tensor([0, 200_000, 400_000, 600_000]))
+    compact_ids, _, unfold_index, fold_index = fold(ids, positions, torch.tensor([0, 200_000, 400_000, 600_000]))
     assert torch.equal(compact_ids, torch.cat([base, torch.tensor([-1])]))
     assert torch.equal(ids[fold_index], compact_ids)
     assert torch.equal(compact_ids[unfold_index], ids)
 
 
-def check_plan(sequences, positions, pad_multiple_of):
+def check_plan(fold, fold_plan, sequences, positions, pad_multiple_of):
     ids, _, cu_seqlens = pack(sequences)
     arguments = (ids, positions, cu_seqlens, pad_multiple_of)
-    *first, indptr, members, runs, cu_q, cu_k, kv_index, kv_indptr, kv_members, counts = FOLD_PLAN(*arguments)
-    assert_equal_values(first, FOLD(*arguments))
+    *first, indptr, members, runs, cu_q, cu_k, kv_index, kv_indptr, kv_members, counts = fold_plan(*arguments)
+    assert_equal_values(first, fold(*arguments))
     unfold_index, fold_index = first[2].tolist(), first[3].tolist()
     num_rows = len(fold_index)
 
@@ -180,13 +191,13 @@ def check_plan(sequences, positions, pad_multiple_of):
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_fold_plan_of_named_batches(name):
+def test_fold_plan_of_named_batches(fold, fold_plan, name):
     for pad_multiple_of in (1, 3):
-        check_plan(NAMED[name], pack(NAMED[name])[1], pad_multiple_of)
+        check_plan(fold, fold_plan, NAMED[name], pack(NAMED[name])[1], pad_multiple_of)
 
 
-def test_fold_plan_of_random_batches():
+def test_fold_plan_of_random_batches(fold, fold_plan):
     rng = np.random.default_rng(1)
-    for _ in range(300):
+    for _ in rounds(300):
         sequences = random_sequences(rng)
-        check_plan(sequences, random_positions(rng, sequences), int(rng.choice([1, 5])))
+        check_plan(fold, fold_plan, sequences, random_positions(rng, sequences), int(rng.choice([1, 5])))

@@ -1,4 +1,4 @@
-"""The fold's trie, compiled with hashes of a few bits, so that nearly every look-up meets a collision."""
+"""Folds whose hashes have a few bits, so that nearly every look-up meets a collision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from batches import pack, random_positions, random_sequences
+from batches import pack, random_positions, random_sequences, rounds
 
 from radix_ops import reference
 
@@ -47,14 +47,43 @@ def colliding_fold(request, tmp_path_factory):
     return fold
 
 
-def test_fold_is_exact_under_hash_collisions(colliding_fold):
+def batches():
     rng = np.random.default_rng(2)
-    batches = [random_sequences(rng) for _ in range(500)]
-    batches.append([[i, i % 3, 7] for i in rng.permutation(400)])
-    for sequences in batches:
-        ids, _, cu_seqlens = pack(sequences)
-        positions = random_positions(rng, sequences)
+    for _ in rounds(500):
+        sequences = random_sequences(rng)
+        yield pack(sequences), random_positions(rng, sequences)
+    for sequences in (
+        [[i, i % 3, 7] for i in rng.permutation(400)],
+        [[7] * i for i in range(1, 70)],  # stretches of equal tokens, of each length around powers of two
+        [[*range(100), i, *range(50)] for i in range(20)],
+    ):
+        yield pack(sequences), random_positions(rng, sequences)
+
+
+def test_fold_is_exact_under_hash_collisions(colliding_fold):
+    for (ids, _, cu_seqlens), positions in batches():
         num_rows, unfold_index = colliding_fold(ids, positions, cu_seqlens)
         compact_ids, _, want, _ = reference.fold(ids, positions, cu_seqlens)
         assert num_rows == len(compact_ids)
         assert torch.equal(unfold_index, want)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("hash_bits", [0, 4, 12])
+def test_fold_on_cuda_is_exact_under_hash_collisions(hash_bits):
+    collisions = total = 0
+    for (ids, _, cu_seqlens), positions in batches():
+        arguments = (ids.cuda(), positions.cuda(), cu_seqlens.cuda())
+        *got, collided = torch.ops.radix._fold_by_short_hashes(*arguments, hash_bits)
+        for g, want in zip(got, reference.fold(ids, positions, cu_seqlens), strict=True):
+            assert torch.equal(g.cpu(), want)
+        collisions += collided
+        total += 1
+    assert collisions > {0: 0.8, 4: 0.6, 12: 0.04}[hash_bits] * total
+
+
+@pytest.mark.cuda
+def test_fold_on_cuda_meets_no_collision_by_whole_hashes():
+    for (ids, _, cu_seqlens), positions in batches():
+        arguments = (ids.cuda(), positions.cuda(), cu_seqlens.cuda())
+        assert not torch.ops.radix._fold_by_short_hashes(*arguments, 63)[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from batches import to
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -71,17 +72,18 @@ def fold_is_valid(ids, positions, cu_seqlens, pad_multiple_of):
 
 @FUZZ
 @given(folds())
-def test_fold(arguments):
-    if not fold_is_valid(*arguments):
+def test_fold(device, on_cpu):
+    arguments = to(device, on_cpu)
+    if not fold_is_valid(*on_cpu):
         for op in (RADIX.fold, RADIX.fold_plan):
             with pytest.raises(RuntimeError, match="radix::fold"):
                 op(*arguments)
         with pytest.raises((ValueError, TypeError)):
             radix_ops.fold(arguments[0], arguments[2], *arguments[1::2])
         return
-    want = reference.fold(*arguments)
+    want = reference.fold(*on_cpu)
     for got, expected in zip(RADIX.fold(*arguments), want, strict=True):
-        assert torch.equal(got, expected)
+        assert torch.equal(got.cpu(), expected)
     batch = radix_ops.fold(arguments[0], arguments[2], *arguments[1::2])
     assert torch.equal(batch.unfold(batch.input_ids), arguments[0])
 

@@ -1,4 +1,4 @@
-"""radix::gather on the CPU, against indexing of torch."""
+"""radix::gather and gather_kv, against indexing of torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 
 import radix_ops  # noqa: F401  (registers torch.ops.radix)
 
-GATHER = torch.ops.radix.gather
+pytestmark = pytest.mark.usefixtures("default_device")
+GATHER, GATHER_KV = torch.ops.radix.gather, torch.ops.radix.gather_kv
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16]
 DTYPES += [torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128]
 TAILS = [(), (1,), (2,), (3,), (7,), (8,), (63,), (1000,), (2, 3), (4, 1, 5), (2, 1, 3, 1, 2, 1, 2, 1, 2), (0,), (3, 0)]
@@ -89,7 +90,7 @@ def test_gather_resolves_lazy_views():
 
 
 @pytest.mark.usefixtures("many_threads")
-def test_gather_parallel_sizes():
+def test_gather_of_many_rows():
     x = torch.randn(3000, 129)
     index = torch.randint(0, 3000, (20_001,), dtype=torch.int32)
     assert_bits(GATHER(x, index), x[index.long()])
@@ -98,7 +99,7 @@ def test_gather_parallel_sizes():
 
 
 def test_gather_offsets_past_2_to_the_31():
-    # 2.25 GiB of untouched zero pages: only the rows that are read cost memory.
+    # On the CPU, 2.25 GiB of untouched zero pages: only the rows that are read cost memory.
     x = torch.zeros(36 * 1024, 64 * 1024, dtype=torch.int8)
     x[-1, -1], x[-1, 0] = 7, 5
     assert_bits(GATHER(x, torch.tensor([0, 36 * 1024 - 1])), torch.stack([x[0], x[-1]]))
@@ -112,3 +113,24 @@ def test_gather_csr_equals_gather():
     index = torch.tensor([4, 0, 0, 2], dtype=torch.int32)
     indptr, members = torch.tensor([0, 2, 2, 3, 3, 4]), torch.tensor([1, 2, 3, 0])
     assert_bits(GATHER.csr(x, index, indptr, members), x[index.long()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.uint8])
+@pytest.mark.parametrize("tails", [((8, 16), (8, 16)), ((2, 24), (2, 16)), ((3,), (2, 5)), ((), (4,)), ((0,), (4,))])
+def test_gather_kv_equals_two_gathers(dtype, tails):
+    k, v = (torch.randint(0, 99, (11, *tail)).to(dtype) for tail in tails)
+    index = torch.randint(0, 11, (29,), dtype=torch.int32)
+    indptr = torch.cat([torch.zeros(1), torch.bincount(index, minlength=11).cumsum(0)]).int()
+    inverse = indptr, torch.argsort(index, stable=True).int()
+    for got in (GATHER_KV(k, v, index), GATHER_KV.csr(k, v, index, *inverse)):
+        assert_bits(got[0], k[index.long()])
+        assert_bits(got[1], v[index.long()])
+
+
+def test_gather_kv_takes_strided_rows():
+    """K and V as they come from one projection: views of its columns."""
+    rows = torch.randn(9, 3, 4, 8)
+    k, v = rows[:, 1], rows[:, 2]
+    index = torch.tensor([8, 1, 1, 0])
+    for got, want in zip(GATHER_KV(k, v, index), (k[index], v[index]), strict=True):
+        assert_bits(got, want)

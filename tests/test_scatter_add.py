@@ -1,4 +1,4 @@
-"""radix::scatter_add on the CPU, against sums in float64 and against index_add_."""
+"""radix::scatter_add and scatter_add_kv, against sums in float64 and against index_add_."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 
 from radix_ops import reference
 
-SCATTER_ADD = torch.ops.radix.scatter_add
+pytestmark = pytest.mark.usefixtures("default_device")
+SCATTER_ADD, SCATTER_ADD_KV = torch.ops.radix.scatter_add, torch.ops.radix.scatter_add_kv
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
 TAILS = [(), (1,), (3,), (8,), (63,), (512,), (513,), (1000,), (2, 3), (4, 1, 5), (0,), (3, 0)]
@@ -119,7 +120,7 @@ def test_scatter_add_of_one_member_keeps_special_values():
 
 
 def test_scatter_add_offsets_past_2_to_the_31():
-    # 2.25 GiB of untouched zero pages: only the rows that are read cost memory.
+    # On the CPU, 2.25 GiB of untouched zero pages: only the rows that are read cost memory.
     src = torch.zeros(36 * 1024, 64 * 1024, dtype=torch.int8)
     src[-1, -1], src[-2, -1] = 7, 5
     index = torch.zeros(36 * 1024, dtype=torch.int32)
@@ -133,3 +134,27 @@ def test_scatter_add_offsets_past_2_to_the_31():
     inverse = inverse_of(index, 2)
     narrow = src[:, -1]
     assert SCATTER_ADD.csr(narrow, index, *inverse, 2).tolist() == [0, 12]
+
+
+@pytest.mark.parametrize("members", [3, 4, 5, 127, 128, 129, 130, 5000])
+@pytest.mark.parametrize("width", [1, 7, 64, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int16])
+def test_scatter_add_of_long_segments(members, width, dtype):
+    # Whole numbers, whose sums are exact in fp32 in any order.
+    src = torch.randint(-8, 9, (members + 3, width)).to(dtype)
+    index = torch.full((members + 3,), 2)
+    index[[1, 5, -1]] = torch.tensor([0, 4, 0])
+    exact = torch.zeros(6, width, dtype=torch.int64).index_add_(0, index, src.long())
+    assert torch.equal(both(src, index, 6), exact.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.uint8])
+@pytest.mark.parametrize("tails", [((8, 16), (8, 16)), ((2, 24), (2, 16)), ((3,), (2, 5)), ((), (4,)), ((0,), (4,))])
+def test_scatter_add_kv_equals_two_scatter_adds(dtype, tails):
+    k, v = (torch.randint(0, 9, (290, *tail)).to(dtype) for tail in tails)
+    index = torch.randint(0, 9, (290,), dtype=torch.int32)
+    index[:50] = 3
+    inverse = inverse_of(index, 11)
+    for got in (SCATTER_ADD_KV(k, v, index, 11), SCATTER_ADD_KV.csr(k, v, index, *inverse, 11)):
+        assert torch.equal(got[0], both(k, index, 11))
+        assert torch.equal(got[1], both(v, index, 11))

@@ -1,69 +1,10 @@
 // radix::fold and radix::fold_plan on the CPU.
-#include "../check.h"
+#include "../fold.h"
 #include "inverse.h"
 #include "trie.h"
 
-#include <tuple>
-
 namespace radix {
 namespace {
-
-void check_arguments(
-    const char* op, const Tensor& input_ids, const Tensor& position_ids, const Tensor& cu_seqlens, int64_t multiple) {
-  check_index_like(op, "input_ids", input_ids);
-  check_index_like(op, "position_ids", position_ids);
-  check_index_like(op, "cu_seqlens", cu_seqlens);
-  const int64_t num_tokens = input_ids.size(0);
-  RADIX_CHECK(
-      position_ids.size(0) == num_tokens,
-      op,
-      "position_ids must be as long as input_ids, got ",
-      position_ids.size(0),
-      " positions for ",
-      num_tokens,
-      " tokens");
-  RADIX_CHECK(
-      num_tokens <= kMaxRows, op, "input_ids holds ", num_tokens, " tokens; at most ", kMaxRows, " are allowed");
-  RADIX_CHECK(cu_seqlens.size(0) >= 1, op, "cu_seqlens is empty; it must hold 0 and then the end of each sequence");
-  RADIX_CHECK(
-      cu_seqlens.size(0) - 1 <= kMaxRows,
-      op,
-      "cu_seqlens holds ",
-      cu_seqlens.size(0) - 1,
-      " sequences; at most ",
-      kMaxRows,
-      " are allowed");
-  RADIX_CHECK(
-      multiple >= 1 && multiple <= kMaxRows, op, "pad_multiple_of must be from 1 to ", kMaxRows, ", got ", multiple);
-}
-
-// The ends of the sequences, checked against the number of tokens before any token is read.
-template <typename T>
-std::vector<int64_t> checked_bounds(const char* op, const Tensor& cu_seqlens, int64_t num_tokens) {
-  const Tensor held = as_contiguous(cu_seqlens);
-  const T* values = held.const_data_ptr<T>();
-  std::vector<int64_t> bounds(values, values + held.size(0));
-  RADIX_CHECK(bounds[0] == 0, op, "cu_seqlens must start at 0, got ", bounds[0]);
-  for (size_t i = 1; i < bounds.size(); ++i) {
-    RADIX_CHECK(
-        bounds[i] >= bounds[i - 1],
-        op,
-        "cu_seqlens must not decrease, got ",
-        bounds[i - 1],
-        " and then ",
-        bounds[i],
-        " at index ",
-        i);
-  }
-  RADIX_CHECK(
-      bounds.back() == num_tokens,
-      op,
-      "cu_seqlens must end at the number of tokens, ",
-      num_tokens,
-      ", got ",
-      bounds.back());
-  return bounds;
-}
 
 struct Folded {
   Tensor input_ids;
@@ -88,7 +29,7 @@ Folded build(
   const int64_t num_tokens = held_ids.size(0);
   const int64_t num_sequences = static_cast<int64_t>(bounds.size()) - 1;
 
-  Tensor unfold_index = empty_cpu(num_tokens, aoti_torch_dtype_int32());
+  Tensor unfold_index = empty_at(cpu(), num_tokens, aoti_torch_dtype_int32());
   int32_t* rows = unfold_index.mutable_data_ptr<int32_t>();
   Trie<Id, Position> trie(ids, positions, std::min(num_sequences, num_tokens));
   for (int64_t s = 0; s < num_sequences; ++s) {
@@ -96,20 +37,10 @@ Folded build(
   }
 
   const int64_t num_nodes = trie.num_rows();
-  const int64_t num_rows = (num_nodes + pad_multiple_of - 1) / pad_multiple_of * pad_multiple_of;
-  RADIX_CHECK(
-      num_rows <= kMaxRows,
-      op,
-      "pad_multiple_of=",
-      pad_multiple_of,
-      " makes ",
-      num_rows,
-      " rows; at most ",
-      kMaxRows,
-      " are allowed");
-  Tensor compact_ids = empty_cpu(num_rows, dtype_code_of(input_ids));
-  Tensor compact_positions = empty_cpu(num_rows, dtype_code_of(position_ids));
-  Tensor fold_index = empty_cpu(num_rows, aoti_torch_dtype_int32());
+  const int64_t num_rows = padded_rows(op, num_nodes, pad_multiple_of);
+  Tensor compact_ids = empty_at(cpu(), num_rows, dtype_code_of(input_ids));
+  Tensor compact_positions = empty_at(cpu(), num_rows, dtype_code_of(position_ids));
+  Tensor fold_index = empty_at(cpu(), num_rows, aoti_torch_dtype_int32());
   Id* out_ids = compact_ids.mutable_data_ptr<Id>();
   Position* out_positions = compact_positions.mutable_data_ptr<Position>();
   int32_t* out_tokens = fold_index.mutable_data_ptr<int32_t>();
@@ -131,9 +62,8 @@ Folded check_and_build(
     const Tensor& position_ids,
     const Tensor& cu_seqlens,
     int64_t pad_multiple_of) {
-  check_arguments(op, input_ids, position_ids, cu_seqlens, pad_multiple_of);
-  std::vector<int64_t> bounds = is_int32(cu_seqlens) ? checked_bounds<int32_t>(op, cu_seqlens, input_ids.size(0))
-                                                     : checked_bounds<int64_t>(op, cu_seqlens, input_ids.size(0));
+  check_fold_arguments(op, input_ids, position_ids, cu_seqlens, pad_multiple_of, cpu());
+  std::vector<int64_t> bounds = bounds_of(op, cu_seqlens, input_ids.size(0));
   const bool narrow_ids = is_int32(input_ids);
   const bool narrow_positions = is_int32(position_ids);
   auto* const build_for = narrow_ids ? (narrow_positions ? &build<int32_t, int32_t> : &build<int32_t, int64_t>)
@@ -141,14 +71,10 @@ Folded check_and_build(
   return build_for(op, input_ids, position_ids, std::move(bounds), pad_multiple_of);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> fold_cpu(
-    const Tensor& input_ids, const Tensor& position_ids, const Tensor& cu_seqlens, int64_t pad_multiple_of) {
+Fold fold_cpu(const Tensor& input_ids, const Tensor& position_ids, const Tensor& cu_seqlens, int64_t pad_multiple_of) {
   Folded folded = check_and_build("fold", input_ids, position_ids, cu_seqlens, pad_multiple_of);
   return {folded.input_ids, folded.position_ids, folded.unfold_index, folded.fold_index};
 }
-
-using Plan =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Plan fold_plan_cpu(
     const Tensor& input_ids, const Tensor& position_ids, const Tensor& cu_seqlens, int64_t pad_multiple_of) {
@@ -157,9 +83,9 @@ Plan fold_plan_cpu(
   const int64_t num_rows = folded.fold_index.size(0);
   const int64_t num_runs = static_cast<int64_t>(folded.runs.size());
 
-  Tensor run_sequences = empty_cpu(num_runs, int32);
-  Tensor cu_seqlens_q = empty_cpu(num_runs + 1, int32);
-  Tensor cu_seqlens_k = empty_cpu(num_runs + 1, int32);
+  Tensor run_sequences = empty_at(cpu(), num_runs, int32);
+  Tensor cu_seqlens_q = empty_at(cpu(), num_runs + 1, int32);
+  Tensor cu_seqlens_k = empty_at(cpu(), num_runs + 1, int32);
   int32_t* sequences = run_sequences.mutable_data_ptr<int32_t>();
   int32_t* cu_q = cu_seqlens_q.mutable_data_ptr<int32_t>();
   int32_t* cu_k = cu_seqlens_k.mutable_data_ptr<int32_t>();
@@ -177,8 +103,8 @@ Plan fold_plan_cpu(
   }
 
   auto inverse_of = [&](const Tensor& index) {
-    Tensor indptr = empty_cpu(num_rows + 1, int32);
-    Tensor members = empty_cpu(index.size(0), int32);
+    Tensor indptr = empty_at(cpu(), num_rows + 1, int32);
+    Tensor members = empty_at(cpu(), index.size(0), int32);
     invert_index(
         index.const_data_ptr<int32_t>(),
         index.size(0),
@@ -188,12 +114,12 @@ Plan fold_plan_cpu(
     return std::make_pair(indptr, members);
   };
   auto copy_of = [&](const Tensor& tensor) {
-    Tensor copy = empty_cpu(tensor.size(0), int32);
+    Tensor copy = empty_at(cpu(), tensor.size(0), int32);
     std::copy_n(tensor.const_data_ptr<int32_t>(), tensor.size(0), copy.mutable_data_ptr<int32_t>());
     return copy;
   };
   auto [unfold_indptr, unfold_members] = inverse_of(folded.unfold_index);
-  Tensor kv_index = empty_cpu(cu_k[num_runs], int32);
+  Tensor kv_index = empty_at(cpu(), cu_k[num_runs], int32);
   const int32_t* unfold_index = folded.unfold_index.const_data_ptr<int32_t>();
   for (int64_t r = 0; r < num_runs; ++r) {
     const int64_t begin = folded.bounds[sequences[r]];
@@ -208,7 +134,7 @@ Plan fold_plan_cpu(
   for (size_t s = 0; s + 1 < folded.bounds.size(); ++s) {
     min_seqlen = std::min(min_seqlen, folded.bounds[s + 1] - folded.bounds[s]);
   }
-  Tensor counts = empty_cpu(4, aoti_torch_dtype_int64());
+  Tensor counts = empty_at(cpu(), 4, aoti_torch_dtype_int64());
   int64_t* count = counts.mutable_data_ptr<int64_t>();
   count[0] = cu_q[num_runs];
   count[1] = max_seqlen_q;

@@ -1,6 +1,8 @@
 // radix::gather and radix::gather.csr on the CPU: x[index] over dim 0, of any dtype, as copies of rows.
 #include "rows.h"
 
+#include <tuple>
+
 namespace radix {
 namespace {
 
@@ -33,13 +35,12 @@ void copy_rows(const Rows& x, const Index* index, int64_t begin, int64_t end, ch
   }
 }
 
-Tensor gather_cpu(const Tensor& x, const Tensor& index) {
-  const char* op = "gather";
-  check_index_like(op, "index", index);
-  const Rows rows = rows_of(op, "x", x);
+Tensor gather_rows(const char* op, const char* name, const Tensor& x, const Tensor& index) {
+  check_index_like(op, "index", index, cpu());
+  const Rows rows = rows_of(op, name, x, cpu());
   const Tensor held_index = as_contiguous(index);
   const int64_t length = held_index.size(0);
-  Tensor out = empty_rows(x, length);
+  Tensor out = empty_rows(x, length, cpu());
   with_index_type(index, [&](auto type) {
     using Index = decltype(type);
     const Index* wanted = static_cast<const Index*>(held_index.const_data_ptr());
@@ -53,13 +54,32 @@ Tensor gather_cpu(const Tensor& x, const Tensor& index) {
   return out;
 }
 
-// The inverse serves the backward, which checks its values; the forward needs index alone.
+Tensor gather_cpu(const Tensor& x, const Tensor& index) {
+  return gather_rows("gather", "x", x, index);
+}
+
+// The inverse serves the backward, which checks its values; here the forward needs index alone.
 Tensor gather_csr_cpu(const Tensor& x, const Tensor& index, const Tensor& indptr, const Tensor& members) {
   const char* op = "gather.csr";
-  check_index_like(op, "index", index);
+  check_index_like(op, "index", index, cpu());
   RADIX_CHECK(x.dim() >= 1, op, "x must have at least 1 dimension, got a scalar");
-  check_inverse_shapes(op, index, indptr, members, x.size(0));
-  return gather_cpu(x, index);
+  check_inverse_shapes(op, index, indptr, members, x.size(0), cpu());
+  return gather_rows(op, "x", x, index);
+}
+
+std::tuple<Tensor, Tensor> gather_kv_cpu(const Tensor& k, const Tensor& v, const Tensor& index) {
+  const char* op = "gather_kv";
+  check_kv(op, "k", k, "v", v);
+  return {gather_rows(op, "k", k, index), gather_rows(op, "v", v, index)};
+}
+
+std::tuple<Tensor, Tensor> gather_kv_csr_cpu(
+    const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& indptr, const Tensor& members) {
+  const char* op = "gather_kv.csr";
+  check_kv(op, "k", k, "v", v);
+  check_index_like(op, "index", index, cpu());
+  check_inverse_shapes(op, index, indptr, members, k.size(0), cpu());
+  return {gather_rows(op, "k", k, index), gather_rows(op, "v", v, index)};
 }
 
 }  // namespace
@@ -68,4 +88,6 @@ Tensor gather_csr_cpu(const Tensor& x, const Tensor& index, const Tensor& indptr
 STABLE_TORCH_LIBRARY_IMPL(radix, CPU, m) {
   m.impl("gather", TORCH_BOX(&radix::gather_cpu));
   m.impl("gather.csr", TORCH_BOX(&radix::gather_csr_cpu));
+  m.impl("gather_kv", TORCH_BOX(&radix::gather_kv_cpu));
+  m.impl("gather_kv.csr", TORCH_BOX(&radix::gather_kv_csr_cpu));
 }

@@ -1,7 +1,7 @@
-// Tensors seen as rows over dim 0, for gather and scatter_add.
+// What gather and scatter_add share on the CPU.
 #pragma once
 
-#include "../check.h"
+#include "../rows.h"
 
 #include <algorithm>
 #include <cstring>
@@ -16,55 +16,6 @@
 #endif
 
 namespace radix {
-
-// A tensor whose rows are contiguous inside and may stand any distance apart.
-struct Rows {
-  Tensor held;
-  const char* data;
-  int64_t count;
-  int64_t width;  // elements in a row
-  int64_t row_bytes;
-  int64_t stride_bytes;  // from one row to the next
-};
-
-// Copies the tensor only where its rows are not contiguous.
-inline Rows rows_of(const char* op, const char* name, const Tensor& tensor) {
-  check_cpu(op, name, tensor);
-  const auto sizes = tensor.sizes();
-  RADIX_CHECK(sizes.size() >= 1, op, name, " must have at least 1 dimension, got a scalar");
-  RADIX_CHECK(
-      static_cast<int64_t>(sizes.size()) <= kMaxDim,
-      op,
-      name,
-      " must have at most ",
-      kMaxDim,
-      " dimensions, got ",
-      sizes.size());
-  Rows rows{tensor, nullptr, sizes[0], 1, 0, 0};
-  bool contiguous_rows = true;
-  const auto strides = tensor.strides();
-  for (size_t d = sizes.size() - 1; d > 0; --d) {
-    contiguous_rows = contiguous_rows && (sizes[d] == 1 || strides[d] == rows.width);
-    rows.width *= sizes[d];
-  }
-  if (!contiguous_rows) {
-    rows.held = torch::stable::contiguous(tensor);
-  }
-  const int64_t element_bytes = static_cast<int64_t>(tensor.element_size());
-  rows.data = static_cast<const char*>(rows.held.const_data_ptr());
-  rows.row_bytes = rows.width * element_bytes;
-  rows.stride_bytes = rows.held.stride(0) * element_bytes;
-  return rows;
-}
-
-// A new tensor of `count` rows shaped like those of `like`.
-inline Tensor empty_rows(const Tensor& like, int64_t count) {
-  const auto sizes = like.sizes();
-  int64_t out_sizes[kMaxDim];
-  std::copy(sizes.begin(), sizes.end(), out_sizes);
-  out_sizes[0] = count;
-  return empty_cpu(out_sizes, static_cast<int64_t>(sizes.size()), dtype_code_of(like));
-}
 
 // The largest index, where negative ones count as larger than all others.
 template <typename T>
@@ -113,12 +64,6 @@ inline void parallel_over(int64_t count, int64_t bytes_each, const Body& body) {
   } else {
     torch::stable::parallel_for(0, count, grain, body);
   }
-}
-
-// Calls run(T{}) with the index type of a checked index tensor.
-template <typename Run>
-inline auto with_index_type(const Tensor& index, const Run& run) {
-  return is_int32(index) ? run(int32_t{}) : run(int64_t{});
 }
 
 }  // namespace radix

@@ -3,9 +3,7 @@
 #include "inverse.h"
 #include "rows.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
+#include <tuple>
 #include <type_traits>
 
 namespace radix {
@@ -15,13 +13,6 @@ namespace {
 constexpr int64_t kColumns = 2048;
 // Source rows added in one pass over that buffer.
 constexpr int64_t kRowsAtOnce = 4;
-
-template <typename T>
-using accumulator_t = std::conditional_t<
-    std::is_same_v<T, c10::Half> || std::is_same_v<T, c10::BFloat16>,
-    float,
-    // Integers wrap around as in index_add: unsigned arithmetic, since signed overflow is undefined.
-    typename std::conditional_t<std::is_integral_v<T>, std::make_unsigned<T>, std::common_type<T>>::type>;
 
 // out[c] = sum over i of (row members[i] of src)[column + c], added in the order of members, for c < columns.
 template <typename T, typename Index>
@@ -95,68 +86,31 @@ void sum_segments(const Rows& src, const Index* indptr, const Index* members, in
 
 template <typename Index>
 void sum_by_dtype(
-    const char* op, const Rows& src, const Index* indptr, const Index* members, int64_t num_rows, Tensor& out) {
-  switch (out.scalar_type()) {
-    case ScalarType::Double:
-      sum_segments<double>(src, indptr, members, num_rows, out);
-      break;
-    case ScalarType::Float:
-      sum_segments<float>(src, indptr, members, num_rows, out);
-      break;
-    case ScalarType::Half:
-      sum_segments<c10::Half>(src, indptr, members, num_rows, out);
-      break;
-    case ScalarType::BFloat16:
-      sum_segments<c10::BFloat16>(src, indptr, members, num_rows, out);
-      break;
-    case ScalarType::Long:
-      sum_segments<int64_t>(src, indptr, members, num_rows, out);
-      break;
-    case ScalarType::Int:
-      sum_segments<int32_t>(src, indptr, members, num_rows, out);
-      break;
-    case ScalarType::Short:
-      sum_segments<int16_t>(src, indptr, members, num_rows, out);
-      break;
-    case ScalarType::Char:
-      sum_segments<int8_t>(src, indptr, members, num_rows, out);
-      break;
-    case ScalarType::Byte:
-      sum_segments<uint8_t>(src, indptr, members, num_rows, out);
-      break;
-    default:
-      fail(op, "src must be float64, float32, float16, bfloat16 or an integer of 8 to 64 bits, got ", dtype_of(out));
-  }
+    const char* op,
+    const char* name,
+    const Rows& src,
+    const Index* indptr,
+    const Index* members,
+    int64_t num_rows,
+    Tensor& out) {
+  with_sum_type(op, name, out, [&](auto type) { sum_segments<decltype(type)>(src, indptr, members, num_rows, out); });
 }
 
-void check_sizes(const char* op, const Rows& src, const Tensor& index, int64_t num_rows) {
-  RADIX_CHECK(num_rows >= 0 && num_rows <= kMaxRows, op, "num_rows must be from 0 to ", kMaxRows, ", got ", num_rows);
-  RADIX_CHECK(
-      index.size(0) == src.count,
-      op,
-      "index must hold one entry for each row of src, got ",
-      index.size(0),
-      " entries for ",
-      src.count,
-      " rows");
-}
-
-Tensor scatter_add_cpu(const Tensor& src, const Tensor& index, int64_t num_rows) {
-  const char* op = "scatter_add";
-  check_index_like(op, "index", index);
-  const Rows rows = rows_of(op, "src", src);
-  check_sizes(op, rows, index, num_rows);
+Tensor scatter_add_rows(const char* op, const char* name, const Tensor& src, const Tensor& index, int64_t num_rows) {
+  check_index_like(op, "index", index, cpu());
+  const Rows rows = rows_of(op, name, src, cpu());
+  check_scatter_sizes(op, name, rows, index, num_rows);
   const Tensor held_index = as_contiguous(index);
   return with_index_type(index, [&](auto type) {
     using Index = decltype(type);
     const Index* targets = static_cast<const Index*>(held_index.const_data_ptr());
     check_in_range(op, "index", targets, rows.count, num_rows, "rows (num_rows)");
-    Tensor out = empty_rows(src, num_rows);
+    Tensor out = empty_rows(src, num_rows, cpu());
     auto sum = [&](auto inverse_type) {
       std::vector<decltype(inverse_type)> indptr(num_rows + 1);
       std::vector<decltype(inverse_type)> members(rows.count);
       invert_index(targets, rows.count, num_rows, indptr.data(), members.data());
-      sum_by_dtype(op, rows, indptr.data(), members.data(), num_rows, out);
+      sum_by_dtype(op, name, rows, indptr.data(), members.data(), num_rows, out);
     };
     rows.count <= kMaxRows ? sum(int32_t{}) : sum(int64_t{});
     return out;
@@ -206,13 +160,18 @@ void check_inverse(
   }
 }
 
-Tensor scatter_add_csr_cpu(
-    const Tensor& src, const Tensor& index, const Tensor& indptr, const Tensor& members, int64_t num_rows) {
-  const char* op = "scatter_add.csr";
-  check_index_like(op, "index", index);
-  const Rows rows = rows_of(op, "src", src);
-  check_sizes(op, rows, index, num_rows);
-  check_inverse_shapes(op, index, indptr, members, num_rows);
+Tensor scatter_add_csr_rows(
+    const char* op,
+    const char* name,
+    const Tensor& src,
+    const Tensor& index,
+    const Tensor& indptr,
+    const Tensor& members,
+    int64_t num_rows) {
+  check_index_like(op, "index", index, cpu());
+  const Rows rows = rows_of(op, name, src, cpu());
+  check_scatter_sizes(op, name, rows, index, num_rows);
+  check_inverse_shapes(op, index, indptr, members, num_rows, cpu());
   const Tensor held_index = as_contiguous(index);
   return with_index_type(index, [&](auto index_type) {
     using Index = decltype(index_type);
@@ -229,12 +188,42 @@ Tensor scatter_add_csr_cpu(
       const Inverse* starts = static_cast<const Inverse*>(held_indptr.const_data_ptr());
       const Inverse* entries = static_cast<const Inverse*>(held_members.const_data_ptr());
       check_inverse(op, static_cast<const Index*>(held_index.const_data_ptr()), starts, entries, rows.count, num_rows);
-      Tensor out = empty_rows(src, num_rows);
-      sum_by_dtype(op, rows, starts, entries, num_rows, out);
+      Tensor out = empty_rows(src, num_rows, cpu());
+      sum_by_dtype(op, name, rows, starts, entries, num_rows, out);
       return out;
     };
     return narrow ? run(int32_t{}) : run(int64_t{});
   });
+}
+
+Tensor scatter_add_cpu(const Tensor& src, const Tensor& index, int64_t num_rows) {
+  return scatter_add_rows("scatter_add", "src", src, index, num_rows);
+}
+
+Tensor scatter_add_csr_cpu(
+    const Tensor& src, const Tensor& index, const Tensor& indptr, const Tensor& members, int64_t num_rows) {
+  return scatter_add_csr_rows("scatter_add.csr", "src", src, index, indptr, members, num_rows);
+}
+
+std::tuple<Tensor, Tensor> scatter_add_kv_cpu(
+    const Tensor& src_k, const Tensor& src_v, const Tensor& index, int64_t num_rows) {
+  const char* op = "scatter_add_kv";
+  check_kv(op, "src_k", src_k, "src_v", src_v);
+  return {scatter_add_rows(op, "src_k", src_k, index, num_rows), scatter_add_rows(op, "src_v", src_v, index, num_rows)};
+}
+
+std::tuple<Tensor, Tensor> scatter_add_kv_csr_cpu(
+    const Tensor& src_k,
+    const Tensor& src_v,
+    const Tensor& index,
+    const Tensor& indptr,
+    const Tensor& members,
+    int64_t num_rows) {
+  const char* op = "scatter_add_kv.csr";
+  check_kv(op, "src_k", src_k, "src_v", src_v);
+  return {
+      scatter_add_csr_rows(op, "src_k", src_k, index, indptr, members, num_rows),
+      scatter_add_csr_rows(op, "src_v", src_v, index, indptr, members, num_rows)};
 }
 
 }  // namespace
@@ -243,4 +232,6 @@ Tensor scatter_add_csr_cpu(
 STABLE_TORCH_LIBRARY_IMPL(radix, CPU, m) {
   m.impl("scatter_add", TORCH_BOX(&radix::scatter_add_cpu));
   m.impl("scatter_add.csr", TORCH_BOX(&radix::scatter_add_csr_cpu));
+  m.impl("scatter_add_kv", TORCH_BOX(&radix::scatter_add_kv_cpu));
+  m.impl("scatter_add_kv.csr", TORCH_BOX(&radix::scatter_add_kv_csr_cpu));
 }

@@ -1,0 +1,461 @@
+// radix::scatter_add, scatter_add_kv and their .csr overloads on CUDA: each output row is one sum over its segment of
+// source rows, in an order that nothing but the segment's length decides.
+#include "inverse.cuh"
+#include "rows.cuh"
+
+#include <tuple>
+
+namespace radix {
+namespace {
+
+constexpr int kBlock = 128;
+constexpr int kMaxX = 32;
+// Units of a thread, and source rows that it loads before it adds them.
+constexpr int kUnits = 2;
+constexpr int kRowsAtOnce = 4;
+// Longer segments are summed by whole blocks.
+constexpr int64_t kLongSegment = 128;
+
+// kWidth elements of T that are loaded and stored as one: 16 bytes, or one element. They stay packed until they are
+// added, which saves registers.
+template <typename T, int kWidth>
+using Packed = std::conditional_t<kWidth == 1, T, uint4>;
+
+template <typename T, int kWidth>
+struct alignas(sizeof(Packed<T, kWidth>)) Unpacked {
+  T values[kWidth];
+};
+
+// The sums of one thread: kUnits units of its row.
+template <typename T, int kWidth>
+struct Sums {
+  using Accumulator = accumulator_t<T>;
+  Accumulator values[kUnits][kWidth];
+
+  // -0 is what changes no number when it is added to it, 0 included.
+  __device__ void reset() {
+#pragma unroll
+    for (int k = 0; k < kUnits; ++k) {
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) {
+        values[k][e] = static_cast<Accumulator>(-0.0f);
+      }
+    }
+  }
+
+  __device__ void add(const Packed<T, kWidth> (&units)[kUnits]) {
+#pragma unroll
+    for (int k = 0; k < kUnits; ++k) {
+      const auto& unit = reinterpret_cast<const Unpacked<T, kWidth>&>(units[k]);
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) {
+        values[k][e] = static_cast<Accumulator>(values[k][e] + static_cast<Accumulator>(unit.values[e]));
+      }
+    }
+  }
+
+  // Unit k of the result; 0 if nothing was added.
+  __device__ Packed<T, kWidth> unit(int k, bool none) const {
+    Unpacked<T, kWidth> unit;
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) {
+      unit.values[e] = none ? static_cast<T>(0) : static_cast<T>(values[k][e]);
+    }
+    return reinterpret_cast<const Packed<T, kWidth>&>(unit);
+  }
+};
+
+template <typename Unit>
+__device__ inline Unit load_unit(const Unit* from) {
+  if constexpr (sizeof(Unit) == 16) {
+    return load_once(from);
+  } else {
+    return *from;
+  }
+}
+
+template <typename Unit>
+__device__ inline void store_unit(Unit* to, const Unit& unit) {
+  if constexpr (sizeof(Unit) == 16) {
+    store_once(to, unit);
+  } else {
+    *to = unit;
+  }
+}
+
+// What a launch works on.
+struct Work {
+  Lanes lanes;
+  Integers index;
+  Integers indptr;
+  Integers members;
+  int64_t length;
+  int64_t num_rows;
+  unsigned chunks;
+  bool check;
+
+  // The end of a row's members, asserted to lie in order and to begin and end where the arrays do.
+  __device__ int64_t checked_end(int64_t row, int64_t begin) const {
+    const int64_t end = indptr[row + 1];
+    CUDA_KERNEL_ASSERT(begin >= 0 && begin <= end && end <= length && "indptr must not decrease");
+    CUDA_KERNEL_ASSERT((row > 0 || begin == 0) && "indptr must start at 0");
+    CUDA_KERNEL_ASSERT((row + 1 < num_rows || end == length) && "indptr must end at the length of members");
+    return end;
+  }
+
+  // Asserts that entries m, m + step, ... of a row's members are distinct ones that index holds this row for. Those
+  // that do not ascend are compared with all before them.
+  __device__ void assert_members(int64_t row, int64_t begin, int64_t end, int64_t m, int64_t step) const {
+    for (; m < end; m += step) {
+      const int64_t member = members[m];
+      CUDA_KERNEL_ASSERT(index[member] == row && "indptr and members are not the inverse of index");
+      if (m > begin && members[m - 1] >= member) {
+        for (int64_t earlier = begin; earlier < m; ++earlier) {
+          CUDA_KERNEL_ASSERT(members[earlier] != member && "members lists an entry twice");
+        }
+      }
+    }
+  }
+};
+
+// Which source rows a step of a sum reads. The numbers of the next ones are loaded a step ahead of their rows.
+struct Sources {
+  int64_t rows[kRowsAtOnce];
+
+  // members[m], members[m + 1], ...; past the last, the last again.
+  __device__ void load(const Integers& members, int64_t m, int64_t end) {
+    if (members.wide) {
+#pragma unroll
+      for (int r = 0; r < kRowsAtOnce; ++r) {
+        rows[r] = static_cast<const int64_t*>(members.data)[m + r < end ? m + r : end - 1];
+      }
+    } else {
+#pragma unroll
+      for (int r = 0; r < kRowsAtOnce; ++r) {
+        rows[r] = static_cast<const int32_t*>(members.data)[m + r < end ? m + r : end - 1];
+      }
+    }
+  }
+
+  __device__ void assert_in_range(int64_t length) const {
+    bool in_range = true;
+#pragma unroll
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      in_range = in_range && rows[r] >= 0 && rows[r] < length;
+    }
+    CUDA_KERNEL_ASSERT(in_range && "members out of range");
+  }
+};
+
+template <typename T, int kWidth>
+__device__ inline void load_row(
+    const Lane& lane, const Columns<kUnits>& columns, int64_t source, Packed<T, kWidth> (&units)[kUnits]) {
+  const auto* row = reinterpret_cast<const Packed<T, kWidth>*>(lane.in + source * lane.stride_bytes);
+#pragma unroll
+  for (int k = 0; k < kUnits; ++k) {
+    if (columns.has(k)) {
+      units[k] = load_unit(columns.at(row, k));
+    }
+  }
+}
+
+// The sums of the rows members[begin:end], added in that order.
+template <typename T, int kWidth>
+__device__ inline void sum_members(
+    const Work& work,
+    const Lane& lane,
+    const Columns<kUnits>& columns,
+    int64_t begin,
+    int64_t end,
+    Sums<T, kWidth>& sums) {
+  sums.reset();
+  if (begin == end) {
+    return;
+  }
+  Sources sources;
+  sources.load(work.members, begin, end);
+  for (int64_t m = begin; m < end; m += kRowsAtOnce) {
+    sources.assert_in_range(work.length);
+    Packed<T, kWidth> units[kRowsAtOnce][kUnits];
+#pragma unroll
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      if (m + r < end) {
+        load_row<T, kWidth>(lane, columns, sources.rows[r], units[r]);
+      }
+    }
+    sources.load(work.members, m + kRowsAtOnce, end);
+#pragma unroll
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      if (m + r < end) {
+        sums.add(units[r]);
+      }
+    }
+  }
+}
+
+// Each y of a block sums one row, and then the whole block those of its rows that are long.
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kBlock, 5) sum_segments(Work work) {
+  using Accumulator = accumulator_t<T>;
+  __shared__ int64_t begins[kBlock];
+  __shared__ int64_t ends[kBlock];
+  __shared__ Accumulator shares[kBlock][kWidth];
+  const Lane lane = work.lanes.mine();
+  const unsigned chunk = blockIdx.x % work.chunks;
+  const Columns<kUnits> columns(chunk, lane.units);
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x / work.chunks) * blockDim.y;
+  const bool check = work.check && chunk == 0 && blockIdx.y == 0;
+  int64_t begin = 0;
+  int64_t end = 0;
+  if (const int64_t row = first_row + threadIdx.y; row < work.num_rows) {
+    begin = work.indptr[row];
+    end = work.checked_end(row, begin);
+    if (end - begin <= kLongSegment) {
+      Packed<T, kWidth> units[kUnits];
+      if (end - begin == 1) {
+        const int64_t source = work.members[begin];
+        CUDA_KERNEL_ASSERT(source >= 0 && source < work.length && "members out of range");
+        load_row<T, kWidth>(lane, columns, source, units);
+      } else {
+        Sums<T, kWidth> sums;
+        sum_members(work, lane, columns, begin, end, sums);
+#pragma unroll
+        for (int k = 0; k < kUnits; ++k) {
+          units[k] = sums.unit(k, begin == end);
+        }
+      }
+      auto* out = reinterpret_cast<Packed<T, kWidth>*>(lane.out) + row * lane.units;
+#pragma unroll
+      for (int k = 0; k < kUnits; ++k) {
+        if (columns.has(k)) {
+          store_unit(columns.at(out, k), units[k]);
+        }
+      }
+      if (check) {
+        work.assert_members(row, begin, end, begin + threadIdx.x, blockDim.x);
+      }
+    }
+  }
+  if (!__syncthreads_or(end - begin > kLongSegment)) {
+    return;
+  }
+  if (threadIdx.x == 0) {
+    begins[threadIdx.y] = begin;
+    ends[threadIdx.y] = end;
+  }
+  __syncthreads();
+  const unsigned thread = threadIdx.y * blockDim.x + threadIdx.x;
+  for (unsigned y = 0; y < blockDim.y; ++y) {
+    const int64_t count = ends[y] - begins[y];
+    if (count <= kLongSegment) {
+      continue;
+    }
+    // Each y sums a share of the members, and the shares are added in order, a unit of each thread at a time.
+    Sums<T, kWidth> sums;
+    sum_members(
+        work,
+        lane,
+        columns,
+        begins[y] + count * threadIdx.y / blockDim.y,
+        begins[y] + count * (threadIdx.y + 1) / blockDim.y,
+        sums);
+    auto* out = reinterpret_cast<Packed<T, kWidth>*>(lane.out) + (first_row + y) * lane.units;
+#pragma unroll
+    for (int k = 0; k < kUnits; ++k) {
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) {
+        shares[thread][e] = sums.values[k][e];
+      }
+      __syncthreads();
+      if (threadIdx.y == 0 && columns.has(k)) {
+        Unpacked<T, kWidth> unit;
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) {
+          Accumulator total = shares[threadIdx.x][e];
+          for (unsigned share = 1; share < blockDim.y; ++share) {
+            total = static_cast<Accumulator>(total + shares[share * blockDim.x + threadIdx.x][e]);
+          }
+          unit.values[e] = static_cast<T>(total);
+        }
+        store_unit(columns.at(out, k), reinterpret_cast<const Packed<T, kWidth>&>(unit));
+      }
+      __syncthreads();
+    }
+    if (check) {
+      work.assert_members(first_row + y, begins[y], ends[y], begins[y] + thread, kBlock);
+    }
+  }
+}
+
+struct Source {
+  const char* name;
+  const Tensor& tensor;
+};
+
+// The inverse of an index, given or made here.
+struct Inverse {
+  Integers indptr;
+  Integers members;
+  bool check;
+};
+
+template <size_t kCount>
+std::array<Tensor, kCount> sum_all(
+    const char* op,
+    const std::array<Source, kCount>& sources,
+    const std::array<Rows, kCount>& rows,
+    const Device& device,
+    const Integers& index,
+    const Inverse& inverse,
+    int64_t num_rows,
+    const Place& place) {
+  std::array<Tensor, kCount> outs;
+  for (size_t t = 0; t < kCount; ++t) {
+    outs[t] = empty_rows(sources[t].tensor, num_rows, place);
+  }
+  with_sum_type(op, sources[0].name, sources[0].tensor, [&](auto type) {
+    using T = decltype(type);
+    const int64_t unit_bytes = unit_bytes_of(rows, 16) == 16 ? 16 : static_cast<int64_t>(sizeof(T));
+    if (num_rows == 0) {
+      return;
+    }
+    Work work{};
+    int64_t units = 0;
+    for (size_t t = 0; t < kCount; ++t) {
+      work.lanes.lane[t] = Lane{
+          rows[t].data,
+          static_cast<char*>(outs[t].mutable_data_ptr()),
+          rows[t].stride_bytes,
+          rows[t].row_bytes / unit_bytes};
+      units = std::max(units, work.lanes.lane[t].units);
+    }
+    const Tiling tiling = tiling_of<kUnits>(op, num_rows, units, kCount, kBlock, kMaxX);
+    work.index = index;
+    work.indptr = inverse.indptr;
+    work.members = inverse.members;
+    work.length = rows[0].count;
+    work.num_rows = num_rows;
+    work.chunks = tiling.chunks;
+    work.check = inverse.check;
+    if (unit_bytes == 16) {
+      constexpr int kWidth = static_cast<int>(16 / sizeof(T));
+      device.launch(&sum_segments<T, kWidth>, tiling.grid, tiling.block, work);
+    } else {
+      device.launch(&sum_segments<T, 1>, tiling.grid, tiling.block, work);
+    }
+  });
+  return outs;
+}
+
+template <size_t kCount>
+std::array<Rows, kCount> checked_rows(
+    const char* op,
+    const std::array<Source, kCount>& sources,
+    const Tensor& index,
+    int64_t num_rows,
+    const Place& place) {
+  check_index_like(op, "index", index, place);
+  std::array<Rows, kCount> rows;
+  for (size_t t = 0; t < kCount; ++t) {
+    rows[t] = rows_of(op, sources[t].name, sources[t].tensor, place);
+    check_scatter_sizes(op, sources[t].name, rows[t], index, num_rows);
+  }
+  RADIX_CHECK(
+      num_rows > 0 || rows[0].count == 0,
+      op,
+      "index holds ",
+      rows[0].count,
+      " entries, but there are no rows (num_rows) to index");
+  return rows;
+}
+
+template <size_t kCount>
+std::array<Tensor, kCount> scatter_add_all(
+    const char* op,
+    const std::array<Source, kCount>& sources,
+    const Tensor& index,
+    int64_t num_rows,
+    const Place& place) {
+  const std::array<Rows, kCount> rows = checked_rows(op, sources, index, num_rows, place);
+  with_sum_type(op, sources[0].name, sources[0].tensor, [](auto) {});
+  const int64_t length = index.size(0);
+  const Tensor held_index = as_contiguous(index);
+  const Device device(op, place);
+  auto run = [&](auto type) {
+    using Out = decltype(type);
+    Workspace workspace;
+    const int64_t indptr_at = workspace.add<Out>(num_rows + 1);
+    const int64_t members_at = workspace.add<Out>(length);
+    workspace.allocate(place);
+    Out* indptr = workspace.at<Out>(indptr_at);
+    Out* members = workspace.at<Out>(members_at);
+    invert_index(op, place, device, integers_of(held_index), length, num_rows, indptr, members);
+    constexpr bool kWide = sizeof(Out) == sizeof(int64_t);
+    const Inverse inverse{{indptr, kWide}, {members, kWide}, /*check=*/false};
+    return sum_all(op, sources, rows, device, integers_of(held_index), inverse, num_rows, place);
+  };
+  return length <= kMaxRows ? run(int32_t{}) : run(int64_t{});
+}
+
+template <size_t kCount>
+std::array<Tensor, kCount> scatter_add_csr_all(
+    const char* op,
+    const std::array<Source, kCount>& sources,
+    const Tensor& index,
+    const Tensor& indptr,
+    const Tensor& members,
+    int64_t num_rows,
+    const Place& place) {
+  const std::array<Rows, kCount> rows = checked_rows(op, sources, index, num_rows, place);
+  check_inverse_shapes(op, index, indptr, members, num_rows, place);
+  const Tensor held_index = as_contiguous(index);
+  const Tensor held_indptr = as_contiguous(indptr);
+  const Tensor held_members = as_contiguous(members);
+  const Device device(op, place);
+  const Inverse inverse{integers_of(held_indptr), integers_of(held_members), /*check=*/true};
+  return sum_all(op, sources, rows, device, integers_of(held_index), inverse, num_rows, place);
+}
+
+Tensor scatter_add_cuda(const Tensor& src, const Tensor& index, int64_t num_rows) {
+  return scatter_add_all<1>("scatter_add", {{{"src", src}}}, index, num_rows, cuda_place({&src, &index}))[0];
+}
+
+Tensor scatter_add_csr_cuda(
+    const Tensor& src, const Tensor& index, const Tensor& indptr, const Tensor& members, int64_t num_rows) {
+  const Place place = cuda_place({&src, &index, &indptr, &members});
+  return scatter_add_csr_all<1>("scatter_add.csr", {{{"src", src}}}, index, indptr, members, num_rows, place)[0];
+}
+
+std::tuple<Tensor, Tensor> scatter_add_kv_cuda(
+    const Tensor& src_k, const Tensor& src_v, const Tensor& index, int64_t num_rows) {
+  const char* op = "scatter_add_kv";
+  check_kv(op, "src_k", src_k, "src_v", src_v);
+  const auto [k, v] = scatter_add_all<2>(
+      op, {{{"src_k", src_k}, {"src_v", src_v}}}, index, num_rows, cuda_place({&src_k, &src_v, &index}));
+  return {k, v};
+}
+
+std::tuple<Tensor, Tensor> scatter_add_kv_csr_cuda(
+    const Tensor& src_k,
+    const Tensor& src_v,
+    const Tensor& index,
+    const Tensor& indptr,
+    const Tensor& members,
+    int64_t num_rows) {
+  const char* op = "scatter_add_kv.csr";
+  check_kv(op, "src_k", src_k, "src_v", src_v);
+  const Place place = cuda_place({&src_k, &src_v, &index, &indptr, &members});
+  const auto [k, v] =
+      scatter_add_csr_all<2>(op, {{{"src_k", src_k}, {"src_v", src_v}}}, index, indptr, members, num_rows, place);
+  return {k, v};
+}
+
+}  // namespace
+}  // namespace radix
+
+STABLE_TORCH_LIBRARY_IMPL(radix, CUDA, m) {
+  m.impl("scatter_add", TORCH_BOX(&radix::scatter_add_cuda));
+  m.impl("scatter_add.csr", TORCH_BOX(&radix::scatter_add_csr_cuda));
+  m.impl("scatter_add_kv", TORCH_BOX(&radix::scatter_add_kv_cuda));
+  m.impl("scatter_add_kv.csr", TORCH_BOX(&radix::scatter_add_kv_csr_cuda));
+}

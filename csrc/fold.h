@@ -1,0 +1,98 @@
+// What the folds of all devices share: their outputs and the checks of their arguments.
+#pragma once
+
+#include "check.h"
+
+#include <tuple>
+
+namespace radix {
+
+using Fold = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Plan =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+inline void check_fold_arguments(
+    const char* op,
+    const Tensor& input_ids,
+    const Tensor& position_ids,
+    const Tensor& cu_seqlens,
+    int64_t multiple,
+    const Place& place) {
+  check_index_like(op, "input_ids", input_ids, place);
+  check_index_like(op, "position_ids", position_ids, place);
+  check_index_like(op, "cu_seqlens", cu_seqlens, place);
+  const int64_t num_tokens = input_ids.size(0);
+  RADIX_CHECK(
+      position_ids.size(0) == num_tokens,
+      op,
+      "position_ids must be as long as input_ids, got ",
+      position_ids.size(0),
+      " positions for ",
+      num_tokens,
+      " tokens");
+  RADIX_CHECK(
+      num_tokens <= kMaxRows, op, "input_ids holds ", num_tokens, " tokens; at most ", kMaxRows, " are allowed");
+  RADIX_CHECK(cu_seqlens.size(0) >= 1, op, "cu_seqlens is empty; it must hold 0 and then the end of each sequence");
+  RADIX_CHECK(
+      cu_seqlens.size(0) - 1 <= kMaxRows,
+      op,
+      "cu_seqlens holds ",
+      cu_seqlens.size(0) - 1,
+      " sequences; at most ",
+      kMaxRows,
+      " are allowed");
+  RADIX_CHECK(
+      multiple >= 1 && multiple <= kMaxRows, op, "pad_multiple_of must be from 1 to ", kMaxRows, ", got ", multiple);
+}
+
+// The ends of the sequences, checked against the number of tokens before any token is read.
+template <typename T>
+inline std::vector<int64_t> checked_bounds(const char* op, const Tensor& cu_seqlens, int64_t num_tokens) {
+  const Tensor held = as_contiguous(cu_seqlens);
+  const T* values = held.const_data_ptr<T>();
+  std::vector<int64_t> bounds(values, values + held.size(0));
+  RADIX_CHECK(bounds[0] == 0, op, "cu_seqlens must start at 0, got ", bounds[0]);
+  for (size_t i = 1; i < bounds.size(); ++i) {
+    RADIX_CHECK(
+        bounds[i] >= bounds[i - 1],
+        op,
+        "cu_seqlens must not decrease, got ",
+        bounds[i - 1],
+        " and then ",
+        bounds[i],
+        " at index ",
+        i);
+  }
+  RADIX_CHECK(
+      bounds.back() == num_tokens,
+      op,
+      "cu_seqlens must end at the number of tokens, ",
+      num_tokens,
+      ", got ",
+      bounds.back());
+  return bounds;
+}
+
+// The rows of num_nodes nodes and their padding.
+inline int64_t padded_rows(const char* op, int64_t num_nodes, int64_t pad_multiple_of) {
+  const int64_t num_rows = (num_nodes + pad_multiple_of - 1) / pad_multiple_of * pad_multiple_of;
+  RADIX_CHECK(
+      num_rows <= kMaxRows,
+      op,
+      "pad_multiple_of=",
+      pad_multiple_of,
+      " makes ",
+      num_rows,
+      " rows; at most ",
+      kMaxRows,
+      " are allowed");
+  return num_rows;
+}
+
+// Raises what checked_bounds raises for a cu_seqlens on the CPU; returns the bounds.
+inline std::vector<int64_t> bounds_of(const char* op, const Tensor& cu_seqlens, int64_t num_tokens) {
+  return is_int32(cu_seqlens) ? checked_bounds<int32_t>(op, cu_seqlens, num_tokens)
+                              : checked_bounds<int64_t>(op, cu_seqlens, num_tokens);
+}
+
+}  // namespace radix
