@@ -25,8 +25,11 @@ wheel: $(VENV)/.torch
 	PYTHONWARNINGS=ignore $(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
+# Where there is a GPU, on it as well.
 bench: $(VENV)/.built
-	for name in fold gather scatter_add; do $(BIN)/python benchmarks/bench_$${name}_cpu.py || exit 1; done
+	devices=cpu; if nvidia-smi >/dev/null 2>&1; then devices="cpu cuda"; fi; \
+	for device in $$devices; do for name in fold gather scatter_add; do \
+	$(BIN)/python benchmarks/bench_$${name}_$$device.py || exit 1; done; done
 
 clean:
 	rm -rf build dist *.egg-info radix_ops/*.so $(VENV)

@@ -56,6 +56,64 @@ def seconds_per_call(functions: dict[str, Callable[[], object]], rounds: int) ->
     return {name: min(values) for name, values in medians.items()}
 
 
+def parse_cuda(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    args = parse(parser)
+    if not torch.cuda.is_available():
+        parser.error("this benchmark needs a CUDA device")
+    return args
+
+
+def cuda_seconds_per_call(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The best median of each function, between CUDA events around calls that follow each other without waiting."""
+    calls = {}
+    for name, function in functions.items():
+        for _ in range(3):
+            function()
+        calls[name] = max(2, min(200, int(2e-3 / _event_seconds(function, 5))))
+    medians: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            medians[name].append(statistics.median(_event_seconds(function, calls[name]) for _ in range(5)))
+    return {name: min(values) for name, values in medians.items()}
+
+
+def _event_seconds(function: Callable[[], object], calls: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3 / calls
+
+
+def bandwidths() -> dict[str, float]:
+    """Bytes a second of the device's memory, by torch's own kernels over 1 GiB: the best of a few ways for each.
+
+    copy counts bytes read and written. fill is the fastest dtype's (fp32); torch fills bf16 more slowly.
+    """
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    half = target.view(torch.bfloat16)
+    size = source.numel() * source.element_size()
+    seconds = cuda_seconds_per_call(
+        {
+            "copy": lambda: target.copy_(source),
+            "fill": lambda: target.fill_(1.37),
+            "fill bf16": lambda: half.fill_(1.37),
+            "read": lambda: source.sum(),
+            "read by amax": lambda: source.amax(),
+        },
+        rounds=3,
+    )
+    return {
+        "copy": 2 * size / seconds["copy"],
+        "fill": size / seconds["fill"],
+        "fill bf16": size / seconds["fill bf16"],
+        "read": size / min(seconds["read"], seconds["read by amax"]),
+    }
+
+
 def environment() -> dict[str, object]:
     packages = {}
     for name in ("torch", "numpy", "radix-ops", "radix-mlp", "transformers"):
@@ -70,6 +128,16 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "packages": packages,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    } | (cuda_environment() if torch.cuda.is_available() else {})
+
+
+def cuda_environment() -> dict[str, object]:
+    device = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": device.name,
+        "cuda": torch.version.cuda,
+        "compute_capability": f"{device.major}.{device.minor}",
+        "multiprocessors": device.multi_processor_count,
     }
 
 
@@ -83,8 +151,21 @@ def cpu_name() -> str:
     return f"{len(names)} x {names[0]}" if names else platform.machine()
 
 
-def report(name: str, rows: list[dict[str, object]], save: bool) -> None:
-    """Prints the rows as a table and, where asked to, writes them with the environment as JSON."""
+def shared_prefix_batch(count: int, prefix: int, own: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """input_ids, position_ids and cu_seqlens of `count` sequences that share `prefix` tokens and have `own` more."""
+    length = prefix + own
+    ids = torch.arange(count * length).view(count, length)
+    ids[:, :prefix] = ids[0, :prefix]
+    return ids.flatten(), torch.arange(length).repeat(count), torch.arange(count + 1) * length
+
+
+def report(name: str, rows: list[dict[str, object]], save: bool, measured: dict[str, float] | None = None) -> None:
+    """Prints the rows as a table and, where asked to, writes them with the environment as JSON.
+
+    `measured` are figures of the machine that the rows are to be read against.
+    """
+    for label, value in (measured or {}).items():
+        print(f"{label}: {_text(value)}")
     columns = list(rows[0])
     table = [[_text(row[column]) for column in columns] for row in rows]
     widths = [max(map(len, cells)) for cells in zip(columns, *table, strict=True)]
@@ -92,7 +173,9 @@ def report(name: str, rows: list[dict[str, object]], save: bool) -> None:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |")
     if save:
         RESULTS.mkdir(exist_ok=True)
-        content = {"benchmark": name, "environment": environment(), "rows": rows}
+        content = {"benchmark": name, "environment": environment()}
+        content |= {"measured": measured} if measured else {}
+        content["rows"] = rows
         path = RESULTS / f"{name}.json"
         path.write_text(json.dumps(content, indent=1) + "\n")
         print(f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
