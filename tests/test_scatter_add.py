@@ -54,7 +54,9 @@ def test_scatter_add_of_integers_wraps_as_index_add(dtype):
     limits = torch.iinfo(dtype)
     src = torch.tensor([limits.max, limits.max, limits.min, limits.min, 3], dtype=dtype)
     index = torch.tensor([0, 0, 1, 1, 0])
-    assert torch.equal(both(src, index, 2), torch.zeros(2, dtype=dtype).index_add_(0, index, src))
+    # On the CPU: index_add_ on CUDA reads past small integers, which a memory checker would report.
+    want = torch.zeros(2, dtype=dtype, device="cpu").index_add_(0, index.cpu(), src.cpu())
+    assert torch.equal(both(src, index, 2).cpu(), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

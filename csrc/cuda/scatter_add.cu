@@ -377,7 +377,7 @@ std::array<Tensor, kCount> scatter_add_all(
     int64_t num_rows,
     const Place& place) {
   const std::array<Rows, kCount> rows = checked_rows(op, sources, index, num_rows, place);
-  with_sum_type(op, sources[0].name, sources[0].tensor, [](auto) {});
+  with_sum_type(op, sources[0].name, sources[0].tensor, [](auto) {});  // raises before anything is sorted
   const int64_t length = index.size(0);
   const Tensor held_index = as_contiguous(index);
   const Device device(op, place);

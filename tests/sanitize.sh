@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The CUDA tests under compute-sanitizer: memcheck with every tensor in an allocation of its own, then racecheck.
+# Usage: tests/sanitize.sh [FOLDER FOR LOGS] [TOOL ...]. PYTHON names the interpreter that radix_ops is installed for.
+#
+# Left out are tests that fault on purpose (device asserts), that read the profiler or capture graphs (which allow no
+# checker or no allocation beside them), and that need tens of gigabytes. Random batches are fewer by RADIX_TEST_DIVISOR.
+set -euo pipefail
+tests=$(cd "$(dirname "$0")" && pwd)
+logs=$(mkdir -p "${1:-sanitizer}" && cd "${1:-sanitizer}" && pwd)
+tools=("${@:2}")
+[ ${#tools[@]} -gt 0 ] || tools=(memcheck racecheck)
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1 RADIX_TEST_DIVISOR="${RADIX_TEST_DIVISOR:-40}"
+skip="not past_2_to and not device_asserts and not 2_to_the_28 and not copies_at_most and not copy_nothing and not capture"
+
+check() { # tool, name of the log, pytest arguments
+  local log=$logs/$1.$2.log
+  compute-sanitizer --tool "$1" --target-processes all --error-exitcode 9 \
+    "${PYTHON:-python3}" -m pytest -q -p no:cacheprovider -p no:xdist -m cuda "${@:3}" >"$log" 2>&1 || echo "FAILED: exit status $?" >>"$log"
+}
+
+for tool in "${tools[@]}"; do
+  check "$tool" cuda "$tests/test_cuda.py" -k "$skip" &
+  check "$tool" gather "$tests/test_gather.py" -k "$skip" &
+  check "$tool" scatter_add.sums "$tests/test_scatter_add.py" -k "$skip and float64_sum" &
+  check "$tool" scatter_add "$tests/test_scatter_add.py" -k "$skip and not float64_sum" &
+  check "$tool" fold "$tests/test_fold.py" "$tests/test_fold_collisions.py" "$tests/test_fuzz.py" -k "$skip" &
+  check "$tool" autograd "$tests/test_autograd.py" "$tests/test_bad_input.py" -k "$skip" &
+  wait
+done
+cd "$logs"
+status=0
+for log in *.log; do
+  summary=$(grep -hE "SUMMARY: |passed|^FAILED: " "$log" | sed 's/^=* //' | paste -sd' ')
+  echo "$log: $summary"
+  grep -qE "SUMMARY: 0 " "$log" && ! grep -q "^FAILED: " "$log" || status=1
+done
+exit $status
