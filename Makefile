@@ -50,7 +50,7 @@ $(VENV)/.torch: $(VENV)/.venv
 
 # The running torch is pinned, so that no dependency replaces it.
 $(VENV)/.deps: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt
+	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
 	$(PIP) install --quiet -c $(VENV)/constraints.txt --group test
 	$(PIP) install --quiet --no-deps lm-eval==0.4.13
 	@touch $@
