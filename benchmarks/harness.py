@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -85,6 +86,17 @@ def _event_seconds(function: Callable[[], object], calls: int) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) * 1e-3 / calls
+
+
+def rotating(tensor: torch.Tensor) -> itertools.cycle:
+    """Copies of a tensor in turn, as many as the second-level cache can't hold three times over, 64 at most.
+
+    A call that finds its input in the cache, because the call before it read the same, looks faster than memory is.
+    """
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    size = tensor.numel() * tensor.element_size()
+    count = min(64, -(-3 * cache // max(size, 1)))
+    return itertools.cycle([tensor] + [tensor.clone() for _ in range(count - 1)])
 
 
 def bandwidths() -> dict[str, float]:

@@ -96,7 +96,13 @@ inline Place cpu() {
   return Place{aoti_torch_device_type_cpu(), 0};
 }
 
+// None in Python is an undefined tensor here.
+inline void check_defined(const char* op, const char* name, const Tensor& tensor) {
+  RADIX_CHECK(tensor.defined(), op, name, " must be a tensor, got None");
+}
+
 inline void check_place(const char* op, const char* name, const Tensor& tensor, const Place& place) {
+  check_defined(op, name, tensor);
   if (place_of(tensor) == place) [[likely]] {
     return;
   }
@@ -152,7 +158,11 @@ inline Tensor empty_at(const Place& place, const int64_t* sizes, int64_t dim, in
   AtenTensorHandle handle = nullptr;
   const auto status = aoti_torch_empty_strided(dim, sizes, strides, dtype_code, place.type, place.index, &handle);
   if (status != AOTI_TORCH_SUCCESS) {
-    throw std::runtime_error("radix: out of memory for a tensor of shape " + shape_text(sizes, dim));
+    // The interface tells no reason. Programs that try again with less memory look for the first words.
+    throw std::runtime_error(
+        place == cpu() ? "radix: out of memory for a tensor of shape " + shape_text(sizes, dim)
+                       : "radix: CUDA out of memory. (Or a kernel failed before.) No tensor of shape " +
+                             shape_text(sizes, dim) + " could be made on cuda:" + std::to_string(place.index));
   }
   return Tensor(handle);
 }

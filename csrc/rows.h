@@ -61,6 +61,8 @@ inline Tensor empty_rows(const Tensor& like, int64_t count, const Place& place) 
 
 // Two tensors that one index serves.
 inline void check_kv(const char* op, const char* k_name, const Tensor& k, const char* v_name, const Tensor& v) {
+  check_defined(op, k_name, k);
+  check_defined(op, v_name, v);
   RADIX_CHECK(k.dim() >= 1, op, k_name, " must have at least 1 dimension, got a scalar");
   RADIX_CHECK(v.dim() >= 1, op, v_name, " must have at least 1 dimension, got a scalar");
   RADIX_CHECK(

@@ -125,12 +125,26 @@ def _gather_fake(op, x, index, *inverse):
 def _scatter_add_fake(op, src, index, *rest):
     *inverse, num_rows = rest
     check_index_like(op, src.device, index=index, **dict(zip(("indptr", "members"), inverse, strict=False)))
+    torch._check(
+        index.shape[0] == src.shape[0],
+        lambda: (
+            f"radix::{op}: index must hold one entry for each row of src, got {index.shape[0]} entries for "
+            f"{src.shape[0]} rows"
+        ),
+    )
     return src.new_empty(num_rows, *src.shape[1:])
 
 
 def _pair_fake(fake):
     def pair_fake(op, k, v, *rest):
+        names = "k and v" if op.startswith("gather") else "src_k and src_v"
         check_devices(op, k.device, v=v)
+        torch._check(
+            k.shape[0] == v.shape[0],
+            lambda: f"radix::{op}: {names} must have equally many rows, got {k.shape[0]} and {v.shape[0]}",
+        )
+        if k.dtype != v.dtype:
+            raise RuntimeError(f"radix::{op}: {names} must have one dtype, got {k.dtype} and {v.dtype}")
         return fake(op, k, *rest), fake(op, v, *rest)
 
     return pair_fake
@@ -200,8 +214,9 @@ def _register_autograd(op: torch._ops.OpOverload, num_inputs: int, save, backwar
     grad_enabled = torch.is_grad_enabled
 
     def autograd_kernel(keyset, first, *others):
-        needs_gradient = first.requires_grad or (
-            num_inputs > 1 and any(x.requires_grad for x in others[: num_inputs - 1])
+        # None, which the kernel refuses, arrives here too.
+        needs_gradient = (first is not None and first.requires_grad) or (
+            num_inputs > 1 and any(x is not None and x.requires_grad for x in others[: num_inputs - 1])
         )
         # Inside a dual level, any tensor may carry a tangent.
         if (needs_gradient and grad_enabled()) or forward_ad._current_level >= 0:

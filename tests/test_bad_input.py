@@ -303,6 +303,18 @@ def test_tensors_on_two_devices_are_refused(op, arguments):
                 op(*mixed)
 
 
+@each_call
+def test_none_is_refused(op, arguments, device):
+    if op is RADIX.varlen_attention.default:
+        return
+    for position, argument in enumerate(arguments):
+        if isinstance(argument, torch.Tensor):
+            given = to(device, arguments)
+            given[position] = None
+            with pytest.raises(RuntimeError, match=r"^radix::\S+: \w+ must be a tensor, got None$"):
+                op(*given)
+
+
 @pytest.mark.cuda
 @each_call
 def test_tensors_on_the_cpu_and_on_cuda_are_refused(op, arguments):

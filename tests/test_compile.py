@@ -91,6 +91,21 @@ def test_compile_of_the_csr_ops_and_scatter_add(device):
         torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (got, want)))
 
 
+@pytest.mark.parametrize(
+    ("name", "shapes", "message"),
+    [
+        ("gather_kv", ((5, 2), (4, 2)), "k and v must have equally many rows, got 5 and 4"),
+        ("scatter_add_kv", ((3, 2), (4, 2)), "src_k and src_v must have equally many rows, got 3 and 4"),
+        ("scatter_add", ((4, 2),), "index must hold one entry for each row of src, got 3 entries for 4 rows"),
+    ],
+)
+def test_fakes_refuse_lengths_that_differ(name, shapes, message):
+    index = torch.zeros(3, dtype=torch.int64, device="meta")
+    rest = (index,) if "gather" in name else (index, 5)
+    with pytest.raises(RuntimeError, match=f"radix::{name}: {message}"):
+        getattr(RADIX, name)(*(torch.zeros(shape, device="meta") for shape in shapes), *rest)
+
+
 @pytest.mark.usefixtures("no_recompiles")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_of_attention_over_a_batch(backend):

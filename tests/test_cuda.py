@@ -140,10 +140,12 @@ def poisoned(function):
     before = [x.clone() for x in first]
     del first
     garbage = [torch.full((max(n * size, 1),), 255, dtype=torch.uint8, device="cuda") for n, size in shapes * 3]
-    addresses = {x.data_ptr() for x in garbage}
+    # The allocator joins and splits freed blocks, of 512 bytes at least.
+    spans = [(x.data_ptr(), x.data_ptr() + -(-len(x) // 512) * 512) for x in garbage]
     del garbage
     second = function()
-    assert any(x.data_ptr() in addresses for x in second if x.numel())
+    for x in second:
+        assert not x.is_cuda or not x.numel() or any(begin <= x.data_ptr() < end for begin, end in spans)
     assert_same(second, before)
 
 
@@ -245,6 +247,15 @@ def traced(function, path):
     return [event for event in json.loads(path.read_text())["traceEvents"] if "cat" in event]
 
 
+def waits(function, path):
+    """How often the host waits for the device in a function, beyond what the profiler itself does."""
+
+    def count(events):
+        return sum("Synchronize" in e["name"] for e in events if e["cat"] == "cuda_runtime")
+
+    return count(traced(function, path)) - count(traced(lambda: torch.empty(1, device="cuda").add_(1), path))
+
+
 @pytest.mark.parametrize("op", ["fold", "fold_plan"])
 def test_a_fold_copies_at_most_64_bytes_to_the_host_once(op, tmp_path):
     ids = torch.randint(0, 1000, (32, 300))
@@ -254,7 +265,7 @@ def test_a_fold_copies_at_most_64_bytes_to_the_host_once(op, tmp_path):
     copies = [e for e in events if e["cat"] == "gpu_memcpy" and "DtoH" in e["name"]]
     assert len(copies) == 1
     assert copies[0]["args"]["bytes"] <= 64
-    assert sum("Synchronize" in e["name"] for e in events if e["cat"] == "cuda_runtime") <= 1 + 1  # the profiler's own
+    assert waits(lambda: getattr(RADIX, op)(*arguments), tmp_path / "trace.json") == 1
     assert not [e for e in events if e["cat"] == "gpu_memcpy" and "HtoD" in e["name"]]
 
 
@@ -264,7 +275,7 @@ def test_gathers_and_sums_copy_nothing_and_wait_for_nothing(tmp_path):
         events = traced(lambda function=function, src=src: function(src), tmp_path / "trace.json")
         assert [e for e in events if e["cat"] == "kernel"], name
         assert not [e for e in events if e["cat"] == "gpu_memcpy"], name
-        assert sum("Synchronize" in e["name"] for e in events if e["cat"] == "cuda_runtime") <= 1, name
+        assert waits(lambda function=function, src=src: function(src), tmp_path / "trace.json") == 0, name
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -282,40 +293,53 @@ def test_ops_run_on_the_device_of_their_tensors():
     sums = RADIX.scatter_add(got, index.to("cuda:1"), 5)
     assert torch.equal(sums.cpu(), torch.zeros_like(x).index_add_(0, index, x[index]))
     assert torch.cuda.current_device() == 0
+    with torch.cuda.device(1):
+        assert_same(RADIX.fold_plan(*to("cuda:0", pack(NAMED["nested"]))), want)
+        assert torch.equal(RADIX.gather(*to("cuda:0", (x, index))).cpu(), x[index])
+        assert torch.cuda.current_device() == 1
     with pytest.raises(RuntimeError, match="index is on another device than cuda:1; all tensors must be on one device"):
         RADIX.gather(x.to("cuda:1"), index.to("cuda:0"))
 
 
 ASSERTS = {
-    "index too large": "R.gather(x, index + 9)",
-    "index negative": "R.gather(x, index - 3)",
-    "index of an empty row": "R.gather(x[:, :0], index + 9)",
-    "gather_kv index": "R.gather_kv(x, x, index + 9)",
-    "gather.csr index": "R.gather.csr(x, index + 9, indptr, members)",
-    "scatter_add index": "R.scatter_add(x[:2], index, 2)",
-    "scatter_add int64 index": "R.scatter_add(x[:2], index - 2**40, 3)",
-    "indptr starts late": "R.scatter_add.csr(x[:2], index, indptr + 1, members, 3)",
-    "indptr falls": "R.scatter_add.csr(x[:2], index, torch.tensor([0, 2, 1, 2]).cuda(), members, 3)",
-    "indptr ends early": "R.scatter_add.csr(x[:2], index, torch.tensor([0, 1, 1, 1]).cuda(), members, 3)",
-    "members out of range": "R.scatter_add.csr(x[:2], index, indptr, members + 1, 3)",
-    "members of other rows": "R.scatter_add.csr(x[:2], index, indptr, members.flip(0), 3)",
-    "member twice": "R.scatter_add.csr(x, index[[0, 0, 1]], torch.tensor([0, 1, 1, 3]).cuda(), "
-    "torch.tensor([2, 0, 0]).cuda(), 3)",
+    "index too large": ("R.gather(x, index + 9)", "index out of range"),
+    "index negative": ("R.gather(x, index - 3)", "index out of range"),
+    "index of an empty row": ("R.gather(x[:, :0], index + 9)", "index out of range"),
+    "gather_kv index": ("R.gather_kv(x, x, index + 9)", "index out of range"),
+    "gather.csr index": ("R.gather.csr(x, index + 9, indptr, members)", "index out of range"),
+    "scatter_add index": ("R.scatter_add(x[:2], index, 2)", "index out of range"),
+    "scatter_add int64 index": ("R.scatter_add(x[:2], index - 2**40, 3)", "index out of range"),
+    "indptr starts late": ("sums(x[:2], index, indptr + 1, members)", "indptr must"),
+    "indptr falls": ("sums(x[:2], index, to([0, 2, 1, 2]), members)", "indptr must not decrease"),
+    "indptr ends early": ("sums(x[:2], index, to([0, 1, 1, 1]), members)", "indptr must end at the length of members"),
+    "members out of range": ("sums(x[:2], index, indptr, members + 1)", "members out of range"),
+    "members of other rows": ("sums(x[:2], index, indptr, members.flip(0))", "not the inverse of index"),
+    "member twice": ("sums(x, index[[0, 0, 1]], to([0, 1, 1, 3]), to([2, 0, 0]))", "lists an entry twice"),
+    "member twice, apart": ("sums(wide[:4], zeros[:4], to([0, 4, 4, 4]), to([0, 2, 1, 2]))", "lists an entry twice"),
+    "member twice in a long row": (
+        "sums(wide, zeros, to([0, 300, 300, 300]), to([*range(200), *range(50, 100), *range(250, 300)]))",
+        "lists an entry twice",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", ASSERTS)
 def test_values_out_of_range_are_device_asserts(name):
+    call, message = ASSERTS[name]
     program = f"""
 import torch, radix_ops
 R = torch.ops.radix
 x, index = torch.randn(3, 2).cuda(), torch.tensor([2, 0]).cuda()
 indptr, members = torch.tensor([0, 1, 1, 2]).cuda(), torch.tensor([1, 0]).cuda()
-R.gather.csr(x, index, indptr, members), R.scatter_add.csr(x[:2], index, indptr, members, 3)
+wide, zeros = torch.randn(300, 8).cuda(), torch.zeros(300, dtype=torch.int64).cuda()
+to = lambda values: torch.tensor(values).cuda()
+sums = lambda src, *inverse: R.scatter_add.csr(src, *inverse, 3)
+R.gather.csr(x, index, indptr, members), sums(x[:2], index, indptr, members)
+sums(wide, zeros, to([0, 300, 300, 300]), torch.arange(300).flip(0).cuda())
 torch.cuda.synchronize()
 print("sound")
 try:
-    {ASSERTS[name]}
+    {call}
     torch.cuda.synchronize()
 except RuntimeError as error:
     print(error)
@@ -323,7 +347,7 @@ except RuntimeError as error:
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.stdout.startswith("sound\n"), run.stderr
     assert "device-side assert" in run.stdout
-    assert "csrc/cuda/" in run.stderr
+    assert message in run.stderr
 
 
 def test_a_member_order_that_does_not_ascend_is_no_error():
@@ -334,6 +358,19 @@ def test_a_member_order_that_does_not_ascend_is_no_error():
     src = torch.randint(-9, 9, (length, 24), device="cuda").float()
     got = RADIX.scatter_add.csr(src, index, torch.tensor([0, length], device="cuda"), members, 1)
     assert torch.equal(got, src.sum(0, keepdim=True))
+
+
+def test_pairs_of_very_different_widths():
+    """One row of more than 2^31 bytes, of an odd number of them, beside rows of one byte."""
+    wide = torch.zeros(2, 2**31 + 2**20 + 1, dtype=torch.uint8, device="cuda")
+    wide[1, -1], wide[1, 0] = 3, 5
+    narrow = torch.tensor([[7], [9]], dtype=torch.uint8, device="cuda")
+    index = torch.tensor([1], device="cuda")
+    for k, v in ((wide, narrow), (narrow, wide)):
+        for got, want in zip(RADIX.gather_kv(k, v, index), (k, v), strict=True):
+            assert torch.equal(got[0], want[1])
+        for got, want in zip(RADIX.scatter_add_kv(k, v, torch.tensor([1, 0], device="cuda"), 2), (k, v), strict=True):
+            assert torch.equal(got, want.flip(0))
 
 
 @pytest.mark.skipif(

@@ -62,6 +62,7 @@ Tensor gather_cpu(const Tensor& x, const Tensor& index) {
 Tensor gather_csr_cpu(const Tensor& x, const Tensor& index, const Tensor& indptr, const Tensor& members) {
   const char* op = "gather.csr";
   check_index_like(op, "index", index, cpu());
+  check_defined(op, "x", x);
   RADIX_CHECK(x.dim() >= 1, op, "x must have at least 1 dimension, got a scalar");
   check_inverse_shapes(op, index, indptr, members, x.size(0), cpu());
   return gather_rows(op, "x", x, index);

@@ -18,15 +18,19 @@ constexpr int kThreads = 256;
 // The CUDA device of the first of these tensors that is on one, as the dispatcher sees to.
 inline Place cuda_place(std::initializer_list<const Tensor*> tensors) {
   for (const Tensor* tensor : tensors) {
-    if (tensor->is_cuda()) {
+    if (tensor->defined() && tensor->is_cuda()) {
       return place_of(*tensor);
     }
   }
-  return place_of(**tensors.begin());
+  return cpu();
 }
 
+// Raises for a call that failed, once: the runtime that is linked into this library forgets it.
 inline void check_cuda(const char* op, cudaError_t error) {
-  RADIX_CHECK(error == cudaSuccess, op, "CUDA error: ", cudaGetErrorString(error));
+  if (error != cudaSuccess) [[unlikely]] {
+    cudaGetLastError();
+    fail(op, "CUDA error: ", cudaGetErrorString(error));
+  }
 }
 
 // The current stream of a device, which is the current device for as long as this lives.
@@ -63,7 +67,7 @@ class Device {
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, const Arguments&... arguments) const {
     kernel<<<grid, block, 0, stream_>>>(arguments...);
-    check_cuda(op_, cudaPeekAtLastError());
+    check_cuda(op_, cudaGetLastError());
   }
 
   // The same for a kernel whose blocks wait for each other: all of them run at once.

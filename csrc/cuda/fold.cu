@@ -752,13 +752,13 @@ Plan fold_plan_cuda(
   return DeviceFold("fold_plan", input_ids, position_ids, cu_seqlens, pad_multiple_of).plan();
 }
 
-// For tests: a fold whose hashes have `hash_bits` bits, and whether it met a collision.
-std::tuple<Tensor, Tensor, Tensor, Tensor, bool> fold_by_short_hashes(
+// For tests: fold_plan by hashes of `hash_bits` bits, and whether a collision was met.
+decltype(std::tuple_cat(std::declval<Plan>(), std::declval<std::tuple<bool>>())) fold_by_short_hashes(
     const Tensor& input_ids, const Tensor& position_ids, const Tensor& cu_seqlens, int64_t hash_bits) {
   const char* op = "_fold_by_short_hashes";
   RADIX_CHECK(hash_bits >= 0 && hash_bits <= 63, op, "hash_bits must be from 0 to 63, got ", hash_bits);
   DeviceFold fold(op, input_ids, position_ids, cu_seqlens, 1, (uint64_t{1} << hash_bits) - 1);
-  return std::tuple_cat(fold.outputs(), std::tuple(fold.collided()));
+  return std::tuple_cat(fold.plan(), std::tuple(fold.collided()));
 }
 
 }  // namespace
@@ -767,7 +767,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, bool> fold_by_short_hashes(
 STABLE_TORCH_LIBRARY_FRAGMENT(radix, m) {
   m.def(
       "_fold_by_short_hashes(Tensor input_ids, Tensor position_ids, Tensor cu_seqlens, int hash_bits)"
-      " -> (Tensor, Tensor, Tensor, Tensor, bool)");
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,"
+      " bool)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(radix, CUDA, m) {

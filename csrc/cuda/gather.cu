@@ -119,6 +119,7 @@ Tensor gather_csr_cuda(const Tensor& x, const Tensor& index, const Tensor& indpt
   const char* op = "gather.csr";
   const Place place = cuda_place({&x, &index, &indptr, &members});
   check_index_like(op, "index", index, place);
+  check_defined(op, "x", x);
   RADIX_CHECK(x.dim() >= 1, op, "x must have at least 1 dimension, got a scalar");
   check_inverse_shapes(op, index, indptr, members, x.size(0), place);
   return gather_all<1>(op, {{{"x", x}}}, index, &indptr, place)[0];

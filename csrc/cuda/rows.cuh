@@ -74,8 +74,9 @@ struct Columns {
 
   __device__ Columns(unsigned chunk, int64_t units)
       : first(static_cast<int64_t>(chunk) * kUnits * blockDim.x + threadIdx.x), step(static_cast<int>(blockDim.x)) {
+    // Of two tensors, the blocks cover the wider one.
     const int64_t after = units - first;
-    left = after > kUnits * step ? kUnits * step : static_cast<int>(after);
+    left = after <= 0 ? 0 : after > kUnits * step ? kUnits * step : static_cast<int>(after);
   }
 
   __device__ bool has(int k) const {
@@ -103,6 +104,7 @@ __device__ inline void store_once(Unit* to, const Unit& value) {
 // what is written.
 template <typename Unit>
 __device__ inline Unit load_row(const Unit* from, bool keep) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   if constexpr (sizeof(Unit) == 16) {
     Unit value;
     if (keep) {
@@ -117,9 +119,9 @@ __device__ inline Unit load_row(const Unit* from, bool keep) {
                    : "l"(from));
     }
     return value;
-  } else {
-    return __ldg(from);
   }
+#endif
+  return __ldg(from);
 }
 
 }  // namespace radix

@@ -103,15 +103,18 @@ struct Work {
     return end;
   }
 
-  // Asserts that entries m, m + step, ... of a row's members are distinct ones that index holds this row for. Those
-  // that do not ascend are compared with all before them.
+  // Asserts that entries m, m + step, ... of a row's members are ones that index holds this row for, and that none is
+  // listed twice: two equal entries have one between them, or the latter itself, that does not ascend, and what ascends
+  // from there on is compared with all before it.
   __device__ void assert_members(int64_t row, int64_t begin, int64_t end, int64_t m, int64_t step) const {
     for (; m < end; m += step) {
-      const int64_t member = members[m];
-      CUDA_KERNEL_ASSERT(index[member] == row && "indptr and members are not the inverse of index");
-      if (m > begin && members[m - 1] >= member) {
+      CUDA_KERNEL_ASSERT(index[members[m]] == row && "indptr and members are not the inverse of index");
+      if (m == begin || members[m - 1] < members[m]) {
+        continue;
+      }
+      for (int64_t later = m; later < end && (later == m || members[later - 1] < members[later]); ++later) {
         for (int64_t earlier = begin; earlier < m; ++earlier) {
-          CUDA_KERNEL_ASSERT(members[earlier] != member && "members lists an entry twice");
+          CUDA_KERNEL_ASSERT(members[earlier] != members[later] && "members lists an entry twice");
         }
       }
     }
