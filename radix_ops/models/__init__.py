@@ -1,0 +1,1 @@
+"""Reference models on folded batches, one file each."""

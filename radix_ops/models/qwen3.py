@@ -1,0 +1,405 @@
+"""Qwen3 on folded batches: a decoder that computes each shared token once, in one file.
+
+    batch = radix_ops.FoldedBatch.from_sequences(token_lists)
+    model = Qwen3ForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")
+    logits = model(batch)  # [num_rows, vocabulary]; batch.unfold(logits) has one row for each token
+
+Parameters have the names that transformers gives them, and results agree with transformers' Qwen3 up to rounding. The
+model is that of the Qwen3 technical report (arXiv 2505.09388); YaRN is arXiv 2309.00071.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .._check import INDEX_DTYPES
+from ..attention import attention
+from ..batch import FoldedBatch
+
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3Config:
+    """The shape of a Qwen3. `from_pretrained` and `from_dict` read it from a config.json of transformers."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float
+    head_dim: int
+    rope: dict  # rope_type ("default", "linear" or "yarn"), rope_theta, and what the type needs
+    sliding_windows: tuple[int | None, ...]  # of each layer; None: full attention
+    max_position_embeddings: int = 32768
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | Path) -> Qwen3Config:
+        """Reads the config.json of a folder, or of a model on the Hugging Face hub."""
+        path = _folder(path_or_hub_id, ["config.json"]) / "config.json"
+        if not path.exists():
+            raise FileNotFoundError(f"{path.parent} holds no config.json")
+        return cls.from_dict(json.loads(path.read_text()))
+
+    @classmethod
+    def from_dict(cls, config: dict) -> Qwen3Config:
+        """Raises ValueError for what is not a Qwen3, and for what this file does not compute."""
+        if config.get("model_type") != "qwen3":
+            raise ValueError(f'model_type must be "qwen3", got {config.get("model_type")!r}')
+        missing = [name for name in _REQUIRED if config.get(name) is None]
+        if missing:
+            raise ValueError(f"the config lacks {', '.join(missing)}")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ValueError(f'hidden_act must be "silu", got {config["hidden_act"]!r}')
+        if config.get("is_causal") is False or config.get("use_bidirectional_attention"):
+            raise ValueError("the config asks for attention that is not causal, which can't be folded")
+        if config.get("quantization_config"):
+            raise ValueError("quantization_config: quantised weights are not supported")
+        heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        if heads % kv_heads:
+            raise ValueError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}")
+        return cls(
+            **{name: config[name] for name in _REQUIRED},
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            rope=_rope(config),
+            sliding_windows=_sliding_windows(config),
+            max_position_embeddings=config.get("max_position_embeddings", 32768),
+            attention_bias=bool(config.get("attention_bias", False)),
+            attention_dropout=config.get("attention_dropout") or 0.0,
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        )
+
+
+def _rope(config: dict) -> dict:
+    """The rotary embedding of a config, in the form of transformers 5 or that of 4."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    rope.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
+    kind = rope["rope_type"]
+    if kind not in ("default", "linear", "yarn"):
+        raise ValueError(f'rope_type must be "default", "linear" or "yarn", got {kind!r}')
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}")
+    if kind == "yarn":
+        original = rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+        if rope.get("factor") is None and original:
+            rope["factor"] = config["max_position_embeddings"] / original
+    if kind != "default" and not rope.get("factor"):
+        raise ValueError(f"rope_type {kind!r} needs a factor")
+    return rope
+
+
+def _sliding_windows(config: dict) -> tuple[int | None, ...]:
+    layers = config["num_hidden_layers"]
+    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    types = config.get("layer_types")
+    if types is None:
+        first = config.get("max_window_layers", layers)
+        types = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
+    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+    if unknown or len(types) != layers:
+        raise ValueError(
+            f"layer_types must name {layers} layers full_attention or sliding_attention, got {len(types)} "
+            f"{'of ' + ', '.join(unknown) if unknown else ''}".rstrip()
+        )
+    if "sliding_attention" in types and not window:
+        raise ValueError("layer_types names sliding_attention, but use_sliding_window and sliding_window set no window")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def _inverse_frequencies(config: Qwen3Config, device: torch.device) -> tuple[Tensor, float]:
+    """[head_dim / 2] in fp32: how far each pair of dimensions turns a position, and the factor of cos and sin.
+
+    Computed where it is used, so that casting a model casts no frequencies.
+    """
+    rope, dim = config.rope, config.head_dim
+    theta, factor = float(rope["rope_theta"]), rope.get("factor")
+    pairs = torch.arange(0, dim, 2, dtype=torch.float32, device=device)
+    frequencies = 1.0 / theta ** (pairs / dim)
+    if rope["rope_type"] == "default":
+        return frequencies, 1.0
+    if rope["rope_type"] == "linear":
+        return frequencies / factor, 1.0
+    # YaRN: pairs that turn often in the original length stay as they are, slow ones are slowed down by `factor`, and
+    # a ramp joins them.
+    original = rope["original_max_position_embeddings"]
+
+    def pair_that_turns(times: float) -> float:
+        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_that_turns(rope.get("beta_fast") or 32), pair_that_turns(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = ((pairs / 2 - low) / max(high - low, 0.001)).clamp(0, 1)
+    scale = rope.get("attention_factor")
+    if scale is None:
+        weight, weight_all = rope.get("mscale"), rope.get("mscale_all_dim")
+        both = weight and weight_all
+        scale = _yarn_scale(factor, weight if both else 1) / (_yarn_scale(factor, weight_all) if both else 1)
+    return frequencies / factor * ramp + frequencies * (1 - ramp), float(scale)
+
+
+def _yarn_scale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x [rows, heads, head_dim], whose halves are the two coordinates of the pairs, by [rows, 1, head_dim]."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Qwen3Attention(nn.Module):
+    def __init__(self, config: Qwen3Config, sliding_window: int | None):
+        super().__init__()
+        hidden, dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.head_dim, self.sliding_window = dim, sliding_window
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * dim, hidden, bias=bias)
+        self.q_norm = RMSNorm(dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: FoldedBatch, layout: str) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = _turn(self.q_norm(q), cos, sin), _turn(self.k_norm(k), cos, sin)
+        out = attention(q, k, v, batch, sliding_window=self.sliding_window, layout=layout)
+        return self.o_proj(out.flatten(1))
+
+
+class Qwen3MLP(nn.Module):
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Qwen3Layer(nn.Module):
+    def __init__(self, config: Qwen3Config, sliding_window: int | None):
+        super().__init__()
+        self.self_attn = Qwen3Attention(config, sliding_window)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: FoldedBatch, layout: str) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, batch, layout)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen3Model(nn.Module):
+    """The decoder without a head. Set `gradient_checkpointing` to compute layers again in the backward pass."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Qwen3Layer(config, window) for window in config.sliding_windows)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Qwen3Model:
+        """Loads the safetensors of a folder or of a hub model, in their own dtype by default, for evaluation."""
+        return _from_pretrained(cls, path_or_hub_id, dtype, device)
+
+    def forward(self, batch: FoldedBatch, layout: str = "auto") -> Tensor:
+        """Hidden states [num_rows, hidden_size] after the last norm, in compact rows; padding rows' mean nothing.
+
+        Raises TypeError for another batch, ValueError for another device and for ids outside the vocabulary (on the
+        CPU; a device assert on CUDA), RuntimeError in training with dropout, which folded tokens can't have apart.
+        """
+        self._check(batch)
+        x = self.embed_tokens(batch.input_ids)
+        frequencies, scale = _inverse_frequencies(self.config, x.device)
+        angles = torch.outer(batch.position_ids.to(torch.float32), frequencies)
+        angles = torch.cat([angles, angles], -1)[:, None]
+        cos, sin = (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
+        for layer in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, batch, layout, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, batch, layout)
+        return self.norm(x)
+
+    def embed(self, batch: FoldedBatch, dim: int | None = None, layout: str = "auto") -> Tensor:
+        """[B, dim] in fp32, of length 1: the state of each sequence's last token, cut to its first `dim` numbers
+        (Matryoshka; all of them by default). Raises ValueError if a sequence is empty or dim out of range."""
+        size = self.config.hidden_size
+        if dim is not None and not 1 <= dim <= size:
+            raise ValueError(f"dim must be from 1 to hidden_size={size}, got {dim}")
+        last = torch.ops.radix.gather(self(batch, layout), batch.last_rows)
+        return F.normalize(last[:, :dim].float(), dim=-1)
+
+    def _check(self, batch: FoldedBatch) -> None:
+        if not isinstance(batch, FoldedBatch):
+            raise TypeError(f"batch must be a FoldedBatch, got {type(batch).__name__}")
+        ids, weight = batch.input_ids, self.embed_tokens.weight
+        if ids.device != weight.device:
+            raise ValueError(f"the batch is on {ids.device}, but the model is on {weight.device}")
+        if self.training and self.config.attention_dropout:
+            raise RuntimeError(
+                f"attention_dropout={self.config.attention_dropout}: tokens that share a row can't be dropped apart; "
+                "set it to 0, or the model to eval()"
+            )
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+            low, high = (int(bound) for bound in ids.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"input_ids must be from 0 to {self.config.vocab_size - 1}, got values from {low} to {high}"
+                )
+
+
+class Qwen3ForCausalLM(nn.Module):
+    """The decoder with its language-model head."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.config = config
+        self.model = Qwen3Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Qwen3ForCausalLM:
+        """Loads the safetensors of a folder or of a hub model, in their own dtype by default, for evaluation."""
+        return _from_pretrained(cls, path_or_hub_id, dtype, device)
+
+    def forward(self, batch: FoldedBatch, rows: Tensor | None = None, layout: str = "auto") -> Tensor:
+        """Logits [len(rows), vocabulary] of the compact rows wanted (1-D int32 or int64), by default of all."""
+        hidden = self.model(batch, layout)
+        if rows is not None:
+            if not isinstance(rows, Tensor) or rows.dtype not in INDEX_DTYPES or rows.dim() != 1:
+                got = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+                raise TypeError(f"rows must be a 1-D tensor of int32 or int64, got {got}")
+            hidden = torch.ops.radix.gather(hidden, rows)
+        return self.lm_head(hidden)
+
+    def embed(self, batch: FoldedBatch, dim: int | None = None, layout: str = "auto") -> Tensor:
+        """See `Qwen3Model.embed`."""
+        return self.model.embed(batch, dim, layout)
+
+    def rerank(self, batch: FoldedBatch, *, yes_id: int = 9693, no_id: int = 2152, layout: str = "auto") -> Tensor:
+        """[B] in fp32: after each sequence, the probability of token `yes_id` against `no_id`.
+
+        The score of Qwen3-Reranker, of whose tokenizer the ids are "yes" and "no". Raises ValueError if a sequence is
+        empty or an id outside the vocabulary.
+        """
+        for name, token in (("yes_id", yes_id), ("no_id", no_id)):
+            if not 0 <= token < self.config.vocab_size:
+                raise ValueError(f"{name} must be from 0 to {self.config.vocab_size - 1}, got {token}")
+        last = torch.ops.radix.gather(self.model(batch, layout), batch.last_rows)
+        logits = F.linear(last, torch.stack([self.lm_head.weight[no_id], self.lm_head.weight[yes_id]]))
+        return logits.float().softmax(-1)[:, 1]
+
+
+def _folder(path_or_hub_id: str | Path, patterns: list[str]) -> Path:
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise NotADirectoryError(f"{path} must be a folder that transformers wrote, or a model on the hub")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
+
+
+def _from_pretrained(cls, path_or_hub_id, dtype, device):
+    folder = _folder(path_or_hub_id, ["config.json", "*.safetensors", "*.safetensors.index.json"])
+    config = Qwen3Config.from_pretrained(folder)
+    with torch.device("meta"):
+        model = cls(config)
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    weights = {}
+    for name, tensor in _weights(folder, "cpu" if device is None else device):
+        # A base model's file lacks the prefix that a causal model's has.
+        base = name.removeprefix("model.")
+        name = f"model.{base}" if cls is Qwen3ForCausalLM and base != "lm_head.weight" else base
+        if name not in wanted:
+            # The head of a tied or a base model, and frequencies that old files hold, are computed.
+            if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
+                continue
+            raise ValueError(f"{folder} holds {name}, which a Qwen3 does not have")
+        if tensor.shape != wanted[name]:
+            raise ValueError(f"{name} must have shape {list(wanted[name])}, but the file has {list(tensor.shape)}")
+        weights[name] = tensor if dtype is None else tensor.to(dtype)
+    missing = sorted(wanted.keys() - weights.keys())
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing[:4])}{' and more' if len(missing) > 4 else ''}")
+    model.load_state_dict(weights, strict=False, assign=True)
+    if cls is Qwen3ForCausalLM and config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.requires_grad_(True).eval()
+
+
+def _weights(folder: Path, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    for file in files:
+        path = folder / file
+        if not path.exists():
+            pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+            if pickles:
+                raise ValueError(
+                    f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is read; "
+                    "convert it once, if you trust it: transformers.AutoModelForCausalLM.from_pretrained(FOLDER)"
+                    ".save_pretrained(NEW_FOLDER)"
+                )
+            raise FileNotFoundError(f"{folder} lacks {file}")
+        with safe_open(path, framework="pt", device=str(device)) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
+                yield name, tensors.get_tensor(name)

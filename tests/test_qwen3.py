@@ -1,0 +1,346 @@
+"""The Qwen3 reference model on the CPU, against transformers' Qwen3 with the same weights, one sequence at a time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from batches import NAMED
+from torch.nn import functional as F
+
+import radix_ops
+from radix_ops import FoldedBatch
+from radix_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+
+VOCABULARY = 64
+FILLED = [name for name in NAMED if sum(map(len, NAMED[name]))]
+VARIANTS = {
+    "plain": {},
+    "bias": {"attention_bias": True},
+    "tied": {"tie_word_embeddings": True},
+    "windows": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+    "yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "yarn with scales": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.9,
+            "beta_fast": 16,
+            "beta_slow": 2,
+            "truncate": False,
+        }
+    },
+}
+
+
+def oracle(folder, dtype=torch.float32, **changes):
+    """A small random Qwen3 of transformers, written to `folder`; its norms' weights are not all 1, nor its biases 0."""
+    options = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,  # not hidden_size / num_attention_heads
+    }
+    config = transformers.Qwen3Config(**{**options, **changes})
+    torch.manual_seed(1)
+    model = transformers.Qwen3ForCausalLM(config).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            else:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(params=VARIANTS)
+def pair(request, tmp_path):
+    theirs = oracle(tmp_path, **VARIANTS[request.param])
+    return theirs, Qwen3ForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def plain(tmp_path):
+    theirs = oracle(tmp_path)
+    return theirs, Qwen3ForCausalLM.from_pretrained(tmp_path)
+
+
+def run_theirs(model, sequences):
+    """Hidden states and logits of all packed tokens, each sequence on its own."""
+    hidden, logits = [], []
+    for sequence in sequences:
+        if sequence:
+            ids = torch.tensor([sequence])
+            state = model.model(ids, use_cache=False).last_hidden_state
+            hidden.append(state[0])
+            logits.append(model.lm_head(state)[0])
+    return torch.cat(hidden), torch.cat(logits)
+
+
+@pytest.mark.parametrize("layout", ["compact", "unfold"])
+def test_hidden_states_and_logits_equal_those_of_transformers(pair, layout):
+    theirs, ours = pair
+    for name in FILLED:
+        batch = FoldedBatch.from_sequences(NAMED[name], pad_multiple_of=4)
+        with torch.no_grad():
+            want_hidden, want_logits = run_theirs(theirs, NAMED[name])
+            torch.testing.assert_close(batch.unfold(ours.model(batch, layout)), want_hidden, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(batch.unfold(ours(batch, layout=layout)), want_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_error_is_that_of_transformers(pair, tmp_path):
+    """Both against transformers in float64: folding adds no more error than twice what it makes itself."""
+    theirs, ours = pair
+    exact_model = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path).double().eval()
+    sequences = [[7, 7, *range(50)], [7, 7, *range(40), 3, 4], [7, *range(60)]]
+    batch = FoldedBatch.from_sequences(sequences)
+    with torch.no_grad():
+        exact = run_theirs(exact_model, sequences)[1]
+        plain = (run_theirs(theirs, sequences)[1] - exact).norm()
+        assert (batch.unfold(ours(batch)) - exact).norm() <= 2 * plain
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "name", ["single", "identical", "nested", "duplicates", "strict_prefix_after", "mixed_lengths"]
+)
+def test_loss_and_every_gradient_equal_those_of_transformers(pair, name, checkpointing):
+    theirs, ours = pair
+    ours.model.gradient_checkpointing = checkpointing
+    sequences = [s for s in NAMED[name] if len(s) > 1]
+    labels = torch.cat([torch.tensor([*s[1:], -100]) for s in sequences])
+    want = F.cross_entropy(run_theirs(theirs, sequences)[1], labels)
+    want.backward()
+    batch = FoldedBatch.from_sequences(sequences, pad_multiple_of=4)
+    got = F.cross_entropy(batch.unfold(ours(batch)), labels)
+    got.backward()
+    torch.testing.assert_close(got, want)
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for parameter_name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[parameter_name], rtol=1e-3, atol=1e-5)
+
+
+def test_gradcheck_through_two_layers(tmp_path):
+    oracle(tmp_path, num_hidden_layers=2, hidden_size=6, intermediate_size=4, head_dim=4, vocab_size=9)
+    model = Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    batch = FoldedBatch.from_sequences([[1, 2, 3], [1, 2, 4, 5], [1, 2]], pad_multiple_of=4)
+    names = [name for name, _ in model.named_parameters()]
+
+    def function(*parameters):
+        return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (batch,))
+
+    assert torch.autograd.gradcheck(function, tuple(model.parameters()))
+
+
+def test_rows_wanted_are_the_rows_computed(plain):
+    _, model = plain
+    batch = FoldedBatch.from_sequences(NAMED["nested"])
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, given, result: seen.append(len(result)))
+    rows = torch.tensor([4, 0, 4], dtype=torch.int32)
+    torch.testing.assert_close(model(batch, rows), model(batch)[rows.long()])
+    assert model(batch, batch.last_rows).shape == (batch.num_sequences, VOCABULARY)
+    assert seen == [3, batch.num_rows, batch.num_sequences]
+
+
+@pytest.mark.parametrize("dim", [None, 1, 20, 32])
+def test_embed_equals_last_token_pooling_of_transformers(plain, dim):
+    theirs, ours = plain
+    sequences = NAMED["duplicates"] + NAMED["nested"]
+    batch = FoldedBatch.from_sequences(sequences)
+    with torch.no_grad():
+        last = [run_theirs(theirs, [sequence])[0][-1] for sequence in sequences]
+        want = F.normalize(torch.stack(last)[:, :dim], dim=-1)
+        for model in (ours, ours.model):
+            torch.testing.assert_close(model.embed(batch, dim), want, rtol=1e-4, atol=1e-5)
+
+
+def test_rerank_equals_the_probability_of_yes_against_no(plain):
+    theirs, ours = plain
+    sequences = NAMED["nested"]
+    with torch.no_grad():
+        last = torch.stack([run_theirs(theirs, [sequence])[1][-1] for sequence in sequences])
+        want = torch.softmax(last[:, [5, 9]], -1)[:, 1]
+        got = ours.rerank(FoldedBatch.from_sequences(sequences), yes_id=9, no_id=5)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_and_folded_batches_go_the_same_way(plain):
+    _, model = plain
+    ids, cu_seqlens = torch.tensor([1, 2, 3, 1, 2, 4]), torch.tensor([0, 3, 6])
+    packed, folded = radix_ops.pack(ids, cu_seqlens), radix_ops.fold(ids, cu_seqlens)
+    assert (packed.num_rows, folded.num_rows) == (6, 4)
+    torch.testing.assert_close(model(packed), folded.unfold(model(folded)))
+
+
+def test_padded_batches_on_either_side(plain):
+    theirs, ours = plain
+    sequences = [[5, 6, 7], [5, 6, 8, 9], [1]]
+    want = run_theirs(theirs, sequences)[1]
+    for side in ("left", "right"):
+        ids, mask = torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 5, dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            place = slice(0, len(sequence)) if side == "right" else slice(5 - len(sequence), 5)
+            ids[row, place], mask[row, place] = torch.tensor(sequence), 1
+        batch = FoldedBatch.from_padded(ids, mask)
+        torch.testing.assert_close(batch.unfold(ours(batch)), want, rtol=1e-4, atol=1e-4)
+
+
+def test_compile_is_one_graph_for_batches_never_seen(plain):
+    _, model = plain
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    batches = [NAMED["nested"], [[1, 2], [1, 3], [4, 5, 6]], [[1, 2, 3, 4, 5, 6], [1, 2, 3, 9], [], [1, 2, 3, 4]]]
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.fx.experimental._config.patch(use_duck_shape=False):
+        for sequences in batches:
+            batch = FoldedBatch.from_sequences(sequences, pad_multiple_of=8)
+            got, want = compiled(batch), model(batch)
+            torch.testing.assert_close(got, want)
+            grads = [torch.autograd.grad(x.square().sum(), list(model.parameters())) for x in (got, want)]
+            for g, w in zip(*grads, strict=True):
+                torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_sharded_files_and_base_models_load(tmp_path, tied):
+    theirs = oracle(tmp_path / "whole", tie_word_embeddings=tied)
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    theirs.model.save_pretrained(tmp_path / "base")
+    batch = FoldedBatch.from_sequences(NAMED["nested"])
+    whole = Qwen3ForCausalLM.from_pretrained(tmp_path / "whole")
+    assert torch.equal(Qwen3ForCausalLM.from_pretrained(tmp_path / "sharded")(batch), whole(batch))
+    for folder in ("whole", "sharded", "base"):
+        assert torch.equal(Qwen3Model.from_pretrained(tmp_path / folder)(batch), whole.model(batch))
+    if tied:
+        assert torch.equal(Qwen3ForCausalLM.from_pretrained(tmp_path / "base")(batch), whole(batch))
+        assert whole.lm_head.weight is whole.model.embed_tokens.weight
+    else:
+        with pytest.raises(ValueError, match="lacks lm_head.weight"):
+            Qwen3ForCausalLM.from_pretrained(tmp_path / "base")
+
+
+def test_dtypes(tmp_path):
+    oracle(tmp_path, torch.bfloat16)
+    assert Qwen3ForCausalLM.from_pretrained(tmp_path).lm_head.weight.dtype == torch.bfloat16
+    model = Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    batch = FoldedBatch.from_sequences(NAMED["nested"])
+    with torch.no_grad():
+        low, high = model.bfloat16()(batch).float(), model.float()(batch)
+    assert (low - high).norm() <= 0.05 * high.norm()
+
+
+def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path):
+    theirs = oracle(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks model.safetensors"):
+        Qwen3Model.from_pretrained(tmp_path)
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"as a pickle \(pytorch_model.bin\), which can run code .*save_pretrained"):
+        Qwen3Model.from_pretrained(tmp_path)
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path):
+    oracle(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    def load(**changes):
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        return Qwen3ForCausalLM.from_pretrained(tmp_path)
+
+    with pytest.raises(ValueError, match=r"mlp.\w+.weight must have shape .*, but the file has"):
+        load(intermediate_size=56)
+    with pytest.raises(ValueError, match=r"lacks model.layers.3.input_layernorm.weight, .* and more"):
+        load(num_hidden_layers=4, layer_types=None)
+    with pytest.raises(ValueError, match=r"holds model.layers.2.\S+, which a Qwen3 does not have"):
+        load(num_hidden_layers=2, layer_types=None)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no config.json"):
+        Qwen3Config.from_pretrained(tmp_path)
+    with pytest.raises(NotADirectoryError, match="must be a folder"):
+        Qwen3Config.from_pretrained(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "qwen2"}, "model_type must be \"qwen3\", got 'qwen2'"),
+        ({"hidden_size": None, "rms_norm_eps": None}, "the config lacks hidden_size, rms_norm_eps"),
+        ({"hidden_act": "gelu"}, "hidden_act must be \"silu\", got 'gelu'"),
+        ({"is_causal": False}, "attention that is not causal"),
+        ({"use_bidirectional_attention": True}, "attention that is not causal"),
+        ({"quantization_config": {"bits": 4}}, "quantised weights are not supported"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 must be a multiple of num_key_value_heads=3"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type must be"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_type 'linear' needs a factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1, got 0.5"),
+        ({"layer_types": ["full_attention"] * 2}, "layer_types must name 3 layers"),
+        ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "of chunked_attention"),
+        ({"layer_types": ["sliding_attention"] * 3}, "set no window"),
+    ],
+)
+def test_configs_are_refused(tmp_path, changes, message):
+    config = oracle(tmp_path).config.to_dict() | changes
+    with pytest.raises(ValueError, match=message):
+        Qwen3Config.from_dict(config)
+
+
+@pytest.mark.parametrize("variant", ["yarn", "windows"])
+def test_the_config_form_of_transformers_4(tmp_path, variant):
+    config = oracle(tmp_path, **VARIANTS[variant]).config.to_dict()
+    want = Qwen3Config.from_dict(config)
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope | {"type": rope.pop("rope_type")}}
+    config.pop("layer_types")
+    assert Qwen3Config.from_dict(config) == want
+
+
+def test_wrong_arguments_are_refused(plain):
+    _, model = plain
+    batch = FoldedBatch.from_sequences(NAMED["nested"])
+    with pytest.raises(TypeError, match="batch must be a FoldedBatch, got Tensor"):
+        model(torch.tensor([[1, 2]]))
+    with pytest.raises(ValueError, match="the batch is on meta, but the model is on cpu"):
+        model(batch.to("meta"))
+    with pytest.raises(ValueError, match="input_ids must be from 0 to 63, got values from 1 to 64"):
+        model(FoldedBatch.from_sequences([[1, 64]]))
+    with pytest.raises(TypeError, match=r"rows must be a 1-D tensor of int32 or int64, got torch.float32 \[1\]"):
+        model(batch, torch.zeros(1))
+    with pytest.raises(TypeError, match="rows must be a 1-D tensor of int32 or int64, got list"):
+        model(batch, [1])
+    with pytest.raises(RuntimeError, match=r"index\[0\] is 99, out of range"):
+        model(batch, torch.tensor([99]))
+    with pytest.raises(ValueError, match="dim must be from 1 to hidden_size=32, got 33"):
+        model.embed(batch, 33)
+    with pytest.raises(ValueError, match="yes_id must be from 0 to 63, got 9693"):
+        model.rerank(batch)
+    for method in (model.embed, lambda batch: model.rerank(batch, yes_id=1, no_id=2)):
+        with pytest.raises(ValueError, match="a sequence of the batch is empty"):
+            method(FoldedBatch.from_sequences([[1], []]))
+
+
+def test_dropout_in_training_is_refused(tmp_path):
+    oracle(tmp_path, attention_dropout=0.1)
+    model = Qwen3ForCausalLM.from_pretrained(tmp_path)
+    batch = FoldedBatch.from_sequences(NAMED["nested"])
+    model(batch)
+    with pytest.raises(RuntimeError, match=r"attention_dropout=0.1: tokens that share a row can't be dropped apart"):
+        model.train()(batch)
