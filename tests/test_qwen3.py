@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from batches import NAMED
@@ -20,6 +21,7 @@ VARIANTS = {
     "plain": {},
     "bias": {"attention_bias": True},
     "tied": {"tie_word_embeddings": True},
+    "padding token": {"pad_token_id": 2},  # a token of the batches too
     "windows": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
     "yarn": {
@@ -290,7 +292,8 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         ({"quantization_config": {"bits": 4}}, "quantised weights are not supported"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 must be a multiple of num_key_value_heads=3"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type must be"),
-        ({"rope_parameters": {"rope_type": "linear"}}, "rope_type 'linear' needs a factor"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_type 'linear' needs factor"),
+        ({"head_dim": 7}, "head_dim must be even, got 7"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1, got 0.5"),
         ({"layer_types": ["full_attention"] * 2}, "layer_types must name 3 layers"),
         ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "of chunked_attention"),
@@ -344,3 +347,88 @@ def test_dropout_in_training_is_refused(tmp_path):
     model(batch)
     with pytest.raises(RuntimeError, match=r"attention_dropout=0.1: tokens that share a row can't be dropped apart"):
         model.train()(batch)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},  # beside rope_parameters, as model cards say
+        {"rope_parameters": {"type": "default", "rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 16},
+        {"rope_scaling": {"type": "yarn", "factor": None}, "original_max_position_embeddings": 4096},
+        {"use_sliding_window": True, "sliding_window": 2, "layer_types": None, "max_window_layers": None},
+    ],
+)
+def test_configs_written_by_hand_mean_what_they_mean_to_transformers(tmp_path, changes):
+    oracle(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    theirs = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path).eval()
+    batch = FoldedBatch.from_sequences([list(range(40))])
+    with torch.no_grad():
+        got = Qwen3ForCausalLM.from_pretrained(tmp_path)(batch)
+        torch.testing.assert_close(got, run_theirs(theirs, [list(range(40))])[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_autocast(plain, checkpointing):
+    theirs, ours = plain
+    ours.model.gradient_checkpointing = checkpointing
+    batch = FoldedBatch.from_sequences(NAMED["nested"])
+    with torch.autocast("cpu", torch.bfloat16):
+        want, got = run_theirs(theirs, NAMED["nested"])[1], batch.unfold(ours(batch))
+    got.float().square().sum().backward()
+    exact = run_theirs(theirs, NAMED["nested"])[1]
+    assert (got - exact).norm() <= 2 * (want - exact).norm()
+
+
+def test_an_index_left_behind_by_shards_is_not_read(tmp_path):
+    oracle(tmp_path).save_pretrained(tmp_path, max_shard_size="20KB")
+    newer = oracle(tmp_path)
+    with torch.no_grad():
+        newer.lm_head.weight.mul_(2)
+    newer.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    assert torch.equal(Qwen3ForCausalLM.from_pretrained(tmp_path).lm_head.weight, newer.lm_head.weight)
+
+
+def test_tied_files_may_hold_either_name_but_not_two_tensors(tmp_path):
+    model = oracle(tmp_path, tie_word_embeddings=True)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    head = weights.pop("lm_head.weight", weights["model.embed_tokens.weight"])
+
+    def load(tensors):
+        safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+        return Qwen3ForCausalLM.from_pretrained(tmp_path)
+
+    for tensors in (weights, weights | {"lm_head.weight": head.clone()}):
+        assert torch.equal(load(tensors).lm_head.weight, head)
+    alone = {name: tensor for name, tensor in weights.items() if "embed" not in name} | {"lm_head.weight": head}
+    assert torch.equal(load(alone).model.embed_tokens.weight, head)
+    with pytest.raises(ValueError, match="lm_head.weight that differs from the embedding"):
+        load(weights | {"lm_head.weight": head + 1})
+
+
+def test_a_new_model_starts_where_that_of_transformers_does(tmp_path):
+    config = oracle(tmp_path, tie_word_embeddings=True, vocab_size=1000, pad_token_id=3).config
+    torch.manual_seed(0)
+    ours = Qwen3ForCausalLM(Qwen3Config.from_dict(config.to_dict()))
+    theirs = transformers.Qwen3ForCausalLM(config)
+    for name, parameter in theirs.named_parameters():
+        assert abs(ours.get_parameter(name).std() - parameter.std()) <= 0.2 * parameter.std() + 1e-8
+    assert not ours.model.embed_tokens.weight[3].any()
+
+
+def test_dtypes_and_folders_are_refused_by_name(tmp_path):
+    oracle(tmp_path)
+    assert Qwen3Model.from_pretrained(tmp_path, dtype="bfloat16").norm.weight.dtype == torch.bfloat16
+    assert Qwen3Model.from_pretrained(tmp_path, device="cpu:0").norm.weight.device.type == "cpu"
+    for dtype in (torch.int8, "half precision"):
+        with pytest.raises(ValueError, match="dtype must be None or one of float32, float64, bfloat16, float16, got"):
+            Qwen3Model.from_pretrained(tmp_path, dtype=dtype)
+    for name in ("./nowhere/at/all", ""):
+        with pytest.raises(FileNotFoundError, match="is no folder, and could not be read from the Hugging Face hub"):
+            Qwen3Model.from_pretrained(name)
+    with pytest.raises(TypeError, match="config must be the dict of a config.json, got Qwen3Config"):
+        Qwen3Config.from_dict(Qwen3Config.from_pretrained(tmp_path))

@@ -11,6 +11,7 @@ model is that of the Qwen3 technical report (arXiv 2505.09388); YaRN is arXiv 23
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from .._check import INDEX_DTYPES
 from ..attention import attention
 from ..batch import FoldedBatch
 
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -50,10 +52,32 @@ class Qwen3Config:
     head_dim: int
     rope: dict  # rope_type ("default", "linear" or "yarn"), rope_theta, and what the type needs
     sliding_windows: tuple[int | None, ...]  # of each layer; None: full attention
-    max_position_embeddings: int = 32768
     attention_bias: bool = False
     attention_dropout: float = 0.0
     tie_word_embeddings: bool = False
+    pad_token_id: int | None = None  # its embedding gets no gradient
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        if len(self.sliding_windows) != self.num_hidden_layers:
+            raise ValueError(
+                f"sliding_windows must hold one entry for each of {self.num_hidden_layers} layers, "
+                f"got {len(self.sliding_windows)}"
+            )
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, got {self.head_dim}")
+        kind = self.rope.get("rope_type")
+        needs = {"default": [], "linear": ["factor"], "yarn": ["factor", "original_max_position_embeddings"]}
+        if kind not in needs:
+            raise ValueError(f'rope_type must be "default", "linear" or "yarn", got {kind!r}')
+        lacks = [name for name in ("rope_theta", *needs[kind]) if not self.rope.get(name)]
+        if lacks:
+            raise ValueError(f"rope_type {kind!r} needs {' and '.join(lacks)}")
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> Qwen3Config:
@@ -65,7 +89,10 @@ class Qwen3Config:
 
     @classmethod
     def from_dict(cls, config: dict) -> Qwen3Config:
-        """Raises ValueError for what is not a Qwen3, and for what this file does not compute."""
+        """Raises ValueError for what is not a Qwen3, and for what this file does not compute. What is not given is as
+        transformers has it by default."""
+        if not isinstance(config, dict):
+            raise TypeError(f"config must be the dict of a config.json, got {type(config).__name__}")
         if config.get("model_type") != "qwen3":
             raise ValueError(f'model_type must be "qwen3", got {config.get("model_type")!r}')
         missing = [name for name in _REQUIRED if config.get(name) is None]
@@ -77,46 +104,43 @@ class Qwen3Config:
             raise ValueError("the config asks for attention that is not causal, which can't be folded")
         if config.get("quantization_config"):
             raise ValueError("quantization_config: quantised weights are not supported")
-        heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        if heads % kv_heads:
-            raise ValueError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}")
         return cls(
             **{name: config[name] for name in _REQUIRED},
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            head_dim=config.get("head_dim") or 128,
             rope=_rope(config),
             sliding_windows=_sliding_windows(config),
-            max_position_embeddings=config.get("max_position_embeddings", 32768),
             attention_bias=bool(config.get("attention_bias", False)),
             attention_dropout=config.get("attention_dropout") or 0.0,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            pad_token_id=config.get("pad_token_id"),
+            initializer_range=config.get("initializer_range", 0.02),
         )
 
 
 def _rope(config: dict) -> dict:
-    """The rotary embedding of a config, in the form of transformers 5 or that of 4."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
-    rope.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
-    kind = rope["rope_type"]
-    if kind not in ("default", "linear", "yarn"):
-        raise ValueError(f'rope_type must be "default", "linear" or "yarn", got {kind!r}')
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    """The rotary embedding of a config, in the form of transformers 5 or that of 4, which goes first where both are."""
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    older_name = rope.pop("type", None)
+    rope["rope_type"] = rope.get("rope_type") or older_name or "default"
+    if rope.get("rope_theta") is None:
+        rope["rope_theta"] = config.get("rope_theta") or 10_000.0
+    if (rope.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ValueError(f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}")
-    if kind == "yarn":
-        original = rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
-        if rope.get("factor") is None and original:
-            rope["factor"] = config["max_position_embeddings"] / original
-    if kind != "default" and not rope.get("factor"):
-        raise ValueError(f"rope_type {kind!r} needs a factor")
+    if rope["rope_type"] == "yarn":
+        longest = config.get("max_position_embeddings") or 32768
+        original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+        rope["original_max_position_embeddings"] = original or longest
+        if rope.get("factor") is None:
+            rope["factor"] = longest / rope["original_max_position_embeddings"]
     return rope
 
 
 def _sliding_windows(config: dict) -> tuple[int | None, ...]:
     layers = config["num_hidden_layers"]
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
     types = config.get("layer_types")
     if types is None:
-        first = config.get("max_window_layers", layers)
+        first = config.get("max_window_layers", 28)
         types = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
     unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
     if unknown or len(types) != layers:
@@ -172,6 +196,17 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
+def _initialise(module: nn.Module, std: float) -> None:
+    """Weights of a new model, as transformers draws them."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=std)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+        if getattr(module, "padding_idx", None) is not None and not module.weight.is_meta:
+            with torch.no_grad():
+                module.weight[module.padding_idx] = 0
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -197,7 +232,8 @@ class Qwen3Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: FoldedBatch, layout: str) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = _turn(self.q_norm(q), cos, sin), _turn(self.k_norm(k), cos, sin)
-        out = attention(q, k, v, batch, sliding_window=self.sliding_window, layout=layout)
+        # Norms and angles keep fp32 under autocast, projections do not.
+        out = attention(q.to(v.dtype), k.to(v.dtype), v, batch, sliding_window=self.sliding_window, layout=layout)
         return self.o_proj(out.flatten(1))
 
 
@@ -232,15 +268,16 @@ class Qwen3Model(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.layers = nn.ModuleList(Qwen3Layer(config, window) for window in config.sliding_windows)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.apply(functools.partial(_initialise, std=config.initializer_range))
 
     @classmethod
     def from_pretrained(
         cls,
         path_or_hub_id: str | Path,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> Qwen3Model:
         """Loads the safetensors of a folder or of a hub model, in their own dtype by default, for evaluation."""
@@ -249,8 +286,8 @@ class Qwen3Model(nn.Module):
     def forward(self, batch: FoldedBatch, layout: str = "auto") -> Tensor:
         """Hidden states [num_rows, hidden_size] after the last norm, in compact rows; padding rows' mean nothing.
 
-        Raises TypeError for another batch, ValueError for another device and for ids outside the vocabulary (on the
-        CPU; a device assert on CUDA), RuntimeError in training with dropout, which folded tokens can't have apart.
+        Raises TypeError for another batch, ValueError for another device and for ids outside the vocabulary,
+        RuntimeError in training with dropout, which tokens that share a row can't have apart.
         """
         self._check(batch)
         x = self.embed_tokens(batch.input_ids)
@@ -301,6 +338,7 @@ class Qwen3ForCausalLM(nn.Module):
         self.config = config
         self.model = Qwen3Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        _initialise(self.lm_head, config.initializer_range)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -308,7 +346,7 @@ class Qwen3ForCausalLM(nn.Module):
     def from_pretrained(
         cls,
         path_or_hub_id: str | Path,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> Qwen3ForCausalLM:
         """Loads the safetensors of a folder or of a hub model, in their own dtype by default, for evaluation."""
@@ -344,51 +382,69 @@ class Qwen3ForCausalLM(nn.Module):
 
 def _folder(path_or_hub_id: str | Path, patterns: list[str]) -> Path:
     path = Path(path_or_hub_id)
-    if path.is_dir():
+    if str(path_or_hub_id) and path.is_dir():
         return path
-    if path.exists():
+    if str(path_or_hub_id) and path.exists():
         raise NotADirectoryError(f"{path} must be a folder that transformers wrote, or a model on the hub")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
+    try:
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{str(path_or_hub_id)!r} is no folder, and could not be read from the Hugging Face hub: {error}"
+        ) from None
 
 
 def _from_pretrained(cls, path_or_hub_id, dtype, device):
+    dtype = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and dtype not in _DTYPES.values():
+        raise ValueError(f"dtype must be None or one of {', '.join(_DTYPES)}, got {dtype!r}")
+    device = torch.device("cpu" if device is None else device)
     folder = _folder(path_or_hub_id, ["config.json", "*.safetensors", "*.safetensors.index.json"])
     config = Qwen3Config.from_pretrained(folder)
     with torch.device("meta"):
         model = cls(config)
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
-    weights = {}
-    for name, tensor in _weights(folder, "cpu" if device is None else device):
+    embedding = "model.embed_tokens.weight" if cls is Qwen3ForCausalLM else "embed_tokens.weight"
+    weights, head = {}, None
+    for name, tensor in _weights(folder):
         # A base model's file lacks the prefix that a causal model's has.
         base = name.removeprefix("model.")
-        name = f"model.{base}" if cls is Qwen3ForCausalLM and base != "lm_head.weight" else base
-        if name not in wanted:
-            # The head of a tied or a base model, and frequencies that old files hold, are computed.
-            if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
-                continue
+        place = f"model.{base}" if cls is Qwen3ForCausalLM and base != "lm_head.weight" else base
+        if base == "lm_head.weight" and (config.tie_word_embeddings or place not in wanted):
+            head = tensor
+            continue
+        if name.endswith("rotary_emb.inv_freq"):  # old files hold what is computed here
+            continue
+        if place not in wanted:
             raise ValueError(f"{folder} holds {name}, which a Qwen3 does not have")
-        if tensor.shape != wanted[name]:
-            raise ValueError(f"{name} must have shape {list(wanted[name])}, but the file has {list(tensor.shape)}")
-        weights[name] = tensor if dtype is None else tensor.to(dtype)
+        if tensor.shape != wanted[place]:
+            raise ValueError(f"{name} must have shape {list(wanted[place])}, but the file has {list(tensor.shape)}")
+        weights[place] = tensor
+    # Of two names for one tensor a file may hold either, or both.
+    if config.tie_word_embeddings and head is not None and not torch.equal(weights.setdefault(embedding, head), head):
+        raise ValueError(
+            f"{folder} holds an lm_head.weight that differs from the embedding, but tie_word_embeddings is set"
+        )
     missing = sorted(wanted.keys() - weights.keys())
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing[:4])}{' and more' if len(missing) > 4 else ''}")
+    weights = {name: tensor.to(device, dtype) for name, tensor in weights.items()}
     model.load_state_dict(weights, strict=False, assign=True)
     if cls is Qwen3ForCausalLM and config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(True).eval()
 
 
-def _weights(folder: Path, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
+def _weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     from safetensors import safe_open
 
     index = folder / "model.safetensors.index.json"
-    if index.exists():
+    files = ["model.safetensors"]
+    # transformers leaves the index of shards behind where one file follows them.
+    if index.exists() and not (folder / files[0]).exists():
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
     for file in files:
         path = folder / file
         if not path.exists():
@@ -400,6 +456,6 @@ def _weights(folder: Path, device: torch.device | str) -> Iterator[tuple[str, Te
                     ".save_pretrained(NEW_FOLDER)"
                 )
             raise FileNotFoundError(f"{folder} lacks {file}")
-        with safe_open(path, framework="pt", device=str(device)) as tensors:
+        with safe_open(path, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
                 yield name, tensors.get_tensor(name)
