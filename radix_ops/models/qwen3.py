@@ -261,7 +261,23 @@ class Qwen3Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Qwen3Model(nn.Module):
+class _Pretrained(nn.Module):
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+    ):
+        """Loads the safetensors of a folder or of a hub model, in their own dtype by default, for evaluation.
+
+        Raises FileNotFoundError for what is not there, ValueError for a pickle, a dtype that is no floating point, and
+        files that are not a Qwen3's.
+        """
+        return _from_pretrained(cls, path_or_hub_id, dtype, device)
+
+
+class Qwen3Model(_Pretrained):
     """The decoder without a head. Set `gradient_checkpointing` to compute layers again in the backward pass."""
 
     def __init__(self, config: Qwen3Config):
@@ -272,16 +288,6 @@ class Qwen3Model(nn.Module):
         self.layers = nn.ModuleList(Qwen3Layer(config, window) for window in config.sliding_windows)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.apply(functools.partial(_initialise, std=config.initializer_range))
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_hub_id: str | Path,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-    ) -> Qwen3Model:
-        """Loads the safetensors of a folder or of a hub model, in their own dtype by default, for evaluation."""
-        return _from_pretrained(cls, path_or_hub_id, dtype, device)
 
     def forward(self, batch: FoldedBatch, layout: str = "auto") -> Tensor:
         """Hidden states [num_rows, hidden_size] after the last norm, in compact rows; padding rows' mean nothing.
@@ -330,7 +336,7 @@ class Qwen3Model(nn.Module):
                 )
 
 
-class Qwen3ForCausalLM(nn.Module):
+class Qwen3ForCausalLM(_Pretrained):
     """The decoder with its language-model head."""
 
     def __init__(self, config: Qwen3Config):
@@ -341,16 +347,6 @@ class Qwen3ForCausalLM(nn.Module):
         _initialise(self.lm_head, config.initializer_range)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_hub_id: str | Path,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-    ) -> Qwen3ForCausalLM:
-        """Loads the safetensors of a folder or of a hub model, in their own dtype by default, for evaluation."""
-        return _from_pretrained(cls, path_or_hub_id, dtype, device)
 
     def forward(self, batch: FoldedBatch, rows: Tensor | None = None, layout: str = "auto") -> Tensor:
         """Logits [len(rows), vocabulary] of the compact rows wanted (1-D int32 or int64), by default of all."""
