@@ -10,8 +10,6 @@ from __future__ import annotations
 import harness
 import torch
 
-import radix_ops
-
 RADIX = torch.ops.radix
 BATCHES = {  # sequences, shared prefix, own tokens
     "32 x (2048 + 256)": (32, 2048, 256),
@@ -26,8 +24,7 @@ def main() -> None:
     measured = harness.bandwidths()
     rows = []
     for name, shape in BATCHES.items():
-        ids, positions, cu_seqlens = (x.cuda() for x in harness.shared_prefix_batch(*shape))
-        batch = radix_ops.fold(ids, cu_seqlens, positions)
+        batch = harness.shared_prefix_batch(*shape)
         index, wide = batch.unfold_index, batch.unfold_index.long()
         inverse = (index, batch.unfold_indptr, batch.unfold_members)
         tokens_per_row = batch.num_tokens / batch.num_rows

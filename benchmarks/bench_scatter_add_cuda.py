@@ -11,8 +11,6 @@ import harness
 import torch
 from bench_scatter_add_cpu import error
 
-import radix_ops
-
 RADIX = torch.ops.radix
 BATCHES = {  # sequences, shared prefix, own tokens
     "32 x (2048 + 256)": (32, 2048, 256),
@@ -31,8 +29,7 @@ def main() -> None:
     measured = harness.bandwidths()
     rows = []
     for name, shape in BATCHES.items():
-        ids, positions, cu_seqlens = (x.cuda() for x in harness.shared_prefix_batch(*shape))
-        batch = radix_ops.fold(ids, cu_seqlens, positions)
+        batch = harness.shared_prefix_batch(*shape)
         index, wide, num_rows = batch.unfold_index, batch.unfold_index.long(), batch.num_rows
         inverse = (index, batch.unfold_indptr, batch.unfold_members)
         for dtype, width in ((torch.bfloat16, 4096), (torch.bfloat16, 1024), (torch.float32, 1024)):

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+import radix_ops
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -163,12 +165,12 @@ def cpu_name() -> str:
     return f"{len(names)} x {names[0]}" if names else platform.machine()
 
 
-def shared_prefix_batch(count: int, prefix: int, own: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """input_ids, position_ids and cu_seqlens of `count` sequences that share `prefix` tokens and have `own` more."""
+def shared_prefix_batch(count: int, prefix: int, own: int, device: str = "cuda") -> radix_ops.FoldedBatch:
+    """`count` sequences that share `prefix` tokens and have `own` more each."""
     length = prefix + own
     ids = torch.arange(count * length).view(count, length)
     ids[:, :prefix] = ids[0, :prefix]
-    return ids.flatten(), torch.arange(length).repeat(count), torch.arange(count + 1) * length
+    return radix_ops.fold(ids.flatten().to(device), (torch.arange(count + 1) * length).to(device))
 
 
 def report(name: str, rows: list[dict[str, object]], save: bool, measured: dict[str, float] | None = None) -> None:

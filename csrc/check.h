@@ -158,7 +158,7 @@ inline Tensor empty_at(const Place& place, const int64_t* sizes, int64_t dim, in
   AtenTensorHandle handle = nullptr;
   const auto status = aoti_torch_empty_strided(dim, sizes, strides, dtype_code, place.type, place.index, &handle);
   if (status != AOTI_TORCH_SUCCESS) {
-    // The interface tells no reason. Programs that try again with less memory look for the first words.
+    // The interface tells no reason. Programs that try again with less memory look for "CUDA out of memory."
     throw std::runtime_error(
         place == cpu() ? "radix: out of memory for a tensor of shape " + shape_text(sizes, dim)
                        : "radix: CUDA out of memory. (Or a kernel failed before.) No tensor of shape " +

@@ -666,13 +666,13 @@ class DeviceFold {
   int64_t most_blocks() const {
     constexpr int kDevices = 64;
     static std::atomic<int64_t> known[kDevices];
-    if (place_.index >= kDevices) {
-      return std::min(device_.concurrent_blocks(&run_steps<false>), device_.concurrent_blocks(&run_steps<true>));
-    }
-    int64_t blocks = known[place_.index].load(std::memory_order_relaxed);
+    std::atomic<int64_t>* const remembered = place_.index < kDevices ? &known[place_.index] : nullptr;
+    int64_t blocks = remembered ? remembered->load(std::memory_order_relaxed) : 0;
     if (blocks == 0) {
       blocks = std::min(device_.concurrent_blocks(&run_steps<false>), device_.concurrent_blocks(&run_steps<true>));
-      known[place_.index].store(blocks, std::memory_order_relaxed);
+      if (remembered) {
+        remembered->store(blocks, std::memory_order_relaxed);
+      }
     }
     return blocks;
   }

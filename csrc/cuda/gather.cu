@@ -39,11 +39,6 @@ __global__ void gather_rows(
   }
 }
 
-struct Source {
-  const char* name;
-  const Tensor& tensor;
-};
-
 // Gathers one tensor, or two at once. `indptr` may be null.
 template <size_t kCount>
 std::array<Tensor, kCount> gather_all(
@@ -67,19 +62,10 @@ std::array<Tensor, kCount> gather_all(
     return outs;
   }
   RADIX_CHECK(num_rows > 0, op, "index holds ", length, " entries, but there are no rows to index");
-  const int64_t unit_bytes = unit_bytes_of(rows, 16);
-  Lanes lanes{};
-  int64_t units = 0;
-  for (size_t t = 0; t < kCount; ++t) {
-    lanes.lane[t] = Lane{
-        rows[t].data,
-        static_cast<char*>(outs[t].mutable_data_ptr()),
-        rows[t].stride_bytes,
-        rows[t].row_bytes / unit_bytes};
-    units = std::max(units, lanes.lane[t].units);
-  }
+  const int64_t unit_bytes = unit_bytes_of(rows);
+  const Lanes lanes = lanes_of(rows, outs, unit_bytes);
   const Device device(op, place);
-  const Tiling tiling = tiling_of<kUnits>(op, length, units, kCount, kThreads, kMaxX);
+  const Tiling tiling = tiling_of<kUnits>(op, length, lanes.most_units(), kCount, kThreads, kMaxX);
   auto launch = [&](auto* kernel) {
     device.launch(
         kernel,

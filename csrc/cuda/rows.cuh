@@ -26,12 +26,36 @@ struct Lanes {
   __device__ Lane mine() const {
     return blockIdx.y == 0 ? lane[0] : lane[1];
   }
+
+  int64_t most_units() const {
+    return std::max(lane[0].units, lane[1].units);
+  }
 };
 
-// The widest access, of at most `limit` bytes, that every row of these tensors allows.
+// An argument and the name that messages call it by.
+struct Source {
+  const char* name;
+  const Tensor& tensor;
+};
+
 template <size_t kCount>
-inline int64_t unit_bytes_of(const std::array<Rows, kCount>& tensors, int64_t limit) {
-  uint64_t bits = static_cast<uint64_t>(limit);
+inline Lanes lanes_of(
+    const std::array<Rows, kCount>& rows, const std::array<Tensor, kCount>& outs, int64_t unit_bytes) {
+  Lanes lanes{};
+  for (size_t t = 0; t < kCount; ++t) {
+    lanes.lane[t] = Lane{
+        rows[t].data,
+        static_cast<char*>(outs[t].mutable_data_ptr()),
+        rows[t].stride_bytes,
+        rows[t].row_bytes / unit_bytes};
+  }
+  return lanes;
+}
+
+// The widest access, of at most 16 bytes, that every row of these tensors allows.
+template <size_t kCount>
+inline int64_t unit_bytes_of(const std::array<Rows, kCount>& tensors) {
+  uint64_t bits = 16;
   for (const Rows& rows : tensors) {
     bits |= reinterpret_cast<uintptr_t>(rows.data) | static_cast<uint64_t>(rows.row_bytes) |
             (rows.count > 1 ? static_cast<uint64_t>(rows.stride_bytes) : 0);

@@ -290,11 +290,6 @@ __global__ void __launch_bounds__(kBlock, 5) sum_segments(Work work) {
   }
 }
 
-struct Source {
-  const char* name;
-  const Tensor& tensor;
-};
-
 // The inverse of an index, given or made here.
 struct Inverse {
   Integers indptr;
@@ -318,21 +313,13 @@ std::array<Tensor, kCount> sum_all(
   }
   with_sum_type(op, sources[0].name, sources[0].tensor, [&](auto type) {
     using T = decltype(type);
-    const int64_t unit_bytes = unit_bytes_of(rows, 16) == 16 ? 16 : static_cast<int64_t>(sizeof(T));
+    const int64_t unit_bytes = unit_bytes_of(rows) == 16 ? 16 : static_cast<int64_t>(sizeof(T));
     if (num_rows == 0) {
       return;
     }
     Work work{};
-    int64_t units = 0;
-    for (size_t t = 0; t < kCount; ++t) {
-      work.lanes.lane[t] = Lane{
-          rows[t].data,
-          static_cast<char*>(outs[t].mutable_data_ptr()),
-          rows[t].stride_bytes,
-          rows[t].row_bytes / unit_bytes};
-      units = std::max(units, work.lanes.lane[t].units);
-    }
-    const Tiling tiling = tiling_of<kUnits>(op, num_rows, units, kCount, kBlock, kMaxX);
+    work.lanes = lanes_of(rows, outs, unit_bytes);
+    const Tiling tiling = tiling_of<kUnits>(op, num_rows, work.lanes.most_units(), kCount, kBlock, kMaxX);
     work.index = index;
     work.indptr = inverse.indptr;
     work.members = inverse.members;
