@@ -26,4 +26,25 @@ STABLE_TORCH_LIBRARY(radix, m) {
   m.def(
       "varlen_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,"
       " Tensor cu_seqlens_k, float scale, int sliding_window=0) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def(
+      "flash_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt num_queries,"
+      " SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, int sliding_window=0)"
+      " -> (Tensor out, Tensor logsumexp)");
+  m.def(
+      "flash_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp,"
+      " Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt num_queries, SymInt max_seqlen_q, SymInt max_seqlen_k,"
+      " float scale, int sliding_window=0) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def(
+      "trie_order(Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor kv_index, Tensor kv_indptr, Tensor kv_members)"
+      " -> (Tensor enter, Tensor leave, Tensor depth)");
+  m.def(
+      "trie_blocks(Tensor enter, Tensor leave, Tensor depth, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
+      " Tensor kv_index, int sliding_window=0) -> (Tensor counts, Tensor indices)");
+  m.def(
+      "trie_attention(Tensor q, Tensor k, Tensor v, Tensor enter, Tensor leave, Tensor depth, Tensor cu_seqlens_q,"
+      " float scale, int sliding_window=0) -> (Tensor out, Tensor logsumexp)");
+  m.def(
+      "trie_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp,"
+      " Tensor enter, Tensor leave, Tensor depth, Tensor cu_seqlens_q, float scale, int sliding_window=0)"
+      " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 }

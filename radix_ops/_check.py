@@ -26,3 +26,29 @@ def check_devices(op: str, device: torch.device, **tensors: Tensor) -> None:
             raise RuntimeError(
                 f"radix::{op}: {name} is on {tensor.device} and others on {device}; all tensors must be on one device"
             )
+
+
+def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, sliding_window: int) -> None:
+    """Raises RuntimeError unless q [rows, H, D], k [keys, H_kv, D] and v [keys, H_kv, D_v] can attend."""
+
+    def fail(message: str):
+        raise RuntimeError(f"radix::{op}: {message}")
+
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 3:
+            fail(f"{name} must have shape [rows, heads, head_dim], got {list(tensor.shape)}")
+        if tensor.dtype not in ATTENTION_DTYPES:
+            fail(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
+        if tensor.dtype != q.dtype:
+            fail(f"q, k and v must have one dtype, got {q.dtype} for q and {tensor.dtype} for {name}")
+    check_devices(op, q.device, k=k, v=v)
+    if k.shape[:2] != v.shape[:2]:
+        fail(f"k and v must have equal rows and heads, got {list(k.shape)} and {list(v.shape)}")
+    if k.shape[2] != q.shape[2]:
+        fail(f"q and k must have one head_dim, got {q.shape[2]} and {k.shape[2]}")
+    if q.shape[1] == 0 or q.shape[2] == 0:
+        fail(f"q must have at least one head and a head_dim of at least 1, got {list(q.shape)}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        fail(f"the {q.shape[1]} heads of q must be a multiple of the {k.shape[1]} heads of k and v")
+    if sliding_window < 0:
+        fail(f"sliding_window must be at least 0 (0: none), got {sliding_window}")

@@ -47,14 +47,17 @@ class FoldedBatch:
     ) -> FoldedBatch:
         """Folds lists of token ids (or 1-D integer tensors) whose positions count from 0.
 
-        Raises TypeError for anything but integers, ValueError as `fold` does.
+        Ids on the CPU are folded there, and the batch then travels to `device` without blocking the host; tensors on
+        a CUDA device are folded there. Raises TypeError for anything but integers, ValueError as `fold` does.
         """
         if not isinstance(sequences, Sequence):
             raise TypeError(f"sequences must be a list of lists of token ids, got {type(sequences).__name__}")
+        on_device = [x.device for x in sequences if isinstance(x, Tensor) and x.device.type != "cpu"]
+        place = on_device[0] if on_device else torch.device("cpu")
         tensors = []
         for i, sequence in enumerate(sequences):
             try:
-                tensor = torch.as_tensor(sequence, device="cpu" if device is None else device)
+                tensor = torch.as_tensor(sequence, device=place)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise TypeError(f"sequences[{i}] must hold integers: {error}") from None
             if tensor.dim() != 1:
@@ -62,9 +65,10 @@ class FoldedBatch:
             if tensor.numel() and tensor.dtype not in _SEQUENCE_DTYPES:
                 raise TypeError(f"sequences[{i}] must hold integers that int64 holds, got {tensor.dtype}")
             tensors.append(tensor.to(torch.int64))
-        lengths = torch.tensor([0] + [len(tensor) for tensor in tensors])
-        input_ids = torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int64, device=device)
-        return fold(input_ids, lengths.cumsum(0).to(input_ids.device), pad_multiple_of=pad_multiple_of)
+        cu_seqlens = torch.tensor([0] + [len(tensor) for tensor in tensors], device="cpu").cumsum(0)
+        input_ids = torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int64, device=place)
+        batch = fold(input_ids, _to_device(cu_seqlens, place), pad_multiple_of=pad_multiple_of)
+        return batch if device is None else batch.to(device, non_blocking=True)
 
     @classmethod
     def from_padded(
@@ -73,14 +77,16 @@ class FoldedBatch:
         attention_mask: Tensor,
         position_ids: Tensor | None = None,
         *,
+        device: torch.device | str | None = None,
         pad_multiple_of: int = 1,
     ) -> FoldedBatch:
         """Folds the real tokens of a padded batch, input_ids [B, T], where attention_mask [B, T] is 1 (else 0).
 
         Padding may stand on either side of a row or on both; a row of padding alone is an empty sequence. Positions
-        count from 0 at each row's first real token unless `position_ids` [B, T] gives them. Raises TypeError for
-        anything but tensors, ValueError for shapes that differ, a mask with other values than 0 and 1, and a mask with
-        a hole.
+        count from 0 at each row's first real token unless `position_ids` [B, T] gives them. The fold runs where the
+        tensors are; the batch then travels to `device`, if one is given, without blocking the host. On CUDA the host
+        waits twice, for the number of tokens and in the fold. Raises TypeError for anything but tensors, ValueError
+        for shapes or devices that differ, a mask with other values than 0 and 1, and a mask with a hole.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
         given |= {} if position_ids is None else {"position_ids": position_ids}
@@ -92,21 +98,29 @@ class FoldedBatch:
                     "input_ids, attention_mask and position_ids must have one shape [B, T], "
                     f"got {list(input_ids.shape)} for input_ids and {list(tensor.shape)} for {name}"
                 )
+            if tensor.device != input_ids.device:
+                raise ValueError(f"{name} is on {tensor.device}, but input_ids is on {input_ids.device}")
         mask = attention_mask.bool()
         lengths = mask.sum(1)
         # A row without holes changes at most twice between padding and tokens, counting both ends as padding.
         changes = torch.diff(mask.to(torch.int8), prepend=_zeros_like_column(mask), append=_zeros_like_column(mask))
         bad_rows = (changes.abs().sum(1) > 2) | (attention_mask != mask).any(1)
-        if bad_rows.any():
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        num_tokens, num_bad_rows = torch.stack([cu_seqlens[-1], bad_rows.sum()]).tolist()
+        if num_bad_rows:
             row = int(bad_rows.nonzero()[0])
             raise ValueError(
                 f"attention_mask[{row}] must be one unbroken stretch of 1s with 0s around it (a row with holes "
                 f"cannot be folded), got {_shorten(attention_mask[row])}"
             )
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        if mask.is_cuda:  # where nonzero() would wait for the host: the first place up to which i + 1 tokens stand
+            tokens = torch.searchsorted(mask.flatten().cumsum(0), torch.arange(1, num_tokens + 1, device=mask.device))
+        else:
+            tokens = mask.flatten().nonzero()[:, 0]
         if position_ids is not None:
-            position_ids = position_ids[mask]
-        return fold(input_ids[mask], cu_seqlens, position_ids, pad_multiple_of)
+            position_ids = position_ids.flatten()[tokens]
+        batch = fold(input_ids.flatten()[tokens], cu_seqlens, position_ids, pad_multiple_of)
+        return batch if device is None else batch.to(device, non_blocking=True)
 
     @property
     def num_tokens(self) -> int:
@@ -167,14 +181,18 @@ class FoldedBatch:
         return padded.masked_scatter(mask.view(*mask.shape, *[1] * (x.dim() - 1)), tokens)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> FoldedBatch:
-        """The batch with its tensors on `device`."""
+        """The batch with its tensors on `device`.
+
+        From the CPU to CUDA with `non_blocking` all tensors travel in one copy through pinned memory.
+        """
         device = torch.device(device)
-        moved = {
-            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
-            for field in dataclasses.fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        tensors = {id(value): value for value in fields.values() if isinstance(value, Tensor)}
+        if non_blocking and device.type == "cuda" and self.input_ids.device.type == "cpu":
+            moved = dict(zip(tensors, _copy_together(list(tensors.values()), device), strict=True))
+        else:
+            moved = {key: tensor.to(device, non_blocking=non_blocking) for key, tensor in tensors.items()}
+        return FoldedBatch(**{name: moved.get(id(value), value) for name, value in fields.items()})
 
     def _check_length(self, method: str, x: Tensor, wanted: int, name: str) -> None:
         if x.dim() < 1 or x.shape[0] != wanted:
@@ -233,13 +251,12 @@ def pack(
     def padded(x: Tensor) -> Tensor:
         return torch.nn.functional.pad(x, (0, padding))
 
-    def index(values) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.int32, device=input_ids.device)
-
-    tokens = torch.arange(num_tokens, dtype=torch.int32, device=input_ids.device)
-    indptr = torch.arange(num_tokens + padding + 1, dtype=torch.int32, device=input_ids.device).clamp_(max=num_tokens)
+    device = input_ids.device
+    tokens = torch.arange(num_tokens, dtype=torch.int32, device=device)
+    indptr = torch.arange(num_tokens + padding + 1, dtype=torch.int32, device=device).clamp_(max=num_tokens)
     runs = [s for s, length in enumerate(lengths) if length]
-    run_ends = index([0] + [ends[s + 1] for s in runs])
+    run_sequences = _to_device(torch.tensor(runs, dtype=torch.int32, device="cpu"), device)
+    run_ends = _to_device(torch.tensor([0] + [ends[s + 1] for s in runs], dtype=torch.int32, device="cpu"), device)
     return FoldedBatch(
         input_ids=padded(input_ids),
         position_ids=padded(position_ids),
@@ -247,7 +264,7 @@ def pack(
         fold_index=padded(tokens),
         unfold_indptr=indptr,
         unfold_members=tokens,
-        run_sequences=index(runs),
+        run_sequences=run_sequences,
         cu_seqlens_q=run_ends,
         cu_seqlens_k=run_ends,
         kv_index=tokens,
@@ -259,6 +276,28 @@ def pack(
         max_seqlen_k=max(lengths, default=0),
         min_seqlen=min(lengths, default=0),
     )
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`, without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _copy_together(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of the CPU as parts of one on a CUDA device, copied at once."""
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    starts = [0, *itertools.accumulate(-(-size // 256) * 256 for size in sizes)]
+
+    def parts(buffer: Tensor) -> list[Tensor]:
+        return [
+            buffer[start : start + size].view(tensor.dtype)
+            for start, size, tensor in zip(starts, sizes, tensors, strict=False)
+        ]
+
+    staging = torch.empty(starts[-1], dtype=torch.uint8, device="cpu", pin_memory=True)
+    for part, tensor in zip(parts(staging), tensors, strict=True):
+        part.copy_(tensor)
+    return parts(staging.to(device, non_blocking=True))
 
 
 def _check(input_ids: Tensor, cu_seqlens: Tensor, position_ids: Tensor | None, pad_multiple_of: int) -> Tensor:

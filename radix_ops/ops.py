@@ -19,10 +19,26 @@ gather_kv(k [R, ...], v [R, ...], index [N]), scatter_add_kv(src_k [N, ...], src
 gather.csr(x, index, indptr, members), scatter_add.csr(src, index, indptr, members, num_rows), and of the pairs alike
     -> the same, with the inverse of index at hand, so that neither scatter_add nor the backward of gather sorts:
     members[indptr[j]:indptr[j + 1]] are the i with index[i] == j.
+
+What `radix_ops.attention` calls (sliding_window 0: none; logsumexp is for the backward, and has no gradient):
+
 varlen_attention(q [num_rows, H, D], k [K, H_kv, D], v [K, H_kv, D_v], cu_seqlens_q, cu_seqlens_k, scale,
                  sliding_window=0)
-    -> [num_rows, H, D_v], causal attention of runs over their sequences, aligned at the end; 0: no window. What
-    `radix_ops.attention` calls; it has a CPU kernel only.
+    -> [num_rows, H, D_v], causal attention of runs over their sequences, aligned at the end. In every floating dtype;
+    on CUDA it waits for the host and is slow.
+flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, num_queries, max_seqlen_q, max_seqlen_k, scale, sliding_window=0)
+    -> out, logsumexp [H, num_rows]: the same on CUDA in bfloat16 and float16, by torch's flash attention. num_queries
+    is the end of cu_seqlens_q, the largest lengths may be larger than they are. Nothing looks at the values of
+    cu_seqlens, which must be a fold's.
+trie_order(cu_seqlens_q, cu_seqlens_k, kv_index, kv_indptr, kv_members)
+    -> enter, leave, depth int32 [num_rows]: row k is on the path to row q exactly when enter[k] <= enter[q] < leave[k];
+    depth counts the rows above a row. All -1, -1, 0 for padding rows.
+trie_blocks(enter, leave, depth, cu_seqlens_q, cu_seqlens_k, kv_index, sliding_window=0)
+    -> counts int32 [4, blocks], indices int32 [4, blocks, blocks]: FlexAttention's tables of 128 x 128 blocks, with a
+    mask and without, by queries and by keys. Their memory is 16 (num_rows / 128)^2 bytes.
+trie_attention(q, k [num_rows, H_kv, D], v, enter, leave, depth, cu_seqlens_q, scale, sliding_window=0)
+    -> out [num_rows, H, D_v], logsumexp [H, num_rows]: attention to the rows on the path, with no key or value
+    unfolded. In every floating dtype; on CUDA it waits for the host and is slow.
 
 Two packed tokens share a row exactly when the (token, position) paths to them from the start of their sequences are
 equal. Rows come in order of first occurrence; padding rows behind them hold token 0, position 0 and `fold_index` 0.
@@ -33,12 +49,12 @@ RadixMLP's (arXiv 2601.15013, section 3).
 sums each row's entries one after another, in ascending order (the .csr overload: in the order of members), in fp32
 (fp64 for float64; integers wrap): the result is the same bits on every run and for any number of threads. On CUDA a row
 of more than 128 entries is summed in up to 128 parts, and the parts in order: the same bits on every run there too.
-`varlen_attention` can be differentiated once.
+The attention ops can be differentiated once.
 
 Malformed arguments raise RuntimeError, which names the argument, before memory outside the arguments is read. Tensors
 have at most 64 dimensions.
 
-On CUDA, all ops but varlen_attention run on the current stream. fold and fold_plan copy 32 bytes to the host, once (a
+On CUDA, all ops run on the current stream. fold and fold_plan copy 32 bytes to the host, once (a
 second time if two paths have one 64-bit hash), and wait for them: they can't be captured in a CUDA graph; the others
 can, and never wait. cu_seqlens is checked by fold; a value of index, indptr or members that is out of range, or members
 that are not the inverse of index in scatter_add, are device asserts, as in torch.index_select. (gather.csr takes from
@@ -55,7 +71,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from . import _varlen_cpu
+from . import _flash, _trie, _varlen
 from ._check import check_devices, check_index_like
 
 _ALL_OPS = (
@@ -71,6 +87,12 @@ _ALL_OPS = (
     "scatter_add_kv.csr",
     "varlen_attention",
     "varlen_attention_backward",
+    "flash_attention",
+    "flash_attention_backward",
+    "trie_order",
+    "trie_blocks",
+    "trie_attention",
+    "trie_attention_backward",
 )
 
 
@@ -168,6 +190,63 @@ def _varlen_attention_backward_fake(grad_out, q, k, v, cu_seqlens_q, cu_seqlens_
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _logsumexp_like(q: Tensor, dtype: torch.dtype) -> Tensor:
+    return q.new_empty(q.shape[1], q.shape[0], dtype=dtype)
+
+
+@torch.library.register_fake("radix::flash_attention")
+def _flash_attention_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, *rest):
+    check_index_like("flash_attention", q.device, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_devices("flash_attention", q.device, k=k, v=v)
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), _logsumexp_like(q, torch.float32)
+
+
+@torch.library.register_fake("radix::flash_attention_backward")
+def _flash_attention_backward_fake(grad_out, q, k, v, *rest):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.register_fake("radix::trie_order")
+def _trie_order_fake(cu_seqlens_q, cu_seqlens_k, kv_index, kv_indptr, kv_members):
+    check_index_like(
+        "trie_order",
+        kv_index.device,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        kv_indptr=kv_indptr,
+        kv_members=kv_members,
+    )
+    return tuple(_index_like(kv_index, kv_indptr.shape[0] - 1) for _ in range(3))
+
+
+@torch.library.register_fake("radix::trie_blocks")
+def _trie_blocks_fake(enter, leave, depth, cu_seqlens_q, cu_seqlens_k, kv_index, sliding_window=0):
+    check_index_like(
+        "trie_blocks",
+        enter.device,
+        leave=leave,
+        depth=depth,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        kv_index=kv_index,
+    )
+    blocks = _trie.num_blocks(enter.shape[0])
+    return _index_like(enter, 4, blocks), _index_like(enter, 4, blocks, blocks)
+
+
+@torch.library.register_fake("radix::trie_attention")
+def _trie_attention_fake(q, k, v, enter, leave, depth, cu_seqlens_q, scale, sliding_window=0):
+    check_index_like("trie_attention", q.device, enter=enter, leave=leave, depth=depth, cu_seqlens_q=cu_seqlens_q)
+    check_devices("trie_attention", q.device, k=k, v=v)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), _logsumexp_like(q, wide)
+
+
+@torch.library.register_fake("radix::trie_attention_backward")
+def _trie_attention_backward_fake(grad_out, q, k, v, *rest):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 class _KeysBelowAutograd(dict):
     """A dispatch key set's bits -> the key set of the kernels below autograd; computing it each time costs 0.3 us."""
 
@@ -180,10 +259,13 @@ class _KeysBelowAutograd(dict):
 _below_autograd = _KeysBelowAutograd()
 
 
-def _register_autograd(op: torch._ops.OpOverload, num_inputs: int, save, backward, jvp=None) -> None:
+def _register_autograd(
+    op: torch._ops.OpOverload, num_inputs: int, save, backward, jvp=None, saves_outputs: bool = False
+) -> None:
     """Gives `op` gradients for its first `num_inputs` arguments.
 
-    `save(*arguments)` is (tensors, rest), what `backward((*tensors,), rest, *grads)` and `jvp` likewise need.
+    `save(*arguments)` is (tensors, rest), what `backward((*tensors,), rest, *grads)` and `jvp` likewise need. With
+    `saves_outputs` the op's outputs stand before the tensors, and only the first of them has a gradient.
     `torch.library.register_autograd` takes three times as long on a call that needs no gradient, which is more than a
     small gather itself takes, and drops forward-mode tangents without a word.
     """
@@ -193,10 +275,14 @@ def _register_autograd(op: torch._ops.OpOverload, num_inputs: int, save, backwar
         @staticmethod
         def forward(ctx, keyset, *args):
             tensors, ctx.rest = save(*args)
+            with torch._C._AutoDispatchBelowAutograd():
+                outputs = op.redispatch(_below_autograd[keyset.raw_repr()], *args)
+            if saves_outputs:
+                tensors = (*outputs, *tensors)
+                ctx.mark_non_differentiable(*outputs[1:])
             ctx.save_for_backward(*tensors)
             ctx.save_for_forward(*tensors)
-            with torch._C._AutoDispatchBelowAutograd():
-                return op.redispatch(_below_autograd[keyset.raw_repr()], *args)
+            return outputs
 
         @staticmethod
         def backward(ctx, *grads):
@@ -262,25 +348,42 @@ _register_linear(_radix.gather_kv.default, _radix.scatter_add_kv.default, 2)
 _register_linear(_radix.gather_kv.csr, _radix.scatter_add_kv.csr, 2)
 
 
-def _no_double_backward(saved, rest, *grads):
-    raise RuntimeError("radix::varlen_attention can be differentiated once; its gradient has no gradient of its own")
+def _register_attention(name: str, backward_name: str, num_tensors: int, saves_outputs: bool) -> None:
+    """Gradients of q, k and v, the first of `num_tensors` tensor arguments, and none of the backward's own."""
+    op, backward_op = getattr(_radix, name).default, getattr(_radix, backward_name).default
+
+    def backward(saved, rest, grad_out, *_):
+        if not saves_outputs:
+            return backward_op(grad_out, *saved, *rest)
+        out, logsumexp, q, k, v, *others = saved
+        return backward_op(grad_out, q, k, v, out, logsumexp, *others, *rest)
+
+    def no_double_backward(saved, rest, *grads):
+        raise RuntimeError(f"radix::{name} can be differentiated once; its gradient has no gradient of its own")
+
+    # The dispatcher drops trailing arguments that hold their defaults.
+    _register_autograd(
+        op,
+        3,
+        lambda *arguments: (arguments[:num_tensors], arguments[num_tensors:]),
+        backward,
+        saves_outputs=saves_outputs,
+    )
+    _register_autograd(backward_op, 4, lambda *arguments: ((), None), no_double_backward)
 
 
-# The dispatcher drops trailing arguments that hold their defaults.
-_register_autograd(
-    _radix.varlen_attention.default,
-    3,
-    lambda *arguments: (arguments[:5], arguments[5:]),
-    lambda saved, rest, grad_out: _radix.varlen_attention_backward(grad_out, *saved, *rest),
-)
-_register_autograd(
-    _radix.varlen_attention_backward.default,
-    4,
-    lambda *arguments: ((), None),
-    _no_double_backward,
-)
-_library.impl("varlen_attention", _varlen_cpu.varlen_attention, "CPU")
-_library.impl("varlen_attention_backward", _varlen_cpu.varlen_attention_backward, "CPU")
+_register_attention("varlen_attention", "varlen_attention_backward", 5, saves_outputs=False)
+_register_attention("flash_attention", "flash_attention_backward", 5, saves_outputs=True)
+_register_attention("trie_attention", "trie_attention_backward", 7, saves_outputs=True)
+for _module, _names in (
+    (_varlen, ("varlen_attention", "varlen_attention_backward")),
+    (_trie, ("trie_order", "trie_blocks", "trie_attention", "trie_attention_backward")),
+):
+    for _name in _names:
+        for _key in ("CPU", "CUDA"):
+            _library.impl(_name, getattr(_module, _name), _key)
+for _name in ("flash_attention", "flash_attention_backward"):
+    _library.impl(_name, getattr(_flash, _name), "CUDA")
 
 
 def _no_cuda_kernel(name: str):
@@ -293,6 +396,15 @@ def _no_cuda_kernel(name: str):
     return kernel
 
 
+def _on_cuda_only(name: str):
+    def kernel(*args):
+        raise RuntimeError(f"radix::{name}: tensors must be on a CUDA device; radix::varlen_attention takes others")
+
+    return kernel
+
+
+for _name in ("flash_attention", "flash_attention_backward"):
+    _library.impl(_name, _on_cuda_only(_name), "CPU")
 for _op in _ALL_OPS:
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"radix::{_op}", "CUDA"):
         _library.impl(_op, _no_cuda_kernel(_op), "CUDA")

@@ -1,10 +1,11 @@
-"""radix_ops.attention on the CPU, against dense attention of each sequence on its own in float64."""
+"""radix_ops.attention, against dense attention of each sequence on its own in float64."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from batches import NAMED, pack
+from batches import NAMED, pack, random_sequences, rounds, to
 
 import radix_ops
 from radix_ops import FoldedBatch, attention, reference
@@ -34,8 +35,12 @@ def inputs(batch, shape, dtype):
     return [torch.randn(batch.num_rows, *size, dtype=dtype, requires_grad=True) for size in sizes]
 
 
+LAYOUTS = ["compact", "trie", "unfold"]
+
+
 def check(sequences, shape, dtype, layout, window=None, scale=None, pad_multiple_of=4):
-    batch = FoldedBatch.from_sequences(sequences, pad_multiple_of=pad_multiple_of)
+    """On torch's default device."""
+    batch = FoldedBatch.from_sequences(sequences, pad_multiple_of=pad_multiple_of).to(torch.get_default_device())
     tensors = inputs(batch, shape, dtype)
     exact = [x.detach().double().requires_grad_() for x in tensors]
     out = attention(*tensors, batch, layout=layout, sliding_window=window, scale=scale)
@@ -56,9 +61,10 @@ def check(sequences, shape, dtype, layout, window=None, scale=None, pad_multiple
         assert not grad_x[batch.num_nodes :].any()
 
 
-@pytest.mark.parametrize("layout", ["auto", "compact", "unfold"])
+@pytest.mark.parametrize("layout", ["auto", *LAYOUTS])
 @pytest.mark.parametrize("name", [name for name in NAMED if sum(map(len, NAMED[name]))])
 @pytest.mark.parametrize("window", [None, 1, 2])
+@pytest.mark.usefixtures("default_device")
 def test_attention_of_named_batches(name, layout, window):
     check(NAMED[name], "gqa", torch.float64, layout, window)
 
@@ -66,17 +72,33 @@ def test_attention_of_named_batches(name, layout, window):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("window", [None, 100])
-def test_attention_of_long_runs(dtype, shape, window):
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.usefixtures("default_device")
+def test_attention_of_long_runs(dtype, shape, window, layout):
     """Runs longer than a block of queries, behind prefixes longer than one."""
-    check(LONG, shape, dtype, "compact", window)
+    check(LONG, shape, dtype, layout, window)
 
 
-def test_attention_takes_a_scale():
-    check(NAMED["nested"], "gqa", torch.float64, "compact", scale=0.7)
+@pytest.mark.parametrize("layout", ["compact", "trie"])
+@pytest.mark.usefixtures("default_device")
+def test_attention_of_random_tries(layout):
+    rng = np.random.default_rng(0)
+    for _ in rounds(60):
+        sequences = random_sequences(rng)
+        if any(sequences):
+            check(sequences, "gqa", torch.float64, layout, int(rng.integers(1, 40)) if rng.random() < 0.5 else None)
 
 
-def test_attention_of_a_packed_batch():
-    ids, _, cu_seqlens = pack(NAMED["duplicates"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.usefixtures("default_device")
+def test_attention_takes_a_scale(dtype, layout):
+    check(NAMED["nested"], "gqa", dtype, layout, scale=0.7)
+
+
+@pytest.mark.usefixtures("default_device")
+def test_attention_of_a_packed_batch(device):
+    ids, _, cu_seqlens = to(device, pack(NAMED["duplicates"]))
     folded, packed = radix_ops.fold(ids, cu_seqlens), radix_ops.pack(ids, cu_seqlens)
     tensors = inputs(folded, "gqa", torch.float64)
     got = folded.unfold(attention(*tensors, folded))
@@ -84,23 +106,25 @@ def test_attention_of_a_packed_batch():
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("layout", ["compact", "unfold"])
-def test_padding_rows_are_zero_whatever_they_hold(layout):
-    batch = FoldedBatch.from_sequences(NAMED["nested"], pad_multiple_of=16)
-    tensors = inputs(batch, "gqa", torch.float32)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("default_device")
+def test_padding_rows_are_zero_whatever_they_hold(dtype, layout, device):
+    batch = FoldedBatch.from_sequences(NAMED["nested"], pad_multiple_of=16).to(device)
+    tensors = inputs(batch, "gqa", dtype)
     with torch.no_grad():
         for x in tensors:
             x[batch.num_nodes :] = float("nan")
     out = attention(*tensors, batch, layout=layout)
-    grads = torch.autograd.grad(
-        out, tensors, torch.full_like(out, float("nan")).index_fill_(0, torch.arange(batch.num_nodes), 1)
-    )
+    grad_out = torch.full_like(out, float("nan"))
+    grad_out[: batch.num_nodes] = 1
+    grads = torch.autograd.grad(out, tensors, grad_out)
     for x in (out, *grads):
         assert x[: batch.num_nodes].isfinite().all()
         assert torch.equal(x[batch.num_nodes :], torch.zeros_like(x[batch.num_nodes :]))
 
 
-@pytest.mark.parametrize("layout", ["compact", "unfold"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_stays_in_its_sequence(layout, window, value):
@@ -121,21 +145,29 @@ def test_what_is_not_finite_stays_in_its_sequence(layout, window, value):
     assert not attention(q, k, v, batch, layout=layout, sliding_window=window)[[3, 4]].isfinite().any()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["no_sequences", "all_empty"])
-def test_attention_of_nothing(name):
-    batch = FoldedBatch.from_sequences(NAMED[name])
-    out = attention(*inputs(batch, "gqa", torch.float32), batch)
+@pytest.mark.usefixtures("default_device")
+def test_attention_of_nothing(name, dtype, layout, device):
+    batch = FoldedBatch.from_sequences(NAMED[name]).to(device)
+    out = attention(*inputs(batch, "gqa", dtype), batch, layout=layout)
     assert out.shape == (0, 6, 8)
     out.sum().backward()
 
 
-def test_attention_takes_strided_heads():
-    batch = FoldedBatch.from_sequences(NAMED["nested"])
-    fused = torch.randn(batch.num_rows, 10, 8, dtype=torch.float64)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.usefixtures("default_device")
+def test_attention_takes_strides(dtype, layout, device):
+    batch = FoldedBatch.from_sequences(NAMED["nested"]).to(device)
+    fused = torch.randn(batch.num_rows, 10, 8, dtype=dtype)
     parts = fused[:, :6], fused[:, 6:8], fused[:, 8:]
-    torch.testing.assert_close(attention(*parts, batch), attention(*(x.contiguous() for x in parts), batch))
+    want = attention(*(x.contiguous() for x in parts), batch, layout=layout)
     heads_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in parts]
-    torch.testing.assert_close(attention(*heads_first, batch), attention(*parts, batch))
+    last_first = [x.transpose(0, 2).contiguous().transpose(0, 2) for x in parts]
+    for strided in (parts, heads_first, last_first):
+        torch.testing.assert_close(attention(*strided, batch, layout=layout), want, rtol=0, atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("window", [0, 2])
@@ -149,7 +181,8 @@ def test_varlen_attention_equals_reference(window):
 def test_gradcheck():
     batch = FoldedBatch.from_sequences(NAMED["nested"], pad_multiple_of=4)
     tensors = [x.detach()[:, :, :3].requires_grad_() for x in inputs(batch, "gqa", torch.float64)]
-    for options in ({}, {"sliding_window": 2}, {"layout": "unfold"}):
+    trie = {"layout": "trie"}
+    for options in ({}, {"sliding_window": 2}, {"layout": "unfold"}, trie, {"sliding_window": 2, **trie}):
         torch.autograd.gradcheck(lambda q, k, v, o=options: attention(q, k, v, batch, **o), tensors)
 
 
@@ -164,7 +197,7 @@ ROWS = BATCH.num_rows
             [(ROWS, 4, 8)] * 3,
             {"layout": "flat"},
             ValueError,
-            "layout must be one of 'auto', 'compact', 'unfold', got 'flat'",
+            "layout must be one of 'auto', 'compact', 'trie', 'unfold', got 'flat'",
         ),
         ([(ROWS, 4, 8)] * 3, {"sliding_window": 0}, ValueError, "sliding_window must be at least 1, or None .* got 0"),
         ([(ROWS + 1, 4, 8)] * 3, {}, ValueError, rf"q must have shape \[num_rows={ROWS}, heads, head_dim\], got"),
@@ -188,7 +221,7 @@ def test_attention_refuses_dtypes_and_devices():
         attention(q, q.double(), q, BATCH)
     with pytest.raises(TypeError, match="got torch.int64 for q"):
         attention(q.long(), q.long(), q.long(), BATCH)
-    with pytest.raises(ValueError, match="attention runs on the CPU; q is on meta"):
+    with pytest.raises(ValueError, match="q is on meta, but the batch is on cpu"):
         attention(q.to("meta"), q, q, BATCH)
 
 

@@ -16,12 +16,11 @@ INDPTR, MEMBERS = torch.tensor([0, 3, 3, 4, 7, 7]), torch.tensor([1, 2, 6, 3, 0,
 def sample_inputs(requires_grad=False, dtype=torch.float64, device="cpu"):
     """(op, arguments) for every op of torch.ops.radix that has a kernel, over shapes that differ pairwise."""
     for op, arguments in _sample_inputs(dtype):
-        if device == "cpu" or "varlen_attention" not in op.name():
-            on_device = to(device, arguments)
-            for argument in on_device:
-                if isinstance(argument, torch.Tensor) and argument.is_floating_point():
-                    argument.requires_grad_(requires_grad)
-            yield op, on_device
+        on_device = to(device, arguments)
+        for argument in on_device:
+            if isinstance(argument, torch.Tensor) and argument.is_floating_point():
+                argument.requires_grad_(requires_grad)
+        yield op, on_device
 
 
 def _sample_inputs(dtype):
@@ -47,6 +46,17 @@ def _sample_inputs(dtype):
     yield RADIX.scatter_add_kv.csr, (*pair, INDEX, INDPTR, MEMBERS, 5)
     yield RADIX.varlen_attention.default, (q, k, v, *runs, 0.4)
     yield RADIX.varlen_attention.default, (q, k, v, *runs, 0.4, 2)
+    order = RADIX.trie_order(*runs, batch.kv_index, batch.kv_indptr, batch.kv_members)
+    k, v = (torch.randn(batch.num_rows, 2, d, dtype=dtype) for d in (6, 3))
+    yield RADIX.trie_attention.default, (q, k, v, *order, runs[0], 0.4)
+    yield RADIX.trie_attention.default, (q, k, v, *order, runs[0], 0.4, 2)
+
+
+ATTENTION = (RADIX.varlen_attention.default, RADIX.trie_attention.default)
+
+
+def first_output(result):
+    return result[0] if isinstance(result, tuple) else result
 
 
 def fold_inputs():
@@ -68,11 +78,44 @@ def test_opcheck_of_folds(op, device):
         torch.library.opcheck(op, to(device, arguments))
 
 
-def test_opcheck_of_the_attention_backward():
-    for op, arguments in sample_inputs():
+def test_opcheck_of_the_attention_backwards(device):
+    for op, arguments in sample_inputs(device=device):
         if op is RADIX.varlen_attention.default:
             grad_out = torch.randn_like(op(*arguments))
             torch.library.opcheck(RADIX.varlen_attention_backward.default, (grad_out, *arguments))
+        if op is RADIX.trie_attention.default:
+            outputs = op(*arguments)
+            grad_out = torch.randn_like(outputs[0])
+            q, k, v, *rest = arguments
+            torch.library.opcheck(RADIX.trie_attention_backward.default, (grad_out, q, k, v, *outputs, *rest))
+
+
+@pytest.mark.parametrize("name", ["nested", "one_token", "no_sequences"])
+def test_opcheck_of_the_trie(name, device):
+    batch = FoldedBatch.from_sequences(NAMED[name], pad_multiple_of=8, device=device)
+    runs = (batch.cu_seqlens_q, batch.cu_seqlens_k)
+    arguments = (*runs, batch.kv_index, batch.kv_indptr, batch.kv_members)
+    torch.library.opcheck(RADIX.trie_order.default, arguments)
+    for window in (0, 2):
+        blocks = (*RADIX.trie_order(*arguments), *runs, batch.kv_index, window)
+        torch.library.opcheck(RADIX.trie_blocks.default, blocks)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_opcheck_of_flash_attention(requires_grad, dtype):
+    batch = FoldedBatch.from_sequences(NAMED["nested"], pad_multiple_of=8, device="cuda")
+    lengths = (batch.num_nodes, batch.max_seqlen_q, batch.max_seqlen_k)
+    for dim, value_dim in ((16, 16), (6, 3)):
+        q = torch.randn(batch.num_rows, 4, dim, dtype=dtype, device="cuda", requires_grad=requires_grad)
+        k = torch.randn(len(batch.kv_index), 2, dim, dtype=dtype, device="cuda", requires_grad=requires_grad)
+        v = torch.randn(len(batch.kv_index), 2, value_dim, dtype=dtype, device="cuda", requires_grad=requires_grad)
+        for window in (0, 2):
+            arguments = (q, k, v, batch.cu_seqlens_q, batch.cu_seqlens_k, *lengths, 0.4, window)
+            torch.library.opcheck(RADIX.flash_attention.default, arguments, rtol=1e-2, atol=1e-2)
+            with pytest.raises(RuntimeError, match="radix::flash_attention: q, k and v must be bfloat16 or float16"):
+                RADIX.flash_attention(q.float(), k.float(), v.float(), *arguments[3:])
 
 
 def test_gradcheck_and_gradgradcheck(device):
@@ -81,10 +124,11 @@ def test_gradcheck_and_gradgradcheck(device):
         rest = arguments[len(differentiable) :]
 
         def function(*tensors, op=op, rest=rest):
-            return op(*tensors, *rest)
+            result = op(*tensors, *rest)
+            return result[0] if op is RADIX.trie_attention.default else result
 
         torch.autograd.gradcheck(function, differentiable)
-        if op is not RADIX.varlen_attention.default:
+        if op not in ATTENTION:
             torch.autograd.gradgradcheck(function, differentiable)
 
 
@@ -106,11 +150,11 @@ def test_gradient_through_fold_and_unfold_with_padding_rows(name, device):
     torch.testing.assert_close(got, want)
 
 
-def test_attention_refuses_double_backward():
-    op, arguments = next(
-        pair for pair in sample_inputs(requires_grad=True) if pair[0] is RADIX.varlen_attention.default
-    )
-    (grad,) = torch.autograd.grad(op(*arguments).square().sum(), arguments[0], create_graph=True)
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_attention_refuses_double_backward(attention):
+    op, arguments = next(pair for pair in sample_inputs(requires_grad=True) if pair[0] is attention)
+    loss = first_output(op(*arguments)).square().sum()
+    (grad,) = torch.autograd.grad(loss, arguments[0], create_graph=True)
     with pytest.raises(RuntimeError, match="can be differentiated once"):
         grad.sum().backward()
 
@@ -189,8 +233,9 @@ def test_function_transforms_of_pairs(transform, device):
         torch.testing.assert_close(got, want)
 
 
-def test_attention_refuses_forward_mode():
-    op, arguments = next(pair for pair in sample_inputs() if pair[0] is RADIX.varlen_attention.default)
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_attention_refuses_forward_mode(attention):
+    op, arguments = next(pair for pair in sample_inputs() if pair[0] is attention)
     with pytest.raises(RuntimeError, match="forward-mode gradient"):
         torch.func.jvp(lambda q: op(q, *arguments[1:]), (arguments[0],), (arguments[0],))
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode gradient"):

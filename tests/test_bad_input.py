@@ -280,13 +280,20 @@ CALLS = [
     (RADIX.scatter_add_kv.default, (X[:2], X[:2], INDEX, 3)),
     (RADIX.scatter_add_kv.csr, (X[:2], X[:2], INDEX, INDPTR, MEMBERS, 3)),
     (RADIX.varlen_attention.default, (Q, K, K, CU_Q, CU_K, 1.0)),
+    (RADIX.flash_attention.default, (Q.half(), K.half(), K.half(), CU_Q, CU_K, 3, 2, 3, 1.0)),
+    (RADIX.trie_order.default, (CU_Q, CU_K, INDEX, INDPTR, MEMBERS)),
+    (RADIX.trie_blocks.default, (IDS, IDS, IDS, CU_Q, CU_K, IDS)),
+    (RADIX.trie_attention.default, (Q, Q[:, :2], Q[:, :2], IDS[:3], IDS[:3], IDS[:3], CU_Q, 1.0)),
 ]
+PYTHON_KERNELS = ("attention", "trie")
 each_call = pytest.mark.parametrize(("op", "arguments"), CALLS, ids=[op.name() for op, _ in CALLS])
 
 
 @each_call
 def test_a_build_or_a_torch_without_cuda_refuses_cuda_tensors(op, arguments):
     """Runs what the dispatcher would run for CUDA tensors."""
+    if any(part in op.name() for part in PYTHON_KERNELS):
+        return  # they run wherever torch does
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     with pytest.raises(
         RuntimeError, match=r"^radix::\S+: (a tensor is on a CUDA device, (and this build|but the installed torch)|no)"
@@ -296,6 +303,10 @@ def test_a_build_or_a_torch_without_cuda_refuses_cuda_tensors(op, arguments):
 
 @each_call
 def test_tensors_on_two_devices_are_refused(op, arguments):
+    if op is RADIX.flash_attention.default:
+        with pytest.raises(RuntimeError, match="^radix::flash_attention: tensors must be on a CUDA device"):
+            op(*arguments)
+        return
     for position, argument in enumerate(arguments):
         if isinstance(argument, torch.Tensor):
             mixed = [*arguments[:position], argument.to("meta"), *arguments[position + 1 :]]
@@ -305,8 +316,8 @@ def test_tensors_on_two_devices_are_refused(op, arguments):
 
 @each_call
 def test_none_is_refused(op, arguments, device):
-    if op is RADIX.varlen_attention.default:
-        return
+    if any(part in op.name() for part in PYTHON_KERNELS):
+        return  # whose schema refuses it
     for position, argument in enumerate(arguments):
         if isinstance(argument, torch.Tensor):
             given = to(device, arguments)
@@ -318,16 +329,14 @@ def test_none_is_refused(op, arguments, device):
 @pytest.mark.cuda
 @each_call
 def test_tensors_on_the_cpu_and_on_cuda_are_refused(op, arguments):
-    if op is RADIX.varlen_attention.default:
-        with pytest.raises(RuntimeError, match="this build of radix_ops has no CUDA kernel"):
-            op(*to("cuda", arguments))
-        return
     for position, argument in enumerate(arguments):
         if isinstance(argument, torch.Tensor):
             mixed = to("cuda", arguments)
             mixed[position] = argument
-            message = " is on another device than cuda:0; all tensors must be on one device"
-            with pytest.raises(RuntimeError, match=f"^radix::\\S+: \\w+{re.escape(message)}$"):
+            message = (
+                " is on (another device than|cpu and others on|cuda:0 and others on) (cuda:0|cpu); all tensors must"
+            )
+            with pytest.raises(RuntimeError, match=f"^radix::\\S+: \\w+{message} be on one device$"):
                 op(*mixed)
 
 

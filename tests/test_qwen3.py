@@ -16,6 +16,7 @@ from radix_ops import FoldedBatch
 from radix_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 VOCABULARY = 64
+LAYOUTS = ("compact", "trie", "unfold")
 FILLED = [name for name in NAMED if sum(map(len, NAMED[name]))]
 VARIANTS = {
     "plain": {},
@@ -96,7 +97,7 @@ def run_theirs(model, sequences):
     return torch.cat(hidden), torch.cat(logits)
 
 
-@pytest.mark.parametrize("layout", ["compact", "unfold"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_hidden_states_and_logits_equal_those_of_transformers(pair, layout):
     theirs, ours = pair
     for name in FILLED:
@@ -107,7 +108,8 @@ def test_hidden_states_and_logits_equal_those_of_transformers(pair, layout):
             torch.testing.assert_close(batch.unfold(ours(batch, layout=layout)), want_logits, rtol=1e-4, atol=1e-4)
 
 
-def test_error_is_that_of_transformers(pair, tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_error_is_that_of_transformers(pair, tmp_path, layout):
     """Both against transformers in float64: folding adds no more error than twice what it makes itself."""
     theirs, ours = pair
     exact_model = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path).double().eval()
@@ -116,14 +118,17 @@ def test_error_is_that_of_transformers(pair, tmp_path):
     with torch.no_grad():
         exact = run_theirs(exact_model, sequences)[1]
         plain = (run_theirs(theirs, sequences)[1] - exact).norm()
-        assert (batch.unfold(ours(batch)) - exact).norm() <= 2 * plain
+        assert (batch.unfold(ours(batch, layout=layout)) - exact).norm() <= 2 * plain
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "checkpointing"),
+    [("compact", False), ("compact", True), ("trie", False), ("trie", True), ("unfold", False)],
+)
 @pytest.mark.parametrize(
     "name", ["single", "identical", "nested", "duplicates", "strict_prefix_after", "mixed_lengths"]
 )
-def test_loss_and_every_gradient_equal_those_of_transformers(pair, name, checkpointing):
+def test_loss_and_every_gradient_equal_those_of_transformers(pair, name, layout, checkpointing):
     theirs, ours = pair
     ours.model.gradient_checkpointing = checkpointing
     sequences = [s for s in NAMED[name] if len(s) > 1]
@@ -131,7 +136,7 @@ def test_loss_and_every_gradient_equal_those_of_transformers(pair, name, checkpo
     want = F.cross_entropy(run_theirs(theirs, sequences)[1], labels)
     want.backward()
     batch = FoldedBatch.from_sequences(sequences, pad_multiple_of=4)
-    got = F.cross_entropy(batch.unfold(ours(batch)), labels)
+    got = F.cross_entropy(batch.unfold(ours(batch, layout=layout)), labels)
     got.backward()
     torch.testing.assert_close(got, want)
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
@@ -139,14 +144,16 @@ def test_loss_and_every_gradient_equal_those_of_transformers(pair, name, checkpo
         torch.testing.assert_close(parameter.grad, gradients[parameter_name], rtol=1e-3, atol=1e-5)
 
 
-def test_gradcheck_through_two_layers(tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradcheck_through_two_layers(tmp_path, layout):
     oracle(tmp_path, num_hidden_layers=2, hidden_size=6, intermediate_size=4, head_dim=4, vocab_size=9)
     model = Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     batch = FoldedBatch.from_sequences([[1, 2, 3], [1, 2, 4, 5], [1, 2]], pad_multiple_of=4)
     names = [name for name, _ in model.named_parameters()]
 
     def function(*parameters):
-        return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (batch,))
+        weights = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(model, weights, (batch,), {"layout": layout})
 
     assert torch.autograd.gradcheck(function, tuple(model.parameters()))
 
@@ -184,15 +191,17 @@ def test_rerank_equals_the_probability_of_yes_against_no(plain):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_packed_and_folded_batches_go_the_same_way(plain):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_and_folded_batches_go_the_same_way(plain, layout):
     _, model = plain
     ids, cu_seqlens = torch.tensor([1, 2, 3, 1, 2, 4]), torch.tensor([0, 3, 6])
     packed, folded = radix_ops.pack(ids, cu_seqlens), radix_ops.fold(ids, cu_seqlens)
     assert (packed.num_rows, folded.num_rows) == (6, 4)
-    torch.testing.assert_close(model(packed), folded.unfold(model(folded)))
+    torch.testing.assert_close(model(packed, layout=layout), folded.unfold(model(folded, layout=layout)))
 
 
-def test_padded_batches_on_either_side(plain):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_padded_batches_on_either_side(plain, layout):
     theirs, ours = plain
     sequences = [[5, 6, 7], [5, 6, 8, 9], [1]]
     want = run_theirs(theirs, sequences)[1]
@@ -202,10 +211,11 @@ def test_padded_batches_on_either_side(plain):
             place = slice(0, len(sequence)) if side == "right" else slice(5 - len(sequence), 5)
             ids[row, place], mask[row, place] = torch.tensor(sequence), 1
         batch = FoldedBatch.from_padded(ids, mask)
-        torch.testing.assert_close(batch.unfold(ours(batch)), want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(batch.unfold(ours(batch, layout=layout)), want, rtol=1e-4, atol=1e-4)
 
 
-def test_compile_is_one_graph_for_batches_never_seen(plain):
+@pytest.mark.parametrize("layout", ["auto", *LAYOUTS])
+def test_compile_is_one_graph_for_batches_never_seen(plain, layout):
     _, model = plain
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -213,7 +223,7 @@ def test_compile_is_one_graph_for_batches_never_seen(plain):
     with torch._dynamo.config.patch(error_on_recompile=True), torch.fx.experimental._config.patch(use_duck_shape=False):
         for sequences in batches:
             batch = FoldedBatch.from_sequences(sequences, pad_multiple_of=8)
-            got, want = compiled(batch), model(batch)
+            got, want = compiled(batch, layout=layout), model(batch, layout=layout)
             torch.testing.assert_close(got, want)
             grads = [torch.autograd.grad(x.square().sum(), list(model.parameters())) for x in (got, want)]
             for g, w in zip(*grads, strict=True):
@@ -325,6 +335,8 @@ def test_wrong_arguments_are_refused(plain):
         model(batch.to("meta"))
     with pytest.raises(ValueError, match="input_ids must be from 0 to 63, got values from 1 to 64"):
         model(FoldedBatch.from_sequences([[1, 64]]))
+    with pytest.raises(ValueError, match="layout must be one of 'auto', 'compact', 'trie', 'unfold', got 'flat'"):
+        model(batch, layout="flat")
     with pytest.raises(TypeError, match=r"rows must be a 1-D tensor of int32 or int64, got torch.float32 \[1\]"):
         model(batch, torch.zeros(1))
     with pytest.raises(TypeError, match="rows must be a 1-D tensor of int32 or int64, got list"):
@@ -338,6 +350,18 @@ def test_wrong_arguments_are_refused(plain):
     for method in (model.embed, lambda batch: model.rerank(batch, yes_id=1, no_id=2)):
         with pytest.raises(ValueError, match="a sequence of the batch is empty"):
             method(FoldedBatch.from_sequences([[1], []]))
+
+
+def test_sequences_past_the_longest_position_are_refused(tmp_path):
+    oracle(tmp_path, max_position_embeddings=6)
+    model = Qwen3ForCausalLM.from_pretrained(tmp_path)
+    model(FoldedBatch.from_sequences([[1, 2, 3, 4, 5, 6], [1, 2]]))
+    with pytest.raises(ValueError, match="a sequence of 7 tokens is longer than max_position_embeddings=6"):
+        model(FoldedBatch.from_sequences([[1, 2], [1, 2, 3, 4, 5, 6, 7]]))
+    for positions, low, high in (([0, 6], 0, 6), ([-1, 0], -1, 0)):
+        batch = radix_ops.fold(torch.tensor([1, 2]), torch.tensor([0, 2]), torch.tensor(positions))
+        with pytest.raises(ValueError, match=f"position_ids must be from 0 to 5, .* got values from {low} to {high}"):
+            model(batch)
 
 
 def test_dropout_in_training_is_refused(tmp_path):

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .._check import INDEX_DTYPES
-from ..attention import attention
+from ..attention import AttentionPlan, attend, plan_attention
 from ..batch import FoldedBatch
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,6 +53,7 @@ class Qwen3Config:
     rope: dict  # rope_type ("default", "linear" or "yarn"), rope_theta, and what the type needs
     sliding_windows: tuple[int | None, ...]  # of each layer; None: full attention
     attention_bias: bool = False
+    max_position_embeddings: int = 32768
     attention_dropout: float = 0.0
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None  # its embedding gets no gradient
@@ -110,11 +111,16 @@ class Qwen3Config:
             rope=_rope(config),
             sliding_windows=_sliding_windows(config),
             attention_bias=bool(config.get("attention_bias", False)),
+            max_position_embeddings=_longest(config),
             attention_dropout=config.get("attention_dropout") or 0.0,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             pad_token_id=config.get("pad_token_id"),
             initializer_range=config.get("initializer_range", 0.02),
         )
+
+
+def _longest(config: dict) -> int:
+    return config.get("max_position_embeddings") or 32768
 
 
 def _rope(config: dict) -> dict:
@@ -127,7 +133,7 @@ def _rope(config: dict) -> dict:
     if (rope.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ValueError(f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}")
     if rope["rope_type"] == "yarn":
-        longest = config.get("max_position_embeddings") or 32768
+        longest = _longest(config)
         original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
         rope["original_max_position_embeddings"] = original or longest
         if rope.get("factor") is None:
@@ -196,6 +202,13 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
+def _projected_dtype(x: Tensor) -> torch.dtype:
+    """Of a linear projection of x: autocast lowers any but float64."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
 def _initialise(module: nn.Module, std: float) -> None:
     """Weights of a new model, as transformers draws them."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -229,11 +242,11 @@ class Qwen3Attention(nn.Module):
         self.q_norm = RMSNorm(dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: FoldedBatch, layout: str) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: FoldedBatch, plan: AttentionPlan) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = _turn(self.q_norm(q), cos, sin), _turn(self.k_norm(k), cos, sin)
         # Norms and angles keep fp32 under autocast, projections do not.
-        out = attention(q.to(v.dtype), k.to(v.dtype), v, batch, sliding_window=self.sliding_window, layout=layout)
+        out = attend(q.to(v.dtype), k.to(v.dtype), v, batch, plan, sliding_window=self.sliding_window)
         return self.o_proj(out.flatten(1))
 
 
@@ -256,8 +269,8 @@ class Qwen3Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: FoldedBatch, layout: str) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, batch, layout)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: FoldedBatch, plan: AttentionPlan) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, batch, plan)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -292,7 +305,8 @@ class Qwen3Model(_Pretrained):
     def forward(self, batch: FoldedBatch, layout: str = "auto") -> Tensor:
         """Hidden states [num_rows, hidden_size] after the last norm, in compact rows; padding rows' mean nothing.
 
-        Raises TypeError for another batch, ValueError for another device and for ids outside the vocabulary,
+        Raises TypeError for another batch, ValueError for another device, for a sequence longer than
+        max_position_embeddings and (on the CPU; on CUDA it is a device assert) for ids outside the vocabulary,
         RuntimeError in training with dropout, which tokens that share a row can't have apart.
         """
         self._check(batch)
@@ -301,11 +315,12 @@ class Qwen3Model(_Pretrained):
         angles = torch.outer(batch.position_ids.to(torch.float32), frequencies)
         angles = torch.cat([angles, angles], -1)[:, None]
         cos, sin = (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
+        plan = plan_attention(batch, layout, _projected_dtype(x), self.config.sliding_windows)
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, batch, layout, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, batch, plan, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, batch, layout)
+                x = layer(x, cos, sin, batch, plan)
         return self.norm(x)
 
     def embed(self, batch: FoldedBatch, dim: int | None = None, layout: str = "auto") -> Tensor:
@@ -322,17 +337,33 @@ class Qwen3Model(_Pretrained):
             raise TypeError(f"batch must be a FoldedBatch, got {type(batch).__name__}")
         ids, weight = batch.input_ids, self.embed_tokens.weight
         if ids.device != weight.device:
-            raise ValueError(f"the batch is on {ids.device}, but the model is on {weight.device}")
+            raise ValueError(
+                f"the batch is on {ids.device}, but the model is on {weight.device}; "
+                f'batch.to("{weight.device}", non_blocking=True) takes it there'
+            )
         if self.training and self.config.attention_dropout:
             raise RuntimeError(
                 f"attention_dropout={self.config.attention_dropout}: tokens that share a row can't be dropped apart; "
                 "set it to 0, or the model to eval()"
+            )
+        longest = self.config.max_position_embeddings
+        if torch.compiler.is_compiling():
+            torch._check(batch.max_seqlen_k <= longest, lambda: "a sequence is longer than max_position_embeddings")
+        elif batch.max_seqlen_k > longest:
+            raise ValueError(
+                f"a sequence of {batch.max_seqlen_k} tokens is longer than max_position_embeddings={longest}"
             )
         if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
             low, high = (int(bound) for bound in ids.aminmax())
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(
                     f"input_ids must be from 0 to {self.config.vocab_size - 1}, got values from {low} to {high}"
+                )
+            low, high = (int(bound) for bound in batch.position_ids.aminmax())
+            if low < 0 or high >= longest:
+                raise ValueError(
+                    f"position_ids must be from 0 to {longest - 1}, one less than max_position_embeddings, "
+                    f"got values from {low} to {high}"
                 )
 
 

@@ -1,7 +1,9 @@
-"""CPU kernels of radix::varlen_attention: causal attention of runs over their sequences, a block of queries at a time.
+"""Kernels of radix::varlen_attention: causal attention of runs over their sequences, a block of queries at a time.
 
-Run r holds the queries [cu_seqlens_q[r], cu_seqlens_q[r+1]) and the keys [cu_seqlens_k[r], cu_seqlens_k[r+1]); its
-last query stands at its last key. Query rows behind the last run are padding: their output and gradient are zero.
+The only ones on the CPU, in every dtype; on CUDA they serve float32, float64 and what flash attention can't take, and
+wait for the host to read the runs. Run r holds the queries [cu_seqlens_q[r], cu_seqlens_q[r+1]) and the keys
+[cu_seqlens_k[r], cu_seqlens_k[r+1]); its last query stands at its last key. Query rows behind the last run are
+padding: their output and gradient are zero.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._check import ATTENTION_DTYPES, check_index_like
+from ._check import check_index_like, check_qkv
 
 # Queries that share one dense mask: as a whole, the mask of 2048 queries over 8192 keys would take 128 MiB in fp32.
 _MAX_BLOCK_ROWS = 256
@@ -32,25 +34,7 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window) -> tuple[list[in
     def fail(message: str):
         raise RuntimeError(f"radix::varlen_attention: {message}")
 
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 3:
-            fail(f"{name} must have shape [rows, heads, head_dim], got {list(tensor.shape)}")
-        if tensor.dtype not in ATTENTION_DTYPES:
-            fail(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
-        if tensor.device.type != "cpu":
-            fail(f"q, k and v must be on the CPU, got {name} on {tensor.device}")
-        if tensor.dtype != q.dtype:
-            fail(f"q, k and v must have one dtype, got {q.dtype} for q and {tensor.dtype} for {name}")
-    if k.shape[:2] != v.shape[:2]:
-        fail(f"k and v must have equal rows and heads, got {list(k.shape)} and {list(v.shape)}")
-    if k.shape[2] != q.shape[2]:
-        fail(f"q and k must have one head_dim, got {q.shape[2]} and {k.shape[2]}")
-    if q.shape[1] == 0 or q.shape[2] == 0:
-        fail(f"q must have at least one head and a head_dim of at least 1, got {list(q.shape)}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        fail(f"the {q.shape[1]} heads of q must be a multiple of the {k.shape[1]} heads of k and v")
-    if sliding_window < 0:
-        fail(f"sliding_window must be at least 0 (0: none), got {sliding_window}")
+    check_qkv("varlen_attention", q, k, v, sliding_window)
     check_index_like("varlen_attention", q.device, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     if not ends_q or len(ends_q) != len(ends_k) or ends_q[0] != 0 or ends_k[0] != 0:
@@ -95,7 +79,9 @@ def _blocks(ends_q: list[int], ends_k: list[int], window: int, max_rows, k: Tens
                     first = max(first_key, single + offset - window + 1) if window else first_key
                     yield _Block(slice(single, single + 1), slice(first, single + offset + 1), None)
             else:
-                yield _Block(slice(row, block_end), keys, _mask(block_end - row, keys.stop - keys.start, window))
+                yield _Block(
+                    slice(row, block_end), keys, _mask(block_end - row, keys.stop - keys.start, window, k.device)
+                )
             row = block_end
 
 
@@ -104,12 +90,12 @@ def _is_finite(*tensors: Tensor) -> bool:
     return all(math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))) for x in tensors)
 
 
-def _mask(num_rows: int, num_keys: int, window: int) -> Tensor | None:
+def _mask(num_rows: int, num_keys: int, window: int, device: torch.device) -> Tensor | None:
     """Row i stands at key num_keys - num_rows + i and sees the last `window` keys up to there (all, if 0)."""
     if num_rows == 1:
         return None
     diagonal = num_keys - num_rows
-    mask = torch.ones(num_rows, num_keys, dtype=torch.bool).tril_(diagonal)
+    mask = torch.ones(num_rows, num_keys, dtype=torch.bool, device=device).tril_(diagonal)
     if window:
         mask = mask.triu_(diagonal - window + 1)
     return mask
@@ -131,7 +117,7 @@ def varlen_attention_backward(grad_out, q, k, v, cu_seqlens_q, cu_seqlens_k, sca
     ends_q, ends_k = _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window)
     wide = torch.promote_types(q.dtype, torch.float32)
     heads, kv_heads = q.shape[1], k.shape[1]
-    grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=wide) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
 
     def by_kv_head(x: Tensor) -> Tensor:  # [n, H, D] -> [H_kv, n * H / H_kv, D]
         grouped = x.to(wide).unflatten(1, (kv_heads, heads // kv_heads))

@@ -1,0 +1,121 @@
+"""CUDA kernels of radix::flash_attention: torch's varlen flash attention, in bfloat16 and float16.
+
+What `torch.nn.attention.varlen.varlen_attn` calls, with rows behind the last run as zeros; a flash attention that
+`torch.nn.attention.activate_flash_attention_impl` chose is used here too. Causal masks are aligned at the end of keys.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._check import check_index_like, check_qkv
+
+MAX_HEAD_DIM = 256
+
+
+@torch.compiler.assume_constant_result
+def runs_on(device_index: int) -> bool:
+    """Whether a CUDA device has what the kernels need: compute capability 8.0 or more."""
+    return torch.cuda.get_device_capability(device_index) >= (8, 0)
+
+
+def flash_attention(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, num_queries, max_seqlen_q, max_seqlen_k, scale, sliding_window=0
+):
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window)
+    if q.shape[0] == 0 or k.shape[0] == 0:
+        return q.new_zeros(*q.shape[:2], v.shape[2]), q.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32)
+    out, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
+        *_pad_heads(q, k, v),
+        cu_seqlens_q.int(),
+        cu_seqlens_k.int(),
+        *_lengths(max_seqlen_q, max_seqlen_k),
+        0.0,
+        sliding_window == 0,
+        False,
+        scale=scale,
+        **_window(sliding_window),
+    )
+    out[num_queries:] = 0
+    return _cut(out, v.shape[2]), logsumexp
+
+
+def flash_attention_backward(
+    grad_out,
+    q,
+    k,
+    v,
+    out,
+    logsumexp,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    num_queries,
+    max_seqlen_q,
+    max_seqlen_k,
+    scale,
+    sliding_window=0,
+):
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window)
+    if q.shape[0] == 0 or k.shape[0] == 0:
+        return tuple(x.new_zeros(x.shape) for x in (q, k, v))
+    padded = _pad_heads(q, k, v)
+    size = padded[0].shape[2]
+    unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that there is not
+    grad_q, grad_k, grad_v = torch.ops.aten._flash_attention_backward(
+        _pad(grad_out, size).contiguous(),
+        *padded,
+        _pad(out, size).contiguous(),
+        logsumexp,
+        cu_seqlens_q.int(),
+        cu_seqlens_k.int(),
+        *_lengths(max_seqlen_q, max_seqlen_k),
+        0.0,
+        sliding_window == 0,
+        unused,
+        unused,
+        scale=scale,
+        **_window(sliding_window),
+    )
+    grad_q[num_queries:] = 0
+    return _cut(grad_q, q.shape[2]), _cut(grad_k, k.shape[2]), _cut(grad_v, v.shape[2])
+
+
+def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window) -> None:
+    check_qkv("flash_attention", q, k, v, sliding_window)
+    check_index_like("flash_attention", q.device, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        raise RuntimeError(f"radix::flash_attention: q, k and v must be bfloat16 or float16, got {q.dtype}")
+    if max(q.shape[2], v.shape[2]) > MAX_HEAD_DIM:
+        raise RuntimeError(
+            f"radix::flash_attention: head_dim must be at most {MAX_HEAD_DIM}, got {max(q.shape[2], v.shape[2])}"
+        )
+    if cu_seqlens_q.shape != cu_seqlens_k.shape or cu_seqlens_q.shape[0] == 0:
+        raise RuntimeError(
+            "radix::flash_attention: cu_seqlens_q and cu_seqlens_k must be equally long and hold at least a 0, got "
+            f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]} entries"
+        )
+
+
+def _lengths(max_seqlen_q: int, max_seqlen_k: int) -> tuple[int, int]:
+    # At a longest run of 1 the kernel would take q for one row a run, with no padding rows behind.
+    return max(max_seqlen_q, 2), max_seqlen_k
+
+
+def _window(sliding_window: int) -> dict[str, int]:
+    return {"window_size_left": sliding_window - 1, "window_size_right": 0} if sliding_window else {}
+
+
+def _pad_heads(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """All three with one head_dim that is a multiple of 8; zeros change neither scores nor the values that count."""
+    size = -(-max(q.shape[2], v.shape[2]) // 8) * 8
+    return [_pad(x, size) if x.stride(2) == 1 else _pad(x, size).contiguous() for x in (q, k, v)]
+
+
+def _pad(x: Tensor, size: int) -> Tensor:
+    return x if x.shape[2] == size else F.pad(x, (0, size - x.shape[2]))
+
+
+def _cut(x: Tensor, size: int) -> Tensor:
+    return x if x.shape[2] == size else x[:, :, :size].contiguous()
