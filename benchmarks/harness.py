@@ -196,4 +196,4 @@ def report(name: str, rows: list[dict[str, object]], save: bool, measured: dict[
 
 
 def _text(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -330,11 +330,11 @@ def trie_attention_backward(
 def flex(q, k, v, enter, leave, counts, indices, depth, oldest, scale):
     """[num_rows, H, D_v] by FlexAttention over `trie_blocks`; in eager mode compiled once for each kind of call.
 
-    `oldest` [num_rows] is the smallest depth that a query sees in its sliding window, or None; `scale` None is
-    1 / sqrt(D).
+    `oldest` [num_rows] is the smallest depth that a query sees in its sliding window, or None. FlexAttention itself
+    tells batches of fewer than 128 rows from others: they make one more compilation.
     """
     if q.shape[0] == 0:
-        return q.new_zeros(0, q.shape[1], v.shape[2])
+        return q.sum(-1, keepdim=True).expand(-1, -1, v.shape[2])  # with a gradient, if there is one
     arguments = (q, k, v, enter, leave, counts, indices, depth, oldest)
     if torch.compiler.is_compiling():
         return _flex(*arguments, scale)
@@ -357,7 +357,7 @@ def _flex(q, k, v, enter, leave, counts, indices, depth, oldest, scale):
         visible = (enter[key] <= enter[query]) & (enter[query] < leave[key])
         return visible if oldest is None else visible & (depth[key] >= oldest[query])
 
-    num_rows, dim, value_dim = q.shape[0], q.shape[2], v.shape[2]
+    num_rows, value_dim = q.shape[0], v.shape[2]
     by_query, by_key = ([counts[i, None, None], indices[i, None, None]] for i in (0, 2))
     full_by_query, full_by_key = ([counts[i, None, None], indices[i, None, None]] for i in (1, 3))
     mask = BlockMask(
@@ -369,8 +369,7 @@ def _flex(q, k, v, enter, leave, counts, indices, depth, oldest, scale):
         BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=sees,
     )
-    if min(dim, value_dim) < 16:  # which FlexAttention does not take
-        scale = 1 / math.sqrt(dim) if scale is None else scale
+    if min(q.shape[2], value_dim) < 16:  # which FlexAttention does not take
         q, k, v = (torch.nn.functional.pad(x, (0, max(16 - x.shape[2], 0))) for x in (q, k, v))
     out = flex_attention(
         *(x.transpose(0, 1)[None] for x in (q, k, v)),

@@ -42,7 +42,7 @@ def attention(
             row's attention is computed once.
             "trie" unfolds nothing and attends to the rows as they stand: the least memory, and the most to gain where
             long prefixes are shared. On CUDA it compiles FlexAttention on its first call, once for each dtype and
-            shape of heads.
+            shape of heads (and once more for batches of fewer than 128 rows).
             "unfold" unfolds q, k and v, attends all packed tokens and folds the output, as RadixMLP does (arXiv
             2601.15013): for comparison.
             "auto" takes "trie" on the CPU where unfolding would repeat keys 6 times or more on average, and "compact"
@@ -119,7 +119,7 @@ def attend(
             return torch.ops.radix.trie_attention(q, k, v, *plan.order, batch.cu_seqlens_q, factor, window)[0]
         enter, leave, depth = plan.order
         oldest = depth - (window - 1) if window else None
-        out = _trie.flex(q, k, v, enter, leave, *plan.blocks[window], depth, oldest, scale)
+        out = _trie.flex(q, k, v, enter, leave, *plan.blocks[window], depth, oldest, factor)
         return _zero_padding_rows(out, batch)
     if plan.layout == "unfold":
         packed = [batch.unfold(x) for x in (q, k, v)]

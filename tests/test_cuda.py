@@ -269,6 +269,23 @@ def test_a_fold_copies_at_most_64_bytes_to_the_host_once(op, tmp_path):
     assert not [e for e in events if e["cat"] == "gpu_memcpy" and "HtoD" in e["name"]]
 
 
+def test_a_batch_is_made_with_one_wait(tmp_path):
+    ids = torch.randint(0, 1000, (32, 300))
+    ids[:, :200] = ids[0, :200]
+    mask = torch.ones_like(ids)
+    mask[3, 250:] = mask[5, :7] = 0
+    flat, ends, ids_there, mask_there = to("cuda", (ids.flatten(), torch.arange(33) * 300, ids, mask))
+    for makes, count in (
+        (lambda: radix_ops.fold(flat, ends, pad_multiple_of=8), 1),
+        (lambda: radix_ops.pack(flat, ends), 1),
+        (lambda: FoldedBatch.from_padded(ids_there, mask_there), 2),
+        (lambda: FoldedBatch.from_padded(ids, mask, device="cuda"), 0),
+        (lambda: FoldedBatch.from_sequences(ids.tolist(), device="cuda"), 0),
+        (lambda: FoldedBatch.from_sequences(list(ids_there)), 1),
+    ):
+        assert waits(makes, tmp_path / "trace.json") == count
+
+
 def test_gathers_and_sums_copy_nothing_and_wait_for_nothing(tmp_path):
     batch = sample_batch()
     for name, function, src in calls(batch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -129,13 +131,14 @@ def test_flex_compiles_once_for_batches_never_seen():
     """As dynamo sees it, on the CPU, forward and backward; the kernels it makes on CUDA are test_attention's."""
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
-    compiled = torch.compile(_trie._flex, dynamic=True, fullgraph=True, backend=counter)
+    flex = functools.partial(_trie._flex, scale=0.25)
+    compiled = torch.compile(flex, dynamic=True, fullgraph=True, backend=counter)
     for sequences in (LONG, [[*range(150), i] for i in range(41)], APART, [[1, 2, 3], [1, 2, 4]]):
         batch = FoldedBatch.from_sequences(sequences, pad_multiple_of=8)
         enter, leave, depth = order_of(batch)
         blocks = RADIX.trie_blocks(enter, leave, depth, batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index)
         q, k, v = (torch.randn(batch.num_rows, heads, 16) for heads in (4, 2, 2))
-        got = compiled(q, k, v, enter, leave, *blocks, depth, None, None)
+        got = compiled(q, k, v, enter, leave, *blocks, depth, None)
         want, _ = RADIX.trie_attention(q, k, v, enter, leave, depth, batch.cu_seqlens_q, 0.25)
         torch.testing.assert_close(got[: batch.num_nodes], want[: batch.num_nodes])
     assert counter.frame_count == 1
