@@ -29,7 +29,8 @@ wheel: $(VENV)/.torch
 bench: $(VENV)/.built
 	devices=cpu; if nvidia-smi >/dev/null 2>&1; then devices="cpu cuda"; fi; \
 	for device in $$devices; do for name in fold gather scatter_add; do \
-	$(BIN)/python benchmarks/bench_$${name}_$$device.py || exit 1; done; done
+	$(BIN)/python benchmarks/bench_$${name}_$$device.py || exit 1; done; \
+	$(BIN)/python benchmarks/bench_qwen3.py --device $$device || exit 1; done
 
 clean:
 	rm -rf build dist *.egg-info radix_ops/*.so $(VENV)

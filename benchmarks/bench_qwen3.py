@@ -166,21 +166,23 @@ def forward_functions(model: Qwen3Model, theirs, batch: Batch) -> dict:
 
 
 def check(functions: dict, batch: Batch) -> dict[str, object]:
-    """Compares every result with packed's; returns whether compact's are the same bits."""
+    """Compares every result with packed's; returns their differences and whether compact's are the same bits.
+
+    Rounding in bf16 grows from layer to layer, to several percent; a wrong token would be wrong by more than the norm.
+    """
     want = functions["packed"]()[1]
     folded = radix_ops.fold(batch.ids, batch.cu_seqlens)
-    found = {}
+    facts: dict[str, object] = {}
     for name, function in functions.items():
         if name == "packed":
             continue
         result = function()[1]
         result = result[batch.mask.bool()] if name == "transformers" else folded.unfold(result)
-        error = float((result - want).float().norm() / want.float().norm())
-        assert error < 0.05, f"{batch.name}, {name}: differs from packed by {error:.3f} of its norm"
-        found[name] = error
+        facts[f"{name} differs"] = float((result - want).float().norm() / want.float().norm())
+        assert facts[f"{name} differs"] < 0.2, f"{batch.name}: {name} differs from packed: {facts}"
         if name == "compact":
-            found["bit-equal"] = bool(torch.equal(result, want))
-    return {"compact bit-equal to packed": found["bit-equal"], "trie error": found["trie"]}
+            facts["compact bit-equal"] = bool(torch.equal(result, want))
+    return facts
 
 
 def forward_row(name: str, model, theirs, batch: Batch, args, matmul_rate: float) -> dict[str, object]:
@@ -259,32 +261,41 @@ def real_batches(args, device: str) -> list[Batch]:
     import numpy as np
 
     with np.load(args.data) as data:
-        return [
-            Batch(name, torch.from_numpy(data[f"{name}.ids"]), torch.from_numpy(data[f"{name}.cu"]), device)
-            for name in WORKLOADS
-            if f"{name}.ids" in data
-        ]
+        batches = []
+        for name in WORKLOADS:
+            if f"{name}.ids" in data:
+                ends = torch.from_numpy(data[f"{name}.cu"])[: args.sequences + 1]
+                ids = torch.from_numpy(data[f"{name}.ids"])[: int(ends[-1])]
+                batches.append(Batch(f"{name} ({len(ends) - 1})", ids, ends, device))
+        return batches
 
 
 def plot(path: str, device: str) -> None:
     """Speed-up over packed against the fraction of tokens that is shared, from the JSON."""
     from matplotlib import pyplot
 
-    content = json.loads((harness.RESULTS / f"qwen3_{device}.json").read_text())
-    rows = [row for row in content["rows"] if row["batch"].startswith("15 x")]
+    contents = [json.loads(file.read_text()) for file in sorted(harness.RESULTS.glob(f"qwen3_[!t]*_{device}.json"))]
+    rows = [row for content in contents for row in content["rows"] if " x (" in row["batch"]]
     names = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3.6), sharey=True, squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
-        for layout in LAYOUTS:
-            points = sorted((1 - 1 / r["N/M"], r[f"packed / {layout}"]) for r in rows if r["model"] == name)
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=layout)
+        for color, layout in enumerate(LAYOUTS):
+            for own, line in zip(SUFFIXES, "-:", strict=True):
+                cells = [r for r in rows if r["model"] == name and r["batch"].endswith(f" + {own})")]
+                points = sorted((1 - 1 / r["N/M"], r[f"packed / {layout}"]) for r in cells)
+                if points:
+                    label = f"{layout}, {own} own tokens"
+                    axis.plot(
+                        *zip(*points, strict=True), line, color=f"C{color}", marker="o", markersize=3, label=label
+                    )
         ideal = sorted((1 - 1 / r["N/M"], r["N/M"]) for r in rows if r["model"] == name)
-        axis.plot(*zip(*ideal, strict=True), color="grey", linestyle=":", label="N/M")
+        axis.plot(*zip(*ideal, strict=True), color="grey", linestyle="--", label="N/M")
         axis.set(title=f"Qwen3 {name}", xlabel="shared fraction of the tokens")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("speed-up over packed")
-    axes[0][0].legend()
-    figure.suptitle(f"Forward, 15 sequences, {content['environment'].get('gpu', content['environment']['cpu'])}")
+    axes[0][0].legend(fontsize=8)
+    environment = contents[0]["environment"]
+    figure.suptitle(f"Forward, 15 sequences, {environment.get('gpu', environment['cpu'])}")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     print(f"written: {path}")
@@ -295,9 +306,10 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), help="default: all real ones on CUDA, else small")
     parser.add_argument("--data", help="a .npz of packed prompts: NAME.ids and NAME.cu for each NAME")
+    parser.add_argument("--sequences", type=int, default=128, help="of each real batch, at most (default: 128)")
     parser.add_argument("--budget", type=float, default=10.0, help="seconds after which a line has rounds enough")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers' model out")
-    parser.add_argument("--quick", action="store_true", help="the longest prefix alone, and nothing real")
+    parser.add_argument("--quick", action="store_true", help="of the grid the longest prefix alone")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the saved results instead of measuring")
     args = harness.parse(parser)
     device = args.device
@@ -309,28 +321,23 @@ def main() -> None:
     prefixes = PREFIXES[-1:] if args.quick else PREFIXES
     count = 15 if device == "cuda" else 4
     batches = [Batch.synthetic(count, prefix, own, device) for own in SUFFIXES[: len(prefixes)] for prefix in prefixes]
-    batches += [] if args.quick else [Batch.synthetic(count, 0, 1024, device), *real_batches(args, device)]
-    rows, training = [], []
+    batches += [Batch.synthetic(count, 0, 1024, device), *real_batches(args, device)]
+    measured = {"matmul TFLOP/s": matmul_rate / 1e12}
     for name in args.models or (["small"] if device == "cpu" else ["0.6B", "4B", "8B"]):
-        start = time.perf_counter()
-        model = make_model(name, device, dtype)
+        model, rows = make_model(name, device, dtype), []
         theirs = None if args.no_transformers else make_theirs(model, name)
         with torch.no_grad():
             for batch in batches:
                 rows.append(forward_row(name, model, theirs, batch, args, matmul_rate))
                 print(json.dumps(rows[-1]), flush=True)
-        for shape in TRAINING.get(name, ()):
-            training.append(training_row(name, model, Batch.synthetic(*shape, device), args))
-            print(json.dumps(training[-1]), flush=True)
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+        harness.report(f"qwen3_{name}_{device}", rows, args.save, measured)
+        training = [training_row(name, model, Batch.synthetic(*s, device), args) for s in TRAINING.get(name, ())]
+        if training:
+            harness.report(f"qwen3_training_{name}_{device}", training, args.save, measured)
         del model, theirs
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
-    measured = {"matmul TFLOP/s": matmul_rate / 1e12}
-    harness.report(f"qwen3_{device}", rows, args.save, measured)
-    if training:
-        harness.report(f"qwen3_training_{device}", training, args.save, measured)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ def find_stack(model: nn.Module) -> PreTrainedModel:
     for parameter_name, parameter in stack.named_parameters():
         if parameter.device.type != "cpu":
             raise ValueError(
-                f"{name} can't be folded: attention runs on the CPU, and {parameter_name} is on {parameter.device}"
+                f"{name} can't be folded: models of transformers fold on the CPU alone, and {parameter_name} is on "
+                f"{parameter.device}"
             )
     return stack
 

@@ -39,7 +39,7 @@ def attention(
         sliding_window: each token sees itself and at most sliding_window - 1 tokens before it; None: all of them.
         layout: how it is computed, not what.
             "compact" leaves q as it is and unfolds the keys and values of the sequences that add rows, so that each
-            row's attention is computed once.
+            row's attention is computed once. Where nothing is shared, nothing is unfolded.
             "trie" unfolds nothing and attends to the rows as they stand: the least memory, and the most to gain where
             long prefixes are shared. On CUDA it compiles FlexAttention on its first call, once for each dtype and
             shape of heads (and once more for batches of fewer than 128 rows).
@@ -64,7 +64,7 @@ def attention(
 class AttentionPlan(NamedTuple):
     """What the attention of every layer of a forward needs beside its batch, made once."""
 
-    layout: str  # no longer "auto"
+    layout: str  # no longer "auto"; "packed" for "compact" where the keys of every sequence stand as they are needed
     order: tuple[Tensor, Tensor, Tensor] | None  # of radix::trie_order, for "trie"
     blocks: dict[int, tuple[Tensor, Tensor]] | None  # of radix::trie_blocks by window (0: none), where Flex runs
 
@@ -79,6 +79,9 @@ def plan_attention(batch: FoldedBatch, layout: str, dtype: torch.dtype, windows:
     if layout == "auto":
         layout = _auto(batch)
     if layout != "trie":
+        # Rows of runs that share nothing need no unfolding. Compiled code has one graph for all batches instead.
+        if layout == "compact" and not torch.compiler.is_compiling() and batch.kv_index.shape[0] == batch.num_nodes:
+            layout = "packed"
         return AttentionPlan(layout, None, None)
     # A batch outlives the calls of one forward; compiled code traces the ops instead.
     cache = {} if torch.compiler.is_compiling() else batch.__dict__.setdefault("_trie", {})
@@ -119,6 +122,8 @@ def attend(
             return torch.ops.radix.trie_attention(q, k, v, *plan.order, batch.cu_seqlens_q, factor, window)[0]
         enter, leave, depth = plan.order
         oldest = depth - (window - 1) if window else None
+        # The kernel multiplies what a mask hides by 0, which leaves of padding's values those that are not finite.
+        q, k, v = (_zero_padding_rows(x, batch) for x in (q, k, v))
         out = _trie.flex(q, k, v, enter, leave, *plan.blocks[window], depth, oldest, factor)
         return _zero_padding_rows(out, batch)
     if plan.layout == "unfold":
@@ -126,7 +131,10 @@ def attend(
         ends, longest = batch.cu_seqlens, batch.max_seqlen_k
         out = _varlen(*packed, ends, ends, batch.num_tokens, longest, longest, factor, window)
         return _zero_padding_rows(batch.fold(out), batch)
-    keys, values = torch.ops.radix.gather_kv.csr(k, v, batch.kv_index, batch.kv_indptr, batch.kv_members)
+    if plan.layout == "packed":
+        keys, values = k[: batch.num_nodes], v[: batch.num_nodes]
+    else:
+        keys, values = torch.ops.radix.gather_kv.csr(k, v, batch.kv_index, batch.kv_indptr, batch.kv_members)
     ends = batch.cu_seqlens_q, batch.cu_seqlens_k
     return _varlen(q, keys, values, *ends, batch.num_nodes, batch.max_seqlen_q, batch.max_seqlen_k, factor, window)
 
@@ -150,6 +158,8 @@ def _auto(batch: FoldedBatch) -> str:
 
 
 def _zero_padding_rows(rows: Tensor, batch: FoldedBatch) -> Tensor:
+    if not torch.compiler.is_compiling() and batch.num_rows == batch.num_nodes:
+        return rows
     is_padding = torch.arange(batch.num_rows, device=rows.device) >= batch.num_nodes
     return rows.masked_fill(is_padding[:, None, None], 0)
 

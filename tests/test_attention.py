@@ -96,6 +96,24 @@ def test_attention_takes_a_scale(dtype, layout):
     check(NAMED["nested"], "gqa", dtype, layout, scale=0.7)
 
 
+@pytest.mark.parametrize("pad_multiple_of", [1, 8])
+@pytest.mark.usefixtures("default_device")
+def test_attention_of_a_packed_batch_unfolds_nothing(pad_multiple_of, device, monkeypatch):
+    ids, _, cu_seqlens = to(device, pack(NAMED["mixed_lengths"]))
+    batch = radix_ops.pack(ids, cu_seqlens, pad_multiple_of=pad_multiple_of)
+    tensors = inputs(batch, "gqa", torch.float64)
+    lengths = batch.lengths.tolist()
+    want = dense_attention(*(x[: batch.num_nodes] for x in tensors), lengths, 8**-0.5, None)
+    grad = torch.randn_like(want)
+    want_grads = torch.autograd.grad(want, tensors, grad)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.radix, "gather_kv", None)
+        out = attention(*tensors, batch, layout="compact")
+    torch.testing.assert_close(out[: batch.num_nodes], want)
+    for got, expected in zip(torch.autograd.grad(out[: batch.num_nodes], tensors, grad), want_grads, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.usefixtures("default_device")
 def test_attention_of_a_packed_batch(device):
     ids, _, cu_seqlens = to(device, pack(NAMED["duplicates"]))

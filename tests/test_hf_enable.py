@@ -97,7 +97,7 @@ ValueError: its decoder stack is test_hf_enable.RemoteModel and not transformers
 ValueError: layers.1.self_attn is test_hf_enable.RemoteAttention and not transformers' own LlamaAttention
 ValueError: layers.1.mlp is torch.nn.modules.linear.Identity and not transformers' own LlamaMLP
 ValueError: the forward of its decoder stack was replaced
-ValueError: attention runs on the CPU, and embed_tokens.weight is on meta
+ValueError: models of transformers fold on the CPU alone, and embed_tokens.weight is on meta
 ValueError: config.is_causal is False
 ValueError: its attention implementation is 'flash_attention_2'; supported are eager, sdpa
 ValueError: rope_type 'dynamic' depends on the padded length; supported are default, linear, llama3, yarn
