@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 INDEX_DTYPES = (torch.int32, torch.int64)
+# No sequence is longer, so a larger sliding window is this one, which fits the int32 of depths and kernels.
+MAX_WINDOW = 2**31 - 1
 ATTENTION_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

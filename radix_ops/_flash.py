@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._check import check_index_like, check_qkv
+from ._check import MAX_WINDOW, check_index_like, check_qkv
 
 MAX_HEAD_DIM = 256
 
@@ -64,7 +64,7 @@ def flash_attention_backward(
     size = padded[0].shape[2]
     unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that there is not
     grad_q, grad_k, grad_v = torch.ops.aten._flash_attention_backward(
-        _pad(grad_out, size).contiguous(),
+        _aligned(_pad(grad_out, size).contiguous()),
         *padded,
         _pad(out, size).contiguous(),
         logsumexp,
@@ -104,13 +104,21 @@ def _lengths(max_seqlen_q: int, max_seqlen_k: int) -> tuple[int, int]:
 
 
 def _window(sliding_window: int) -> dict[str, int]:
-    return {"window_size_left": sliding_window - 1, "window_size_right": 0} if sliding_window else {}
+    if not sliding_window:
+        return {}
+    return {"window_size_left": min(sliding_window, MAX_WINDOW) - 1, "window_size_right": 0}
 
 
 def _pad_heads(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """All three with one head_dim that is a multiple of 8; zeros change neither scores nor the values that count."""
     size = -(-max(q.shape[2], v.shape[2]) // 8) * 8
-    return [_pad(x, size) if x.stride(2) == 1 else _pad(x, size).contiguous() for x in (q, k, v)]
+    return [_aligned(_pad(x, size)) for x in (q, k, v)]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy of it where the kernel's reads of 16 bytes would not fit its strides or its address."""
+    fits = x.stride(2) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _pad(x: Tensor, size: int) -> Tensor:

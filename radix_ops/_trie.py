@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._check import check_index_like, check_qkv
+from ._check import MAX_WINDOW, check_index_like, check_qkv
 
 # Queries and keys of a tile: its scores stay in the cache.
 _TILE_QUERIES, _TILE_KEYS = 256, 512
@@ -135,6 +135,7 @@ def trie_blocks(enter, leave, depth, cu_seqlens_q, cu_seqlens_k, kv_index, slidi
     leave_low, _ = bounds(leave, -1)
     full = (enter_high <= enter_low[:, None]) & (enter_high[:, None] < leave_low)
     if sliding_window:
+        sliding_window = min(sliding_window, MAX_WINDOW)
         depth_low, depth_high = bounds(depth, 0)
         visited &= depth_low[:, None] - depth_high < sliding_window
         full &= depth_high[:, None] - depth_low < sliding_window
@@ -343,7 +344,7 @@ def flex(q, k, v, enter, leave, counts, indices, depth, oldest, scale):
     return _compiled_flex(scale, q.device, q.dtype, shapes, oldest is None, differentiable)(*arguments)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _compiled_flex(scale, *kind_of_call):
     # Dynamo counts recompilations by code object and gives up after a few; each kind of call gets one of its own.
     own = types.FunctionType(_flex.__code__.replace(), _flex.__globals__, "radix_ops_flex")

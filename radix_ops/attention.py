@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _flash, _trie
-from ._check import ATTENTION_DTYPES
+from ._check import ATTENTION_DTYPES, MAX_WINDOW
 from .batch import FoldedBatch
 
 LAYOUTS = ("auto", "compact", "trie", "unfold")
@@ -41,8 +41,9 @@ def attention(
             "compact" leaves q as it is and unfolds the keys and values of the sequences that add rows, so that each
             row's attention is computed once. Where nothing is shared, nothing is unfolded.
             "trie" unfolds nothing and attends to the rows as they stand: the least memory, and the most to gain where
-            long prefixes are shared. On CUDA it compiles FlexAttention on its first call, once for each dtype and
-            shape of heads (and once more for batches of fewer than 128 rows).
+            long prefixes are shared. On CUDA it compiles FlexAttention, which takes seconds, on the first call of a
+            kind: dtype, shape and strides of heads, scale, with a window or without, with gradients or without, fewer
+            than 128 rows or more.
             "unfold" unfolds q, k and v, attends all packed tokens and folds the output, as RadixMLP does (arXiv
             2601.15013): for comparison.
             "auto" takes "trie" on the CPU where unfolding would repeat keys 6 times or more on average, and "compact"
@@ -53,7 +54,8 @@ def attention(
     host over the runs. Values that are not finite stay in the sequences they come from on the CPU; on CUDA they may
     spread to rows before them in the same sequence, as in any flash attention, and from there to other sequences.
 
-    Returns [num_rows, H, D_v]; padding rows are exactly zero, and so are their gradients. Differentiable once.
+    Returns [num_rows, H, D_v]; padding rows are exactly zero, and so are their gradients. Differentiable once; the
+    backward may need the result as it was returned, so don't change it in place.
     Raises ValueError for shapes, devices and values, TypeError for dtypes.
     """
     _check(q, k, v, batch, sliding_window)
@@ -83,26 +85,15 @@ def plan_attention(batch: FoldedBatch, layout: str, dtype: torch.dtype, windows:
         if layout == "compact" and not torch.compiler.is_compiling() and batch.kv_index.shape[0] == batch.num_nodes:
             layout = "packed"
         return AttentionPlan(layout, None, None)
-    # A batch outlives the calls of one forward; compiled code traces the ops instead.
-    cache = {} if torch.compiler.is_compiling() else batch.__dict__.setdefault("_trie", {})
-    if "order" not in cache:
-        cache["order"] = tuple(
-            torch.ops.radix.trie_order(
-                batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index, batch.kv_indptr, batch.kv_members
-            )
-        )
+    runs = batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index
+    order = tuple(torch.ops.radix.trie_order(*runs, batch.kv_indptr, batch.kv_members))
     blocks = None
     if _has_half_kernels(batch.kv_index.device, dtype):
-        blocks = {}
-        for window in {window or 0 for window in windows}:
-            if window not in cache:
-                cache[window] = tuple(
-                    torch.ops.radix.trie_blocks(
-                        *cache["order"], batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index, window
-                    )
-                )
-            blocks[window] = cache[window]
-    return AttentionPlan(layout, cache["order"], blocks)
+        blocks = {
+            window: tuple(torch.ops.radix.trie_blocks(*order, *runs, window))
+            for window in {window or 0 for window in windows}
+        }
+    return AttentionPlan(layout, order, blocks)
 
 
 def attend(
@@ -121,7 +112,7 @@ def attend(
         if plan.blocks is None:
             return torch.ops.radix.trie_attention(q, k, v, *plan.order, batch.cu_seqlens_q, factor, window)[0]
         enter, leave, depth = plan.order
-        oldest = depth - (window - 1) if window else None
+        oldest = depth - (min(window, MAX_WINDOW) - 1) if window else None
         # The kernel multiplies what a mask hides by 0, which leaves of padding's values those that are not finite.
         q, k, v = (_zero_padding_rows(x, batch) for x in (q, k, v))
         out = _trie.flex(q, k, v, enter, leave, *plan.blocks[window], depth, oldest, factor)

@@ -183,12 +183,14 @@ class FoldedBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> FoldedBatch:
         """The batch with its tensors on `device`.
 
-        From the CPU to CUDA with `non_blocking` all tensors travel in one copy through pinned memory.
+        From the CPU to CUDA with `non_blocking` all tensors travel in one copy through pinned memory. Towards the CPU
+        `non_blocking` is not followed: the host would read what is not there yet.
         """
         device = torch.device(device)
+        non_blocking = non_blocking and device.type == "cuda" and torch.cuda.is_available()
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         tensors = {id(value): value for value in fields.values() if isinstance(value, Tensor)}
-        if non_blocking and device.type == "cuda" and self.input_ids.device.type == "cpu":
+        if non_blocking and self.input_ids.device.type == "cpu":
             moved = dict(zip(tensors, _copy_together(list(tensors.values()), device), strict=True))
         else:
             moved = {key: tensor.to(device, non_blocking=non_blocking) for key, tensor in tensors.items()}

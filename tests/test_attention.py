@@ -91,6 +91,36 @@ def test_attention_of_random_tries(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**32 + 1, 2**63 - 1])
+@pytest.mark.usefixtures("default_device")
+def test_a_window_past_every_sequence_is_none(dtype, layout, window, device):
+    batch = FoldedBatch.from_sequences(LONG, device=device)
+    tensors = inputs(batch, "gqa", dtype)
+    want = attention(*tensors, batch, layout=layout)
+    got = attention(*tensors, batch, layout=layout, sliding_window=window)
+    torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("layout", ["auto", *LAYOUTS])
+@pytest.mark.usefixtures("default_device")
+def test_a_batch_remembers_nothing_of_earlier_calls(layout, device):
+    """Inference first and training then; and a batch whose tensors are filled again."""
+    sequences = [[1, 2, 3], [1, 2, 4], [1, 5, 6]], [[1, 2, 3], [1, 5, 6], [1, 5, 7]]
+    batch, other = (FoldedBatch.from_sequences(s, pad_multiple_of=8).to(device) for s in sequences)
+    tensors = inputs(batch, "gqa", torch.float64)
+    with torch.inference_mode():
+        attention(*tensors, batch, layout=layout)
+    attention(*tensors, batch, layout=layout).sum().backward()
+    for name, value in vars(other).items():
+        if isinstance(value, torch.Tensor):
+            getattr(batch, name).copy_(value)
+        else:
+            setattr(batch, name, value)
+    torch.testing.assert_close(attention(*tensors, batch, layout=layout), attention(*tensors, other, layout="compact"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.usefixtures("default_device")
 def test_attention_takes_a_scale(dtype, layout):
     check(NAMED["nested"], "gqa", dtype, layout, scale=0.7)
@@ -184,7 +214,8 @@ def test_attention_takes_strides(dtype, layout, device):
     want = attention(*(x.contiguous() for x in parts), batch, layout=layout)
     heads_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in parts]
     last_first = [x.transpose(0, 2).contiguous().transpose(0, 2) for x in parts]
-    for strided in (parts, heads_first, last_first):
+    unaligned = [torch.nn.functional.pad(x, (1, 0))[:, :, 1:] for x in parts]
+    for strided in (parts, heads_first, last_first, unaligned):
         torch.testing.assert_close(attention(*strided, batch, layout=layout), want, rtol=0, atol=TOLERANCE[dtype])
 
 

@@ -356,12 +356,24 @@ def test_sequences_past_the_longest_position_are_refused(tmp_path):
     oracle(tmp_path, max_position_embeddings=6)
     model = Qwen3ForCausalLM.from_pretrained(tmp_path)
     model(FoldedBatch.from_sequences([[1, 2, 3, 4, 5, 6], [1, 2]]))
-    with pytest.raises(ValueError, match="a sequence of 7 tokens is longer than max_position_embeddings=6"):
+    with pytest.raises(ValueError, match="a sequence of 7 tokens is longer than the 6 positions of the config"):
         model(FoldedBatch.from_sequences([[1, 2], [1, 2, 3, 4, 5, 6, 7]]))
     for positions, low, high in (([0, 6], 0, 6), ([-1, 0], -1, 0)):
         batch = radix_ops.fold(torch.tensor([1, 2]), torch.tensor([0, 2]), torch.tensor(positions))
         with pytest.raises(ValueError, match=f"position_ids must be from 0 to 5, .* got values from {low} to {high}"):
             model(batch)
+
+
+def test_scaled_positions_reach_as_far_as_the_scaling(tmp_path):
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 10}
+    theirs = oracle(tmp_path, max_position_embeddings=12, rope_parameters=yarn)
+    ours = Qwen3ForCausalLM.from_pretrained(tmp_path)
+    sequence = [i % 50 for i in range(40)]
+    with torch.no_grad():
+        want = run_theirs(theirs, [sequence])[1]
+        torch.testing.assert_close(ours(FoldedBatch.from_sequences([sequence])), want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="a sequence of 41 tokens is longer than the 40 positions of the config"):
+        ours(FoldedBatch.from_sequences([[*sequence, 1]]))
 
 
 def test_dropout_in_training_is_refused(tmp_path):

@@ -80,6 +80,14 @@ class Qwen3Config:
         if lacks:
             raise ValueError(f"rope_type {kind!r} needs {' and '.join(lacks)}")
 
+    @property
+    def longest_sequence(self) -> int:
+        """max_position_embeddings or, where that is more, what the scaling of the rotary embedding is made for."""
+        if self.rope["rope_type"] == "default":
+            return self.max_position_embeddings
+        original = self.rope.get("original_max_position_embeddings") or self.max_position_embeddings
+        return max(self.max_position_embeddings, int(original * self.rope["factor"]))
+
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> Qwen3Config:
         """Reads the config.json of a folder, or of a model on the Hugging Face hub."""
@@ -305,9 +313,10 @@ class Qwen3Model(_Pretrained):
     def forward(self, batch: FoldedBatch, layout: str = "auto") -> Tensor:
         """Hidden states [num_rows, hidden_size] after the last norm, in compact rows; padding rows' mean nothing.
 
-        Raises TypeError for another batch, ValueError for another device, for a sequence longer than
-        max_position_embeddings and (on the CPU; on CUDA it is a device assert) for ids outside the vocabulary,
-        RuntimeError in training with dropout, which tokens that share a row can't have apart.
+        Raises TypeError for another batch, ValueError for another device, for a sequence longer than the config's
+        positions and, on the CPU and not in compiled code, for positions past them and ids outside the vocabulary
+        (on CUDA a device assert); RuntimeError in training with dropout, which tokens that share a row can't have
+        apart.
         """
         self._check(batch)
         x = self.embed_tokens(batch.input_ids)
@@ -346,12 +355,13 @@ class Qwen3Model(_Pretrained):
                 f"attention_dropout={self.config.attention_dropout}: tokens that share a row can't be dropped apart; "
                 "set it to 0, or the model to eval()"
             )
-        longest = self.config.max_position_embeddings
+        longest = self.config.longest_sequence
         if torch.compiler.is_compiling():
-            torch._check(batch.max_seqlen_k <= longest, lambda: "a sequence is longer than max_position_embeddings")
+            torch._check(batch.max_seqlen_k <= longest, lambda: "a sequence is longer than the config's positions")
         elif batch.max_seqlen_k > longest:
             raise ValueError(
-                f"a sequence of {batch.max_seqlen_k} tokens is longer than max_position_embeddings={longest}"
+                f"a sequence of {batch.max_seqlen_k} tokens is longer than the {longest} positions of the config "
+                "(max_position_embeddings, times the factor of rope_parameters)"
             )
         if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
             low, high = (int(bound) for bound in ids.aminmax())
@@ -362,8 +372,8 @@ class Qwen3Model(_Pretrained):
             low, high = (int(bound) for bound in batch.position_ids.aminmax())
             if low < 0 or high >= longest:
                 raise ValueError(
-                    f"position_ids must be from 0 to {longest - 1}, one less than max_position_embeddings, "
-                    f"got values from {low} to {high}"
+                    f"position_ids must be from 0 to {longest - 1}, the last position of the config, got values "
+                    f"from {low} to {high}"
                 )
 
 
