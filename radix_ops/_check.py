@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -54,3 +56,8 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, sliding_window: int) -> 
         fail(f"the {q.shape[1]} heads of q must be a multiple of the {k.shape[1]} heads of k and v")
     if sliding_window < 0:
         fail(f"sliding_window must be at least 0 (0: none), got {sliding_window}")
+
+
+def is_finite(*tensors: Tensor) -> bool:
+    """False wherever a value is not finite; also where a sum is too large for its type, which costs time alone."""
+    return all(math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))) for x in tensors)

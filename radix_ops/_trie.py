@@ -13,7 +13,6 @@ the blocks that `trie_blocks` finds from the runs.
 from __future__ import annotations
 
 import functools
-import math
 import types
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._check import MAX_WINDOW, check_index_like, check_qkv
+from ._check import MAX_WINDOW, check_index_like, check_qkv, is_finite
 
 # Queries and keys of a tile: its scores stay in the cache.
 _TILE_QUERIES, _TILE_KEYS = 256, 512
@@ -222,7 +221,7 @@ def _tiles(edges: _Edges, window: int, max_queries: int, k: Tensor, v: Tensor) -
                     keys_here = keys
                 if visible is not None and bool(visible.all()):
                     visible = None
-                if visible is None or _is_finite(k[keys_here], v[keys_here]):
+                if visible is None or is_finite(k[keys_here], v[keys_here]):
                     yield _Tile(keys_here, queries, visible)
                 else:
                     for query, row in enumerate(visible):
@@ -231,11 +230,6 @@ def _tiles(edges: _Edges, window: int, max_queries: int, k: Tensor, v: Tensor) -
                             one = slice(keys_here.start + seen[0], keys_here.start + seen[-1] + 1)
                             yield _Tile(one, slice(start + query, start + query + 1), None)
                 start = end
-
-
-def _is_finite(*tensors: Tensor) -> bool:
-    """False wherever a value is not finite; also where a sum is too large for its type, which costs time alone."""
-    return all(math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))) for x in tensors)
 
 
 def _check(op, q, k, v, enter, leave, depth, cu_seqlens_q, sliding_window) -> None:

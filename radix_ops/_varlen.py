@@ -8,7 +8,6 @@ padding: their output and gradient are zero.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._check import check_index_like, check_qkv
+from ._check import check_index_like, check_qkv, is_finite
 
 # Queries that share one dense mask: as a whole, the mask of 2048 queries over 8192 keys would take 128 MiB in fp32.
 _MAX_BLOCK_ROWS = 256
@@ -74,7 +73,7 @@ def _blocks(ends_q: list[int], ends_k: list[int], window: int, max_rows, k: Tens
             lowest = max(first_key, row + offset - window + 1) if window else first_key
             keys = slice(lowest, block_end + offset)
             maskable = slice(lowest if window else row + offset, keys.stop)
-            if block_end - row > 1 and not _is_finite(k[maskable], v[maskable]):
+            if block_end - row > 1 and not is_finite(k[maskable], v[maskable]):
                 for single in range(row, block_end):
                     first = max(first_key, single + offset - window + 1) if window else first_key
                     yield _Block(slice(single, single + 1), slice(first, single + offset + 1), None)
@@ -83,11 +82,6 @@ def _blocks(ends_q: list[int], ends_k: list[int], window: int, max_rows, k: Tens
                     slice(row, block_end), keys, _mask(block_end - row, keys.stop - keys.start, window, k.device)
                 )
             row = block_end
-
-
-def _is_finite(*tensors: Tensor) -> bool:
-    """False wherever a value is not finite; also where a sum is too large for its type, which costs time alone."""
-    return all(math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))) for x in tensors)
 
 
 def _mask(num_rows: int, num_keys: int, window: int, device: torch.device) -> Tensor | None:
