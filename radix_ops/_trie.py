@@ -28,8 +28,7 @@ _TILE_QUERIES, _TILE_KEYS = 256, 512
 BLOCK = 128
 
 
-def trie_order(cu_seqlens_q, cu_seqlens_k, kv_index, kv_indptr, kv_members):
-    """enter, leave, depth, int32 [num_rows], with nothing read on the host. Padding rows enter and leave at -1."""
+def check_order(cu_seqlens_q, cu_seqlens_k, kv_index, kv_indptr, kv_members) -> None:
     check_index_like(
         "trie_order",
         kv_index.device,
@@ -39,6 +38,24 @@ def trie_order(cu_seqlens_q, cu_seqlens_k, kv_index, kv_indptr, kv_members):
         kv_indptr=kv_indptr,
         kv_members=kv_members,
     )
+
+
+def check_blocks(enter, leave, depth, cu_seqlens_q, cu_seqlens_k, kv_index) -> None:
+    check_index_like(
+        "trie_blocks",
+        enter.device,
+        enter=enter,
+        leave=leave,
+        depth=depth,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        kv_index=kv_index,
+    )
+
+
+def trie_order(cu_seqlens_q, cu_seqlens_k, kv_index, kv_indptr, kv_members):
+    """enter, leave, depth, int32 [num_rows], with nothing read on the host. Padding rows enter and leave at -1."""
+    check_order(cu_seqlens_q, cu_seqlens_k, kv_index, kv_indptr, kv_members)
     num_rows, num_runs = kv_indptr.shape[0] - 1, cu_seqlens_q.shape[0] - 1
     rows = torch.arange(num_rows, device=kv_index.device)
     if num_runs == 0:
@@ -101,16 +118,7 @@ def trie_blocks(enter, leave, depth, cu_seqlens_q, cu_seqlens_k, kv_index, slidi
     those of which every query sees every key; then, for each block of keys, the same of queries. Nothing is evaluated
     by rows x rows: a run visits the blocks on its path, and whether a block is full follows from its intervals' bounds.
     """
-    check_index_like(
-        "trie_blocks",
-        enter.device,
-        enter=enter,
-        leave=leave,
-        depth=depth,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        kv_index=kv_index,
-    )
+    check_blocks(enter, leave, depth, cu_seqlens_q, cu_seqlens_k, kv_index)
     blocks = num_blocks(enter.shape[0])
     num_runs, num_tokens = cu_seqlens_q.shape[0] - 1, kv_index.shape[0]
     visits = torch.zeros(blocks + 1, blocks, dtype=torch.int32, device=enter.device)

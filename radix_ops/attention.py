@@ -15,7 +15,6 @@ from .batch import FoldedBatch
 
 LAYOUTS = ("auto", "compact", "trie", "unfold")
 _REPEATS_FOR_TRIE = 6
-_HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def attention(
@@ -138,7 +137,7 @@ def _varlen(q, k, v, ends_q, ends_k, num_queries, max_seqlen_q, max_seqlen_k, sc
 
 
 def _has_half_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cuda" and dtype in _HALF_DTYPES and _flash.runs_on(device.index)
+    return device.type == "cuda" and dtype in _flash.DTYPES and _flash.runs_on(device.index)
 
 
 def _auto(batch: FoldedBatch) -> str:

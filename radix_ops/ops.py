@@ -185,11 +185,6 @@ def _varlen_attention_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, sliding_w
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
 
 
-@torch.library.register_fake("radix::varlen_attention_backward")
-def _varlen_attention_backward_fake(grad_out, q, k, v, cu_seqlens_q, cu_seqlens_k, scale, sliding_window=0):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
 def _logsumexp_like(q: Tensor, dtype: torch.dtype) -> Tensor:
     return q.new_empty(q.shape[1], q.shape[0], dtype=dtype)
 
@@ -201,35 +196,15 @@ def _flash_attention_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, *rest):
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), _logsumexp_like(q, torch.float32)
 
 
-@torch.library.register_fake("radix::flash_attention_backward")
-def _flash_attention_backward_fake(grad_out, q, k, v, *rest):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
 @torch.library.register_fake("radix::trie_order")
 def _trie_order_fake(cu_seqlens_q, cu_seqlens_k, kv_index, kv_indptr, kv_members):
-    check_index_like(
-        "trie_order",
-        kv_index.device,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        kv_indptr=kv_indptr,
-        kv_members=kv_members,
-    )
+    _trie.check_order(cu_seqlens_q, cu_seqlens_k, kv_index, kv_indptr, kv_members)
     return tuple(_index_like(kv_index, kv_indptr.shape[0] - 1) for _ in range(3))
 
 
 @torch.library.register_fake("radix::trie_blocks")
 def _trie_blocks_fake(enter, leave, depth, cu_seqlens_q, cu_seqlens_k, kv_index, sliding_window=0):
-    check_index_like(
-        "trie_blocks",
-        enter.device,
-        leave=leave,
-        depth=depth,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        kv_index=kv_index,
-    )
+    _trie.check_blocks(enter, leave, depth, cu_seqlens_q, cu_seqlens_k, kv_index)
     blocks = _trie.num_blocks(enter.shape[0])
     return _index_like(enter, 4, blocks), _index_like(enter, 4, blocks, blocks)
 
@@ -242,9 +217,12 @@ def _trie_attention_fake(q, k, v, enter, leave, depth, cu_seqlens_q, scale, slid
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), _logsumexp_like(q, wide)
 
 
-@torch.library.register_fake("radix::trie_attention_backward")
-def _trie_attention_backward_fake(grad_out, q, k, v, *rest):
+def _attention_backward_fake(grad_out, q, k, v, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+for _name in ("varlen_attention_backward", "flash_attention_backward", "trie_attention_backward"):
+    torch.library.register_fake(f"radix::{_name}", _attention_backward_fake)
 
 
 class _KeysBelowAutograd(dict):
