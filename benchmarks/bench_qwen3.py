@@ -129,19 +129,21 @@ def synchronize() -> None:
 
 
 def measure(functions: dict, rounds: int, budget: float) -> dict[str, tuple[float, float]]:
-    """The median seconds of each function, all in turn, and of its fold; fewer rounds where they would take long.
+    """The median seconds of each function, all in turn, and of its fold; fewer rounds, but 3, where they take long.
 
-    A function returns (when its batch was made, result) and has been called before.
+    Each round begins with another function, since what ran before decides the clocks of a GPU at its power limit. A
+    function returns (when its batch was made, result) and has been called before.
     """
     samples: dict[str, list] = {name: [] for name in functions}
     begin = time.perf_counter()
     for done in range(rounds):
-        if done and (time.perf_counter() - begin) * (done + 1) / done > budget:
+        if done >= 3 and (time.perf_counter() - begin) * (done + 1) / done > budget:
             break
-        for name, function in functions.items():
+        names = list(functions)
+        for name in names[done % len(names) :] + names[: done % len(names)]:
             synchronize()
             start = time.perf_counter()
-            made, result = function()
+            made, result = functions[name]()
             synchronize()
             samples[name].append((time.perf_counter() - start, made - start))
             del result
@@ -262,7 +264,7 @@ def real_batches(args, device: str) -> list[Batch]:
 
     with np.load(args.data) as data:
         batches = []
-        for name in WORKLOADS:
+        for name in args.workloads:
             if f"{name}.ids" in data:
                 ends = torch.from_numpy(data[f"{name}.cu"])[: args.sequences + 1]
                 ids = torch.from_numpy(data[f"{name}.ids"])[: int(ends[-1])]
@@ -274,7 +276,7 @@ def plot(path: str, device: str) -> None:
     """Speed-up over packed against the fraction of tokens that is shared, from the JSON."""
     from matplotlib import pyplot
 
-    contents = [json.loads(file.read_text()) for file in sorted(harness.RESULTS.glob(f"qwen3_[!t]*_{device}.json"))]
+    contents = [json.loads(file.read_text()) for file in sorted(harness.RESULTS.glob(f"qwen3_[!tq]*_{device}.json"))]
     rows = [row for content in contents for row in content["rows"] if " x (" in row["batch"]]
     names = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3.6), sharey=True, squeeze=False)
@@ -306,6 +308,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), help="default: all real ones on CUDA, else small")
     parser.add_argument("--data", help="a .npz of packed prompts: NAME.ids and NAME.cu for each NAME")
+    parser.add_argument("--workloads", nargs="+", default=WORKLOADS, metavar="NAME", help="of --data (default: six)")
     parser.add_argument("--sequences", type=int, default=128, help="of each real batch, at most (default: 128)")
     parser.add_argument("--budget", type=float, default=10.0, help="seconds after which a line has rounds enough")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers' model out")
@@ -330,7 +333,7 @@ def main() -> None:
             for batch in batches:
                 rows.append(forward_row(name, model, theirs, batch, args, matmul_rate))
                 print(json.dumps(rows[-1]), flush=True)
-        harness.report(f"qwen3_{name}_{device}", rows, args.save, measured)
+        harness.report(f"qwen3_{'quick_' if args.quick else ''}{name}_{device}", rows, args.save, measured)
         training = [training_row(name, model, Batch.synthetic(*s, device), args) for s in TRAINING.get(name, ())]
         if training:
             harness.report(f"qwen3_training_{name}_{device}", training, args.save, measured)

@@ -35,16 +35,14 @@ STABLE_TORCH_LIBRARY(radix, m) {
       " Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt num_queries, SymInt max_seqlen_q, SymInt max_seqlen_k,"
       " float scale, int sliding_window=0) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   m.def(
-      "trie_order(Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor kv_index, Tensor kv_indptr, Tensor kv_members)"
-      " -> (Tensor enter, Tensor leave, Tensor depth)");
+      "trie_order(Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor kv_index, SymInt num_rows)"
+      " -> (Tensor enter, Tensor leave, Tensor depth, Tensor row_of, Tensor path)");
   m.def(
-      "trie_blocks(Tensor enter, Tensor leave, Tensor depth, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
-      " Tensor kv_index, int sliding_window=0) -> (Tensor counts, Tensor indices)");
-  m.def(
-      "trie_attention(Tensor q, Tensor k, Tensor v, Tensor enter, Tensor leave, Tensor depth, Tensor cu_seqlens_q,"
-      " float scale, int sliding_window=0) -> (Tensor out, Tensor logsumexp)");
+      "trie_attention(Tensor q, Tensor k, Tensor v, Tensor enter, Tensor leave, Tensor depth, Tensor row_of,"
+      " Tensor path, Tensor kv_index, Tensor cu_seqlens_q, SymInt num_nodes, float scale, int sliding_window=0)"
+      " -> (Tensor out, Tensor logsumexp)");
   m.def(
       "trie_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp,"
-      " Tensor enter, Tensor leave, Tensor depth, Tensor cu_seqlens_q, float scale, int sliding_window=0)"
-      " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+      " Tensor enter, Tensor leave, Tensor depth, Tensor row_of, Tensor path, Tensor kv_index, Tensor cu_seqlens_q,"
+      " SymInt num_nodes, float scale, int sliding_window=0) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 }

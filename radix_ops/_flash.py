@@ -16,9 +16,15 @@ DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
 
+def has_kernels(q: Tensor, v: Tensor) -> bool:
+    """Whether these kernels, and those of `_trie_cuda`, compute attention of q and v."""
+    return (
+        q.is_cuda and q.dtype in DTYPES and max(q.shape[2], v.shape[2]) <= MAX_HEAD_DIM and _is_recent(q.device.index)
+    )
+
+
 @torch.compiler.assume_constant_result
-def runs_on(device_index: int) -> bool:
-    """Whether a CUDA device has what the kernels need: compute capability 8.0 or more."""
+def _is_recent(device_index: int) -> bool:
     return torch.cuda.get_device_capability(device_index) >= (8, 0)
 
 

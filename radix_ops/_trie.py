@@ -6,150 +6,24 @@ run comes first, so a run stands side by side in this order too.
 
 On the CPU (and on CUDA in float32 and float64) `trie_attention` cuts the runs into edges, rows side by side of which
 only the last has further branches, and lets everything below an edge attend to it at once: a key is read once for a
-block of queries, not once for each sequence. On CUDA in bfloat16 and float16 `flex` runs torch's FlexAttention over
-the blocks that `trie_blocks` finds from the runs.
+block of queries, not once for each sequence. On CUDA in bfloat16 and float16 it runs the kernels of `_trie_cuda`.
 """
 
 from __future__ import annotations
 
 import functools
-import types
+import importlib.util
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import _flash
 from ._check import MAX_WINDOW, check_index_like, check_qkv, is_finite
 
 # Queries and keys of a tile: its scores stay in the cache.
 _TILE_QUERIES, _TILE_KEYS = 256, 512
-# Rows and columns of the blocks that FlexAttention skips, or computes without a mask.
-BLOCK = 128
-
-
-def check_order(cu_seqlens_q, cu_seqlens_k, kv_index, kv_indptr, kv_members) -> None:
-    check_index_like(
-        "trie_order",
-        kv_index.device,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        kv_index=kv_index,
-        kv_indptr=kv_indptr,
-        kv_members=kv_members,
-    )
-
-
-def check_blocks(enter, leave, depth, cu_seqlens_q, cu_seqlens_k, kv_index) -> None:
-    check_index_like(
-        "trie_blocks",
-        enter.device,
-        enter=enter,
-        leave=leave,
-        depth=depth,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        kv_index=kv_index,
-    )
-
-
-def trie_order(cu_seqlens_q, cu_seqlens_k, kv_index, kv_indptr, kv_members):
-    """enter, leave, depth, int32 [num_rows], with nothing read on the host. Padding rows enter and leave at -1."""
-    check_order(cu_seqlens_q, cu_seqlens_k, kv_index, kv_indptr, kv_members)
-    num_rows, num_runs = kv_indptr.shape[0] - 1, cu_seqlens_q.shape[0] - 1
-    rows = torch.arange(num_rows, device=kv_index.device)
-    if num_runs == 0:
-        nowhere = torch.full_like(rows, -1, dtype=torch.int32)
-        return nowhere, nowhere.clone(), torch.zeros_like(nowhere)
-    starts, first_tokens = cu_seqlens_q[:-1].long(), cu_seqlens_k[:-1].long()
-    lengths = cu_seqlens_q.diff().long()
-    prefixes = cu_seqlens_k.diff().long() - lengths  # the tokens of a run's sequence before the run
-
-    run = torch.searchsorted(cu_seqlens_q[1:], rows, right=True)
-    is_padding = run >= num_runs
-    run.clamp_(max=num_runs - 1)
-    offset = rows - starts[run]
-    depth = prefixes[run] + offset
-
-    # Below row j are the rest of its run and the runs whose prefix leads through it.
-    tokens = torch.arange(kv_index.shape[0], device=rows.device)
-    owner = torch.searchsorted(cu_seqlens_k[1:], tokens, right=True).clamp_(max=num_runs - 1)
-    in_prefix = tokens - first_tokens[owner] < prefixes[owner]
-    sums = _exclusive_sum((lengths[owner] * in_prefix)[kv_members.long()])
-    size = lengths[run] - offset + sums[kv_indptr[1:]] - sums[kv_indptr[:-1]]
-
-    # A branch is entered after the subtree of the row that follows its parent in the parent's run, and after the
-    # branches that left the same parent before it.
-    has_parent = prefixes > 0
-    parent = torch.where(has_parent, kv_index[(first_tokens + prefixes - 1).clamp(min=0)].long(), -1)
-    parent_run = run[parent]  # of a run without a parent: any
-    follower = (parent + 1).clamp(max=num_rows - 1)
-    is_followed = has_parent & (parent + 1 < starts[parent_run] + lengths[parent_run])
-    by_parent, order = parent.sort(stable=True)
-    earlier = _exclusive_sum(size[starts[order]])[:-1]
-    earlier = earlier - earlier[torch.searchsorted(by_parent, by_parent)]
-    hop = torch.empty_like(parent).index_copy_(0, order, earlier)
-    hop += torch.where(has_parent, parent - starts[parent_run] + 1, 0) + torch.where(is_followed, size[follower], 0)
-    # A run's number is the sum of the hops from the root to it: each round adds twice as many of them.
-    hop = torch.nn.functional.pad(hop, (0, 1))
-    above = torch.nn.functional.pad(torch.where(has_parent, parent_run, num_runs), (0, 1), value=num_runs)
-    for _ in range(num_runs.bit_length()):
-        hop, above = hop + hop[above], above[above]
-
-    enter = torch.where(is_padding, -1, hop[run] + offset)
-    leave = torch.where(is_padding, -1, enter + size)
-    return enter.int(), leave.int(), depth.masked_fill_(is_padding, 0).int()
-
-
-def _exclusive_sum(x: Tensor) -> Tensor:
-    """[n] -> [n + 1], 0 and then the sum up to each element."""
-    return torch.nn.functional.pad(x.cumsum(0), (1, 0))
-
-
-def num_blocks(num_rows):
-    """Blocks of rows in the tables of `trie_blocks`; at least 2, since compiled code treats a size of 1 apart."""
-    return torch.sym_max((num_rows + BLOCK - 1) // BLOCK, 2)
-
-
-def trie_blocks(enter, leave, depth, cu_seqlens_q, cu_seqlens_k, kv_index, sliding_window=0):
-    """Which BLOCK x BLOCK blocks of queries and keys FlexAttention computes: counts and indices, int32.
-
-    counts [4, blocks] and indices [4, blocks, blocks]: for each block of queries those of keys that need a mask, and
-    those of which every query sees every key; then, for each block of keys, the same of queries. Nothing is evaluated
-    by rows x rows: a run visits the blocks on its path, and whether a block is full follows from its intervals' bounds.
-    """
-    check_blocks(enter, leave, depth, cu_seqlens_q, cu_seqlens_k, kv_index)
-    blocks = num_blocks(enter.shape[0])
-    num_runs, num_tokens = cu_seqlens_q.shape[0] - 1, kv_index.shape[0]
-    visits = torch.zeros(blocks + 1, blocks, dtype=torch.int32, device=enter.device)
-    if num_runs and num_tokens:
-        tokens = torch.arange(num_tokens, device=enter.device)
-        run = torch.searchsorted(cu_seqlens_k[1:], tokens, right=True).clamp_(max=num_runs - 1)
-        key_block = kv_index.long() // BLOCK
-        is_new = (key_block != key_block.roll(1)) | (tokens == cu_seqlens_k[run])
-        first = cu_seqlens_q[run].long() // BLOCK
-        behind = (cu_seqlens_q[run + 1].long() - 1) // BLOCK + 1
-        ones = is_new.int()
-        visits.view(-1).index_add_(0, first * blocks + key_block, ones)
-        visits.view(-1).index_add_(0, behind * blocks + key_block, -ones)
-    visited = (visits.cumsum(0)[:blocks] > 0).tril_()
-
-    def bounds(x: Tensor, fill: int) -> tuple[Tensor, Tensor]:
-        padded = torch.nn.functional.pad(x, (0, blocks * BLOCK - x.shape[0]), value=fill).view(blocks, BLOCK)
-        return padded.aminmax(dim=1)
-
-    enter_low, enter_high = bounds(enter, -1)
-    leave_low, _ = bounds(leave, -1)
-    full = (enter_high <= enter_low[:, None]) & (enter_high[:, None] < leave_low)
-    if sliding_window:
-        sliding_window = min(sliding_window, MAX_WINDOW)
-        depth_low, depth_high = bounds(depth, 0)
-        visited &= depth_low[:, None] - depth_high < sliding_window
-        full &= depth_high[:, None] - depth_low < sliding_window
-    full &= visited
-    tables = torch.stack([visited & ~full, full])
-    tables = torch.cat([tables, tables.mT])
-    return tables.sum(-1, dtype=torch.int32), tables.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).int()
 
 
 class _Tile(NamedTuple):
@@ -169,10 +43,10 @@ class _Edges(NamedTuple):
     depth: Tensor  # [M] int64 by number
 
     @classmethod
-    def of(cls, enter: Tensor, leave: Tensor, depth: Tensor, cu_seqlens_q: Tensor) -> _Edges:
-        count = int(cu_seqlens_q[-1]) if cu_seqlens_q.shape[0] else 0
-        enter, leave = enter[:count].long(), leave[:count].long()
-        row_of = torch.empty_like(enter).index_copy_(0, enter, torch.arange(count, device=enter.device))
+    def of(
+        cls, enter: Tensor, leave: Tensor, depth: Tensor, row_of: Tensor, cu_seqlens_q: Tensor, count: int
+    ) -> _Edges:
+        enter, leave, row_of = enter[:count].long(), leave[:count].long(), row_of[:count].long()
         is_first = torch.ones(count, dtype=torch.bool, device=enter.device)
         if count:
             is_first[1:] = leave[1:] != leave[:-1]
@@ -240,15 +114,26 @@ def _tiles(edges: _Edges, window: int, max_queries: int, k: Tensor, v: Tensor) -
                 start = end
 
 
-def _check(op, q, k, v, enter, leave, depth, cu_seqlens_q, sliding_window) -> None:
+def _check(op, q, k, v, enter, leave, depth, row_of, path, kv_index, cu_seqlens_q, num_nodes, sliding_window) -> None:
+    by_row = {"enter": enter, "leave": leave, "depth": depth, "row_of": row_of, "path": path}
+    check_index_like(op, q.device, **by_row, kv_index=kv_index, cu_seqlens_q=cu_seqlens_q)
     check_qkv(op, q, k, v, sliding_window)
-    check_index_like(op, q.device, enter=enter, leave=leave, depth=depth, cu_seqlens_q=cu_seqlens_q)
-    num_rows = q.shape[0]
-    if not all(x.shape[0] == num_rows for x in (k, enter, leave, depth)):
-        raise RuntimeError(
-            f"radix::{op}: q, k, v, enter, leave and depth must have equally many rows, got {num_rows}, {k.shape[0]}, "
-            f"{v.shape[0]}, {enter.shape[0]}, {leave.shape[0]} and {depth.shape[0]}"
-        )
+    for name, tensor in {"k and v": k, **by_row}.items():
+        if tensor.shape[0] != q.shape[0]:
+            raise RuntimeError(f"radix::{op}: {name} must have as many rows as q, {q.shape[0]}, got {tensor.shape[0]}")
+    if not 0 <= num_nodes <= q.shape[0]:
+        raise RuntimeError(f"radix::{op}: num_nodes must be from 0 to the {q.shape[0]} rows of q, got {num_nodes}")
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def has_kernels(q: Tensor, v: Tensor) -> bool:
+    """Whether `_trie_cuda` computes it."""
+    return _flash.has_kernels(q, v) and _has_triton()
 
 
 def _by_number(x: Tensor, edges: _Edges, kv_heads: int, dtype: torch.dtype) -> Tensor:
@@ -275,9 +160,17 @@ def _scores(queries: Tensor, keys: Tensor, tile: _Tile, scale: float) -> Tensor:
     return scores
 
 
-def trie_attention(q, k, v, enter, leave, depth, cu_seqlens_q, scale, sliding_window=0):
-    _check("trie_attention", q, k, v, enter, leave, depth, cu_seqlens_q, sliding_window)
-    edges = _Edges.of(enter, leave, depth, cu_seqlens_q)
+def trie_attention(
+    q, k, v, enter, leave, depth, row_of, path, kv_index, cu_seqlens_q, num_nodes, scale, sliding_window=0
+):
+    tables = enter, leave, depth, row_of, path, kv_index, cu_seqlens_q, num_nodes
+    _check("trie_attention", q, k, v, *tables, sliding_window)
+    if has_kernels(q, v):
+        from . import _trie_cuda
+
+        window = min(sliding_window, MAX_WINDOW)
+        return _trie_cuda.forward(q, k, v, leave, depth, row_of, path, kv_index, num_nodes, scale, window)
+    edges = _Edges.of(enter, leave, depth, row_of, cu_seqlens_q, num_nodes)
     wide = torch.promote_types(q.dtype, torch.float32)
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     queries = _by_number(q, edges, kv_heads, wide)
@@ -305,11 +198,33 @@ def trie_attention(q, k, v, enter, leave, depth, cu_seqlens_q, scale, sliding_wi
 
 
 def trie_attention_backward(
-    grad_out, q, k, v, out, logsumexp, enter, leave, depth, cu_seqlens_q, scale, sliding_window=0
+    grad_out,
+    q,
+    k,
+    v,
+    out,
+    logsumexp,
+    enter,
+    leave,
+    depth,
+    row_of,
+    path,
+    kv_index,
+    cu_seqlens_q,
+    num_nodes,
+    scale,
+    sliding_window=0,
 ):
     """The gradients of q, k and v, with the probabilities computed again; sums are in fp32 (fp64 for float64)."""
-    _check("trie_attention_backward", q, k, v, enter, leave, depth, cu_seqlens_q, sliding_window)
-    edges = _Edges.of(enter, leave, depth, cu_seqlens_q)
+    tables = enter, leave, depth, row_of, path, kv_index, cu_seqlens_q, num_nodes
+    _check("trie_attention_backward", q, k, v, *tables, sliding_window)
+    if has_kernels(q, v):
+        from . import _trie_cuda
+
+        tables = leave, depth, row_of, path, kv_index, num_nodes
+        window = min(sliding_window, MAX_WINDOW)
+        return _trie_cuda.backward(grad_out, q, k, v, out, logsumexp, *tables, scale, window)
+    edges = _Edges.of(enter, leave, depth, row_of, cu_seqlens_q, num_nodes)
     wide = torch.promote_types(q.dtype, torch.float32)
     kv_heads = k.shape[1]
     queries, grads, outs = (_by_number(x, edges, kv_heads, wide) for x in (q, grad_out, out))
@@ -328,58 +243,3 @@ def trie_attention_backward(
         grad_k[tile.keys] += torch.bmm(grad_scores.transpose(1, 2), these_queries).transpose(0, 1)
         grad_q[:, tile.queries] += torch.bmm(grad_scores, keys.transpose(0, 1)).view_as(grad_q[:, tile.queries])
     return _by_row(grad_q, edges, q.shape[0], q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
-
-
-def flex(q, k, v, enter, leave, counts, indices, depth, oldest, scale):
-    """[num_rows, H, D_v] by FlexAttention over `trie_blocks`; in eager mode compiled once for each kind of call.
-
-    `oldest` [num_rows] is the smallest depth that a query sees in its sliding window, or None. FlexAttention itself
-    tells batches of fewer than 128 rows from others: they make one more compilation.
-    """
-    if q.shape[0] == 0:
-        return q.sum(-1, keepdim=True).expand(-1, -1, v.shape[2])  # with a gradient, if there is one
-    arguments = (q, k, v, enter, leave, counts, indices, depth, oldest)
-    if torch.compiler.is_compiling():
-        return _flex(*arguments, scale)
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    shapes = (tuple(q.shape[1:]), tuple(k.shape[1:]), v.shape[2])
-    return _compiled_flex(scale, q.device, q.dtype, shapes, oldest is None, differentiable)(*arguments)
-
-
-@functools.lru_cache(maxsize=64)
-def _compiled_flex(scale, *kind_of_call):
-    # Dynamo counts recompilations by code object and gives up after a few; each kind of call gets one of its own.
-    own = types.FunctionType(_flex.__code__.replace(), _flex.__globals__, "radix_ops_flex")
-    return torch.compile(functools.partial(own, scale=scale), dynamic=True, fullgraph=True)
-
-
-def _flex(q, k, v, enter, leave, counts, indices, depth, oldest, scale):
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
-
-    def sees(batch, head, query, key):
-        visible = (enter[key] <= enter[query]) & (enter[query] < leave[key])
-        return visible if oldest is None else visible & (depth[key] >= oldest[query])
-
-    num_rows, value_dim = q.shape[0], v.shape[2]
-    by_query, by_key = ([counts[i, None, None], indices[i, None, None]] for i in (0, 2))
-    full_by_query, full_by_key = ([counts[i, None, None], indices[i, None, None]] for i in (1, 3))
-    mask = BlockMask(
-        (num_rows, num_rows),
-        *by_query,
-        *full_by_query,
-        *by_key,
-        *full_by_key,
-        BLOCK_SIZE=(BLOCK, BLOCK),
-        mask_mod=sees,
-    )
-    if min(q.shape[2], value_dim) < 16:  # which FlexAttention does not take
-        q, k, v = (torch.nn.functional.pad(x, (0, max(16 - x.shape[2], 0))) for x in (q, k, v))
-    out = flex_attention(
-        *(x.transpose(0, 1)[None] for x in (q, k, v)),
-        block_mask=mask,
-        scale=scale,
-        enable_gqa=True,
-        # Short batches would take another kernel, and one past that length would compile again.
-        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
-    )
-    return out[0].transpose(0, 1)[:, :, :value_dim]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _flash, _trie
-from ._check import ATTENTION_DTYPES, MAX_WINDOW
+from ._check import ATTENTION_DTYPES
 from .batch import FoldedBatch
 
 LAYOUTS = ("auto", "compact", "trie", "unfold")
@@ -40,59 +39,54 @@ def attention(
             "compact" leaves q as it is and unfolds the keys and values of the sequences that add rows, so that each
             row's attention is computed once. Where nothing is shared, nothing is unfolded.
             "trie" unfolds nothing and attends to the rows as they stand: the least memory, and the most to gain where
-            long prefixes are shared. On CUDA it compiles FlexAttention, which takes seconds, on the first call of a
-            kind: dtype, shape and strides of heads, scale, with a window or without, with gradients or without, fewer
-            than 128 rows or more.
+            long prefixes are shared.
             "unfold" unfolds q, k and v, attends all packed tokens and folds the output, as RadixMLP does (arXiv
             2601.15013): for comparison.
-            "auto" takes "trie" on the CPU where unfolding would repeat keys 6 times or more on average, and "compact"
-            otherwise; in compiled code it takes "compact" always, so that one graph serves all batches.
+            "auto" takes "trie" on CUDA where our kernels run, unless nothing is shared, and on the CPU where unfolding
+            would repeat keys 6 times or more on average; otherwise "compact". In compiled code it does not look at the
+            batch, so that one graph serves all: "trie" where our kernels run, "compact" elsewhere.
 
-    On CUDA in bfloat16 and float16, compute capability 8.0 or more, torch's kernels do it (flash attention, and
-    FlexAttention for "trie"), and nothing waits for the host. All else is correct and, on CUDA, slow: a loop on the
-    host over the runs. Values that are not finite stay in the sequences they come from on the CPU; on CUDA they may
-    spread to rows before them in the same sequence, as in any flash attention, and from there to other sequences.
+    On CUDA in bfloat16 and float16, compute capability 8.0 or more, head_dim up to 256, kernels do it (torch's flash
+    attention, and ours for "trie", in Triton, which are compiled in a second or two on the first call of a kind: dtype,
+    heads, with a window or without), and nothing waits for the host. All else is correct and, on CUDA, slow: a loop on
+    the host over the runs. Values that are not finite stay in the sequences they come from on the CPU; on CUDA they
+    may spread to rows before them in the same sequence, as in any flash attention, and to other sequences.
 
     Returns [num_rows, H, D_v]; padding rows are exactly zero, and so are their gradients. Differentiable once; the
     backward may need the result as it was returned, so don't change it in place.
     Raises ValueError for shapes, devices and values, TypeError for dtypes.
     """
     _check(q, k, v, batch, sliding_window)
-    plan = plan_attention(batch, layout, q.dtype, (sliding_window,))
-    return attend(q, k, v, batch, plan, scale, sliding_window)
+    return attend(q, k, v, batch, plan_attention(batch, layout), scale, sliding_window)
 
 
 class AttentionPlan(NamedTuple):
     """What the attention of every layer of a forward needs beside its batch, made once."""
 
     layout: str  # no longer "auto"; "packed" for "compact" where the keys of every sequence stand as they are needed
-    order: tuple[Tensor, Tensor, Tensor] | None  # of radix::trie_order, for "trie"
-    blocks: dict[int, tuple[Tensor, Tensor]] | None  # of radix::trie_blocks by window (0: none), where Flex runs
+    order: tuple[Tensor, ...] | None  # of radix::trie_order, for "trie"
+    needs_kernels: bool = False  # "trie" where its CUDA kernels run, "compact" otherwise
 
 
-def plan_attention(batch: FoldedBatch, layout: str, dtype: torch.dtype, windows: Iterable[int | None]) -> AttentionPlan:
-    """The plan for layers with the given sliding windows; nothing waits for the host.
+def plan_attention(batch: FoldedBatch, layout: str) -> AttentionPlan:
+    """The plan for all layers; nothing waits for the host.
 
     Raises ValueError for a layout that there is not.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
-    if layout == "auto":
+    is_compiling = torch.compiler.is_compiling()
+    is_choice = layout == "auto"
+    if is_choice:
         layout = _auto(batch)
+    # Rows of runs that share nothing need no unfolding. Compiled code has one graph for all batches instead.
+    if (is_choice or layout == "compact") and not is_compiling and batch.kv_index.shape[0] == batch.num_nodes:
+        layout = "packed"
     if layout != "trie":
-        # Rows of runs that share nothing need no unfolding. Compiled code has one graph for all batches instead.
-        if layout == "compact" and not torch.compiler.is_compiling() and batch.kv_index.shape[0] == batch.num_nodes:
-            layout = "packed"
-        return AttentionPlan(layout, None, None)
+        return AttentionPlan(layout, None)
     runs = batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index
-    order = tuple(torch.ops.radix.trie_order(*runs, batch.kv_indptr, batch.kv_members))
-    blocks = None
-    if _has_half_kernels(batch.kv_index.device, dtype):
-        blocks = {
-            window: tuple(torch.ops.radix.trie_blocks(*order, *runs, window))
-            for window in {window or 0 for window in windows}
-        }
-    return AttentionPlan(layout, order, blocks)
+    order = tuple(torch.ops.radix.trie_order(*runs, batch.num_rows))
+    return AttentionPlan(layout, order, needs_kernels=is_choice and batch.kv_index.is_cuda)
 
 
 def attend(
@@ -107,22 +101,16 @@ def attend(
     """`attention` by a plan, with arguments that are known to be right."""
     window = sliding_window or 0
     factor = 1.0 / math.sqrt(q.shape[2]) if scale is None else float(scale)
-    if plan.layout == "trie":
-        if plan.blocks is None:
-            return torch.ops.radix.trie_attention(q, k, v, *plan.order, batch.cu_seqlens_q, factor, window)[0]
-        enter, leave, depth = plan.order
-        oldest = depth - (min(window, MAX_WINDOW) - 1) if window else None
-        # The kernel multiplies what a mask hides by 0, which leaves of padding's values those that are not finite.
-        q, k, v = (_zero_padding_rows(x, batch) for x in (q, k, v))
-        out = _trie.flex(q, k, v, enter, leave, *plan.blocks[window], depth, oldest, factor)
-        return _zero_padding_rows(out, batch)
+    if plan.layout == "trie" and (not plan.needs_kernels or _trie.has_kernels(q, v)):
+        tables = *plan.order, batch.kv_index, batch.cu_seqlens_q, batch.num_nodes
+        return torch.ops.radix.trie_attention(q, k, v, *tables, factor, window)[0]
     if plan.layout == "unfold":
         packed = [batch.unfold(x) for x in (q, k, v)]
         ends, longest = batch.cu_seqlens, batch.max_seqlen_k
         out = _varlen(*packed, ends, ends, batch.num_tokens, longest, longest, factor, window)
         return _zero_padding_rows(batch.fold(out), batch)
     if plan.layout == "packed":
-        keys, values = k[: batch.num_nodes], v[: batch.num_nodes]
+        keys, values = (x if batch.num_rows == batch.num_nodes else x[: batch.num_nodes] for x in (k, v))
     else:
         keys, values = torch.ops.radix.gather_kv.csr(k, v, batch.kv_index, batch.kv_indptr, batch.kv_members)
     ends = batch.cu_seqlens_q, batch.cu_seqlens_k
@@ -130,21 +118,21 @@ def attend(
 
 
 def _varlen(q, k, v, ends_q, ends_k, num_queries, max_seqlen_q, max_seqlen_k, scale, window) -> Tensor:
-    if _has_half_kernels(q.device, q.dtype) and max(q.shape[2], v.shape[2]) <= _flash.MAX_HEAD_DIM:
+    if _flash.has_kernels(q, v):
         lengths = num_queries, max_seqlen_q, max_seqlen_k
         return torch.ops.radix.flash_attention(q, k, v, ends_q, ends_k, *lengths, scale, window)[0]
     return torch.ops.radix.varlen_attention(q, k, v, ends_q, ends_k, scale, window)
 
 
-def _has_half_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cuda" and dtype in _flash.DTYPES and _flash.runs_on(device.index)
-
-
 def _auto(batch: FoldedBatch) -> str:
-    """From 6 times on, "trie" was 0.96 to 5 times as fast as "compact" on a 2-core CPU, and below it often slower."""
-    if torch.compiler.is_compiling() or batch.kv_index.is_cuda:
-        return "compact"
-    return "trie" if batch.kv_index.shape[0] >= _REPEATS_FOR_TRIE * max(batch.num_nodes, 1) else "compact"
+    """On an H200 "trie" was 1.0 to 1.3 times as fast as "compact" in whole models, and 0.96 to 1.26 in training.
+
+    On a 2-core CPU it was 0.96 to 5 times as fast from 6 repeats on, and below them often slower.
+    """
+    if batch.kv_index.is_cuda:
+        return "trie"
+    repeats = not torch.compiler.is_compiling() and batch.kv_index.shape[0] >= _REPEATS_FOR_TRIE * batch.num_nodes
+    return "trie" if repeats else "compact"
 
 
 def _zero_padding_rows(rows: Tensor, batch: FoldedBatch) -> Tensor:

@@ -30,15 +30,15 @@ flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, num_queries, max_seqlen_q, 
     -> out, logsumexp [H, num_rows]: the same on CUDA in bfloat16 and float16, by torch's flash attention. num_queries
     is the end of cu_seqlens_q, the largest lengths may be larger than they are. Nothing looks at the values of
     cu_seqlens, which must be a fold's.
-trie_order(cu_seqlens_q, cu_seqlens_k, kv_index, kv_indptr, kv_members)
-    -> enter, leave, depth int32 [num_rows]: row k is on the path to row q exactly when enter[k] <= enter[q] < leave[k];
-    depth counts the rows above a row. All -1, -1, 0 for padding rows.
-trie_blocks(enter, leave, depth, cu_seqlens_q, cu_seqlens_k, kv_index, sliding_window=0)
-    -> counts int32 [4, blocks], indices int32 [4, blocks, blocks]: FlexAttention's tables of 128 x 128 blocks, with a
-    mask and without, by queries and by keys. Their memory is 16 (num_rows / 128)^2 bytes.
-trie_attention(q, k [num_rows, H_kv, D], v, enter, leave, depth, cu_seqlens_q, scale, sliding_window=0)
+trie_order(cu_seqlens_q, cu_seqlens_k, kv_index, num_rows)
+    -> enter, leave, depth, row_of, path, int32 [num_rows]: row k is on the path to row q exactly when
+    enter[k] <= enter[q] < leave[k]; depth counts the rows above a row; row_of is the inverse of enter; the path to a
+    row begins at kv_index[path]. For padding rows -1, -1, 0, themselves and any.
+trie_attention(q, k [num_rows, H_kv, D], v, enter, leave, depth, row_of, path, kv_index, cu_seqlens_q, num_nodes, scale,
+               sliding_window=0)
     -> out [num_rows, H, D_v], logsumexp [H, num_rows]: attention to the rows on the path, with no key or value
-    unfolded. In every floating dtype; on CUDA it waits for the host and is slow.
+    unfolded. In every floating dtype; on CUDA in bfloat16 and float16 by Triton kernels, otherwise it waits there for
+    the host and is slow. Nothing looks at the values of the index tensors, which must be a fold's and trie_order's.
 
 Two packed tokens share a row exactly when the (token, position) paths to them from the start of their sequences are
 equal. Rows come in order of first occurrence; padding rows behind them hold token 0, position 0 and `fold_index` 0.
@@ -90,7 +90,6 @@ _ALL_OPS = (
     "flash_attention",
     "flash_attention_backward",
     "trie_order",
-    "trie_blocks",
     "trie_attention",
     "trie_attention_backward",
 )
@@ -197,21 +196,16 @@ def _flash_attention_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, *rest):
 
 
 @torch.library.register_fake("radix::trie_order")
-def _trie_order_fake(cu_seqlens_q, cu_seqlens_k, kv_index, kv_indptr, kv_members):
-    _trie.check_order(cu_seqlens_q, cu_seqlens_k, kv_index, kv_indptr, kv_members)
-    return tuple(_index_like(kv_index, kv_indptr.shape[0] - 1) for _ in range(3))
-
-
-@torch.library.register_fake("radix::trie_blocks")
-def _trie_blocks_fake(enter, leave, depth, cu_seqlens_q, cu_seqlens_k, kv_index, sliding_window=0):
-    _trie.check_blocks(enter, leave, depth, cu_seqlens_q, cu_seqlens_k, kv_index)
-    blocks = _trie.num_blocks(enter.shape[0])
-    return _index_like(enter, 4, blocks), _index_like(enter, 4, blocks, blocks)
+def _trie_order_fake(cu_seqlens_q, cu_seqlens_k, kv_index, num_rows):
+    runs = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    check_index_like("trie_order", kv_index.device, **runs, kv_index=kv_index)
+    return tuple(_index_like(kv_index, num_rows) for _ in range(5))
 
 
 @torch.library.register_fake("radix::trie_attention")
-def _trie_attention_fake(q, k, v, enter, leave, depth, cu_seqlens_q, scale, sliding_window=0):
-    check_index_like("trie_attention", q.device, enter=enter, leave=leave, depth=depth, cu_seqlens_q=cu_seqlens_q)
+def _trie_attention_fake(q, k, v, enter, leave, depth, row_of, path, kv_index, cu_seqlens_q, num_nodes, scale, *window):
+    tables = {"enter": enter, "leave": leave, "depth": depth, "row_of": row_of, "path": path, "kv_index": kv_index}
+    check_index_like("trie_attention", q.device, **tables, cu_seqlens_q=cu_seqlens_q)
     check_devices("trie_attention", q.device, k=k, v=v)
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), _logsumexp_like(q, wide)
@@ -352,10 +346,10 @@ def _register_attention(name: str, backward_name: str, num_tensors: int, saves_o
 
 _register_attention("varlen_attention", "varlen_attention_backward", 5, saves_outputs=False)
 _register_attention("flash_attention", "flash_attention_backward", 5, saves_outputs=True)
-_register_attention("trie_attention", "trie_attention_backward", 7, saves_outputs=True)
+_register_attention("trie_attention", "trie_attention_backward", 10, saves_outputs=True)
 for _module, _names in (
     (_varlen, ("varlen_attention", "varlen_attention_backward")),
-    (_trie, ("trie_order", "trie_blocks", "trie_attention", "trie_attention_backward")),
+    (_trie, ("trie_attention", "trie_attention_backward")),
 ):
     for _name in _names:
         for _key in ("CPU", "CUDA"):

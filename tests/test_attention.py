@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from batches import NAMED, pack, random_sequences, rounds, to
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import radix_ops
 from radix_ops import FoldedBatch, attention, reference
@@ -142,6 +143,40 @@ def test_attention_of_a_packed_batch_unfolds_nothing(pad_multiple_of, device, mo
     torch.testing.assert_close(out[: batch.num_nodes], want)
     for got, expected in zip(torch.autograd.grad(out[: batch.num_nodes], tensors, grad), want_grads, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name", "layout"),
+    [
+        pytest.param(torch.bfloat16, "nested", "trie", marks=pytest.mark.cuda),
+        pytest.param(torch.bfloat16, "disjoint", "compact", marks=pytest.mark.cuda),
+        pytest.param(torch.float32, "nested", "compact", marks=pytest.mark.cuda),
+        (torch.float32, "nested", "compact"),
+        (torch.float32, "often_shared", "trie"),
+    ],
+)
+def test_auto_takes(dtype, name, layout, request):
+    device = "cuda" if request.node.get_closest_marker("cuda") else "cpu"
+    sequences = {**NAMED, "often_shared": [[*range(50), i] for i in range(20)]}[name]
+    batch = FoldedBatch.from_sequences(sequences, device=device)
+    q, k, v = (torch.randn(batch.num_rows, heads, 16, dtype=dtype, device=device) for heads in (4, 2, 2))
+    with RecordedOps() as recorded:
+        attention(q, k, v, batch)
+    attends = {
+        "compact": "flash_attention" if dtype == torch.bfloat16 else "varlen_attention",
+        "trie": "trie_attention",
+    }
+    assert [op for op in recorded.names if op.endswith("attention")] == [attends[layout]]
+
+
+class RecordedOps(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.usefixtures("default_device")

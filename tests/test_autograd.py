@@ -46,10 +46,11 @@ def _sample_inputs(dtype):
     yield RADIX.scatter_add_kv.csr, (*pair, INDEX, INDPTR, MEMBERS, 5)
     yield RADIX.varlen_attention.default, (q, k, v, *runs, 0.4)
     yield RADIX.varlen_attention.default, (q, k, v, *runs, 0.4, 2)
-    order = RADIX.trie_order(*runs, batch.kv_index, batch.kv_indptr, batch.kv_members)
+    order = RADIX.trie_order(*runs, batch.kv_index, batch.num_rows)
     k, v = (torch.randn(batch.num_rows, 2, d, dtype=dtype) for d in (6, 3))
-    yield RADIX.trie_attention.default, (q, k, v, *order, runs[0], 0.4)
-    yield RADIX.trie_attention.default, (q, k, v, *order, runs[0], 0.4, 2)
+    trie = (*order, batch.kv_index, runs[0], batch.num_nodes)
+    yield RADIX.trie_attention.default, (q, k, v, *trie, 0.4)
+    yield RADIX.trie_attention.default, (q, k, v, *trie, 0.4, 2)
 
 
 ATTENTION = (RADIX.varlen_attention.default, RADIX.trie_attention.default)
@@ -94,11 +95,8 @@ def test_opcheck_of_the_attention_backwards(device):
 def test_opcheck_of_the_trie(name, device):
     batch = FoldedBatch.from_sequences(NAMED[name], pad_multiple_of=8, device=device)
     runs = (batch.cu_seqlens_q, batch.cu_seqlens_k)
-    arguments = (*runs, batch.kv_index, batch.kv_indptr, batch.kv_members)
+    arguments = (*runs, batch.kv_index, batch.num_rows)
     torch.library.opcheck(RADIX.trie_order.default, arguments)
-    for window in (0, 2):
-        blocks = (*RADIX.trie_order(*arguments), *runs, batch.kv_index, window)
-        torch.library.opcheck(RADIX.trie_blocks.default, blocks)
 
 
 @pytest.mark.cuda
@@ -116,6 +114,22 @@ def test_opcheck_of_flash_attention(requires_grad, dtype):
             torch.library.opcheck(RADIX.flash_attention.default, arguments, rtol=1e-2, atol=1e-2)
             with pytest.raises(RuntimeError, match="radix::flash_attention: q, k and v must be bfloat16 or float16"):
                 RADIX.flash_attention(q.float(), k.float(), v.float(), *arguments[3:])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_opcheck_of_trie_attention_in_half_precision(requires_grad, dtype):
+    batch = FoldedBatch.from_sequences(NAMED["nested"], pad_multiple_of=8, device="cuda")
+    runs = batch.cu_seqlens_q, batch.cu_seqlens_k
+    order = RADIX.trie_order(*runs, batch.kv_index, batch.num_rows)
+    for dim, value_dim in ((16, 16), (6, 3)):
+        q = torch.randn(batch.num_rows, 4, dim, dtype=dtype, device="cuda", requires_grad=requires_grad)
+        k = torch.randn(batch.num_rows, 2, dim, dtype=dtype, device="cuda", requires_grad=requires_grad)
+        v = torch.randn(batch.num_rows, 2, value_dim, dtype=dtype, device="cuda", requires_grad=requires_grad)
+        for window in (0, 2):
+            arguments = (q, k, v, *order, batch.kv_index, runs[0], batch.num_nodes, 0.4, window)
+            torch.library.opcheck(RADIX.trie_attention.default, arguments)
 
 
 def test_gradcheck_and_gradgradcheck(device):

@@ -170,10 +170,8 @@ def test_compact_attention_is_that_of_packed_bit_for_bit(dtype):
 
 
 def test_the_trie_layout_compiles_once_for_batches_never_seen():
-    """Numbers of rows that are no multiples of 128, forward and backward, past dynamo's limit of recompilations.
-
-    FlexAttention itself compiles once more for fewer than 128 rows.
-    """
+    """Numbers of rows, above 128 and below, that are multiples of 16 or not, forward and backward."""
+    from radix_ops import _trie_cuda
 
     def run(shared, own):
         sequences = [[1] * shared + [2 + i] * own for i in range(3)]
@@ -182,17 +180,24 @@ def test_the_trie_layout_compiles_once_for_batches_never_seen():
             torch.randn(batch.num_rows, heads, 16, dtype=torch.bfloat16, device="cuda", requires_grad=True)
             for heads in (4, 2, 2)
         )
-        out = attention(q, k, v, batch, layout="trie")
-        want = attention(q, k, v, batch, layout="compact")
-        torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
-        grad = torch.randn_like(out)
-        for g, w in zip(*(torch.autograd.grad(x, (q, k, v), grad) for x in (out, want)), strict=True):
-            torch.testing.assert_close(g, w, rtol=5e-2, atol=5e-2)
+        for window in (None, 50):
+            out = attention(q, k, v, batch, layout="trie", sliding_window=window)
+            want = attention(q, k, v, batch, layout="compact", sliding_window=window)
+            torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
+            grad = torch.randn_like(out)
+            for g, w in zip(*(torch.autograd.grad(x, (q, k, v), grad) for x in (out, want)), strict=True):
+                torch.testing.assert_close(g, w, rtol=5e-2, atol=5e-2)
+
+    def compiled():
+        kernels = _trie_cuda._forward, _trie_cuda._backward_q, _trie_cuda._backward_kv
+        return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
 
     run(333, 61)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for shared in range(120, 1300, 97):
-            run(shared, shared % 50 + 3)
+    before = compiled()
+    assert min(before) >= 2
+    for shared in (1, 2, 16, 64, *range(120, 1300, 97)):
+        run(shared, shared % 50 + 3)
+    assert compiled() == before
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

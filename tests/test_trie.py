@@ -1,8 +1,6 @@
-"""The order and the blocks of a trie against its ancestors found one by one, and what the CPU kernel reads."""
+"""The order of a trie against its ancestors found one by one, and what the CPU kernel reads."""
 
 from __future__ import annotations
-
-import functools
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from radix_ops import FoldedBatch, _trie
 
 RADIX = torch.ops.radix
-BLOCK = _trie.BLOCK
 LONG = [[*range(900), i] for i in range(3)] + [[*range(300), 5, *range(400)], list(range(650)), [*range(300), 5]]
 # Run r + 1 leaves run r at its last token: the deepest tree of runs.
 NESTED_RUNS = [[*range(i), 1000 + i] for i in range(200)]
@@ -29,55 +26,53 @@ def batches():
 
 
 def order_of(batch):
-    return RADIX.trie_order(batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index, batch.kv_indptr, batch.kv_members)
+    return RADIX.trie_order(batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index, batch.num_rows)
 
 
 def ancestors_of(batch):
     """bool [num_rows, num_rows], where the row of the first index sees that of the second."""
     sees = torch.zeros(batch.num_rows, batch.num_rows, dtype=torch.bool)
-    for rows in batch.unfold_index.cpu().split(batch.lengths.tolist()):
-        for depth, row in enumerate(rows.tolist()):
-            sees[row, rows[: depth + 1].long()] = True
+    for rows in batch.unfold_index.cpu().long().split(batch.lengths.tolist()):
+        sees[rows[:, None], rows] = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
     return sees
 
 
 def test_order_tells_ancestors(device):
     for sequences in batches():
         batch = FoldedBatch.from_sequences(sequences, pad_multiple_of=4, device=device)
-        enter, leave, depth = (x.cpu() for x in order_of(batch))
+        enter, leave, depth, row_of, path = (x.cpu() for x in order_of(batch))
         sees = ancestors_of(batch)
         assert torch.equal((enter <= enter[:, None]) & (enter[:, None] < leave), sees)
         assert torch.equal(depth, (sees.sum(1) - 1).clamp(min=0).int())
-        assert sorted(enter[: batch.num_nodes].tolist()) == list(range(batch.num_nodes))
+        assert torch.equal(enter[row_of[: batch.num_nodes].long()], torch.arange(batch.num_nodes, dtype=torch.int32))
+        assert row_of[batch.num_nodes :].tolist() == list(range(batch.num_nodes, batch.num_rows))
+        kv_index = batch.kv_index.cpu()
+        for row in range(batch.num_nodes):
+            on_path = kv_index[path[row] : path[row] + depth[row] + 1].long()
+            assert torch.equal(on_path, torch.sort(on_path).values)
+            assert torch.equal(on_path, sees[row].nonzero()[:, 0])
 
 
-@pytest.mark.parametrize("window", [0, 1, 50])
-def test_blocks_are_those_of_the_mask(window, device):
-    for sequences in batches():
-        batch = FoldedBatch.from_sequences(sequences, pad_multiple_of=4, device=device)
-        order = order_of(batch)
-        counts, indices = RADIX.trie_blocks(*order, batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index, window)
-        size = counts.shape[1]
-        assert size == max(2, -(-batch.num_rows // BLOCK))
-        tables = torch.zeros(4, size, size, dtype=torch.bool)
-        for table in range(4):
-            for row in range(size):
-                tables[table, row, indices[table, row, : counts[table, row]].cpu().long()] = True
-        partial, full = tables[:2]
-        assert torch.equal(tables[2], partial.T)
-        assert torch.equal(tables[3], full.T)
-        sees = ancestors_of(batch)
-        if window:
-            depth = order[2].cpu()
-            sees &= depth[:, None] - depth < window
-        mask = torch.zeros(size * BLOCK, size * BLOCK, dtype=torch.bool)
-        mask[: batch.num_rows, : batch.num_rows] = sees
-        mask = mask.view(size, BLOCK, size, BLOCK).transpose(1, 2)
-        assert torch.equal(full, mask.all(-1).all(-1))
-        wanted = mask.any(-1).any(-1)
-        assert not (wanted & ~partial & ~full).any()
-        if not window:  # which is cut by bounds of depths
-            assert torch.equal(partial | full, wanted)
+def test_order_refuses_what_no_fold_makes():
+    ends, keys = torch.tensor([0, 2, 3]), torch.tensor([0, 1, 0, 2])
+    RADIX.trie_order(ends, torch.tensor([0, 2, 4]), keys, 3)
+    for cu_q, cu_k, kv_index, num_rows in (
+        (ends, torch.tensor([0, 2, 4]), keys, 2),  # fewer rows than the runs have
+        (ends, torch.tensor([0, 2, 5]), keys, 3),  # more keys than there are
+        (ends, torch.tensor([0, 2, 2]), keys, 3),  # a path shorter than its run
+        (torch.tensor([1, 2, 3]), torch.tensor([0, 2, 4]), keys, 3),
+        (torch.tensor([0, 2, 1]), torch.tensor([0, 2, 4]), keys, 3),
+        (ends, torch.tensor([0, 2, 4]), torch.tensor([0, 1, 2, 2]), 3),  # a parent that comes after its branch
+        (ends, torch.tensor([0, 2, 4]), torch.tensor([0, 1, -1, 2]), 3),
+    ):
+        with pytest.raises(
+            RuntimeError, match=r"must be a fold's, and num_rows at least its rows; run \d does not fit$"
+        ):
+            RADIX.trie_order(cu_q, cu_k, kv_index, num_rows)
+    with pytest.raises(RuntimeError, match="must be equally long and hold at least a 0, got 3 and 2 entries$"):
+        RADIX.trie_order(ends, torch.tensor([0, 2]), keys, 3)
+    with pytest.raises(RuntimeError, match="num_rows must be from 0 to 2147483646, got -1$"):
+        RADIX.trie_order(ends, torch.tensor([0, 2, 4]), keys, -1)
 
 
 class RowsRead(TorchDispatchMode):
@@ -103,7 +98,7 @@ def test_no_key_or_value_is_unfolded_on_the_cpu():
     batch = FoldedBatch.from_sequences([[*range(200), i, i, i] for i in range(1000, 1050)])
     q, k, v = (torch.randn(batch.num_rows, heads, 8) for heads in (4, 2, 2))
     order = order_of(batch)
-    arguments = (*order, batch.cu_seqlens_q, 0.3)
+    arguments = (*order, batch.kv_index, batch.cu_seqlens_q, batch.num_nodes, 0.3)
     out, logsumexp = _trie.trie_attention(q, k, v, *arguments)
     for tensor in (k, v):
         with RowsRead(tensor) as read:
@@ -120,23 +115,7 @@ def test_no_key_or_value_is_unfolded_on_the_cpu():
 def test_nothing_below_an_edge_is_computed_alone():
     """The shared 200 rows are read as whole tiles, not once for each of the sequences below."""
     batch = FoldedBatch.from_sequences([[*range(200), i] for i in range(1000, 1050)])
-    edges = _trie._Edges.of(*order_of(batch), batch.cu_seqlens_q)
+    edges = _trie._Edges.of(*order_of(batch)[:4], batch.cu_seqlens_q, batch.num_nodes)
     k = torch.zeros(batch.num_rows, 1, 1)
     below = [t for t in _trie._tiles(edges, 0, 256, k, k) if t.mask is None and t.keys.stop - t.keys.start == 200]
     assert [tile.queries.stop - tile.queries.start for tile in below] == [50]
-
-
-def test_flex_compiles_once_for_batches_never_seen():
-    """As dynamo sees it, on the CPU; the kernels it makes on CUDA are test_attention's."""
-    torch._dynamo.reset()
-    compiled = torch.compile(functools.partial(_trie._flex, scale=0.25), dynamic=True, fullgraph=True, backend="eager")
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for sequences in (LONG, [[*range(150), i] for i in range(41)], APART, [[1, 2, 3], [1, 2, 4]]):
-            batch = FoldedBatch.from_sequences(sequences, pad_multiple_of=8)
-            enter, leave, depth = order_of(batch)
-            blocks = RADIX.trie_blocks(enter, leave, depth, batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index)
-            q, k, v = (torch.randn(batch.num_rows, heads, 16) for heads in (4, 2, 2))
-            got = compiled(q, k, v, enter, leave, *blocks, depth, None)
-            want, _ = RADIX.trie_attention(q, k, v, enter, leave, depth, batch.cu_seqlens_q, 0.25)
-            torch.testing.assert_close(got[: batch.num_nodes], want[: batch.num_nodes])
-    torch._dynamo.reset()

@@ -1,7 +1,7 @@
 // What the CUDA kernels share: device, stream, launches, workspaces and index arrays of either width.
 #pragma once
 
-#include "../check.h"
+#include "../integers.h"
 
 #include <cuda_runtime.h>
 
@@ -114,21 +114,6 @@ __device__ inline void for_each(int64_t count, const Body& body) {
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
     body(i);
   }
-}
-
-// An int32 or int64 array. The branch is the same for all threads, and one kernel serves both.
-struct Integers {
-  const void* data;
-  bool wide;
-
-  __host__ __device__ int64_t operator[](int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-  }
-};
-
-// `tensor` must be contiguous and outlive the array.
-inline Integers integers_of(const Tensor& tensor) {
-  return Integers{tensor.const_data_ptr(), !is_int32(tensor)};
 }
 
 // Parts of one allocation. The parts are laid out first, then the memory is taken, then the pointers are asked for.

@@ -210,13 +210,6 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
-def _projected_dtype(x: Tensor) -> torch.dtype:
-    """Of a linear projection of x: autocast lowers any but float64."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
 def _initialise(module: nn.Module, std: float) -> None:
     """Weights of a new model, as transformers draws them."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -324,7 +317,7 @@ class Qwen3Model(_Pretrained):
         angles = torch.outer(batch.position_ids.to(torch.float32), frequencies)
         angles = torch.cat([angles, angles], -1)[:, None]
         cos, sin = (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
-        plan = plan_attention(batch, layout, _projected_dtype(x), self.config.sliding_windows)
+        plan = plan_attention(batch, layout)
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, batch, plan, use_reentrant=False)

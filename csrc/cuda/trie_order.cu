@@ -1,0 +1,123 @@
+// radix::trie_order on CUDA; nothing is read on the host.
+#include "../trie_order.h"
+#include "inverse.cuh"
+
+#include <torch/headeronly/macros/Macros.h>
+
+#include <cub/device/device_scan.cuh>
+
+namespace radix {
+namespace {
+
+__global__ void find_parents(TrieOrder order, int64_t num_tokens, int32_t* group) {
+  for_each(order.num_runs, [&](int64_t run) {
+    CUDA_KERNEL_ASSERT(order.is_sound(run, num_tokens) && "cu_seqlens_q, cu_seqlens_k and kv_index must be a fold's");
+    order.find_parent(run);
+    group[run] = order.parent[run] + 1;
+    order.size[run] = 0;
+  });
+}
+
+// A chain of runs is no longer than a path: all threads together take at most as many steps as there are tokens.
+__global__ void find_sizes(TrieOrder order) {
+  for_each(order.num_runs, [&](int64_t run) {
+    const int32_t length = static_cast<int32_t>(order.length(run));
+    for (int64_t at = run; at >= 0; at = order.above[at]) {
+      atomicAdd(order.size + at, length);
+    }
+  });
+}
+
+__global__ void rank_runs(TrieOrder order, int32_t* sizes_by_rank) {
+  for_each(order.num_runs + 1, [&](int64_t i) {
+    sizes_by_rank[i] = i < order.num_runs ? order.size[order.by_parent[i]] : 0;
+    if (i < order.num_runs) {
+      order.rank[order.by_parent[i]] = static_cast<int32_t>(i);
+    }
+  });
+}
+
+__global__ void find_hops(TrieOrder order) {
+  for_each(order.num_runs, [&](int64_t run) { order.find_hop(run); });
+}
+
+__global__ void number_runs(TrieOrder order) {
+  for_each(order.num_runs, [&](int64_t run) {
+    int32_t number = 0;
+    for (int64_t at = run; at >= 0; at = order.above[at]) {
+      number += order.hop[at];
+    }
+    order.number[run] = number;
+  });
+}
+
+__global__ void find_rows(TrieOrder order) {
+  for_each(order.num_rows, [&](int64_t row) { order.find_row(row); });
+}
+
+Order trie_order_cuda(
+    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const Tensor& kv_index, int64_t num_rows) {
+  const char* op = "trie_order";
+  const Place place = cuda_place({&cu_seqlens_q, &cu_seqlens_k, &kv_index});
+  std::vector<Tensor> held;
+  auto [order, outputs] = begin_trie_order(cu_seqlens_q, cu_seqlens_k, kv_index, num_rows, place, held);
+  const int64_t num_runs = order.num_runs;
+  const Device device(op, place);
+  size_t scan_bytes = 0;
+  auto scan = [&](void* temporary, const int32_t* in, int32_t* out) {
+    check_cuda(op, cub::DeviceScan::ExclusiveSum(temporary, scan_bytes, in, out, num_runs + 1, device.stream()));
+  };
+  scan(nullptr, nullptr, nullptr);
+  Workspace workspace;
+  const int64_t parent_at = workspace.add<int32_t>(num_runs);
+  const int64_t above_at = workspace.add<int32_t>(num_runs);
+  const int64_t size_at = workspace.add<int32_t>(num_runs);
+  const int64_t number_at = workspace.add<int32_t>(num_runs);
+  const int64_t hop_at = workspace.add<int32_t>(num_runs);
+  const int64_t branches_at = workspace.add<int32_t>(num_rows + 2);
+  const int64_t by_parent_at = workspace.add<int32_t>(num_runs);
+  const int64_t rank_at = workspace.add<int32_t>(num_runs);
+  const int64_t sums_at = workspace.add<int32_t>(num_runs + 1);
+  const int64_t group_at = workspace.add<int32_t>(num_runs);
+  const int64_t sizes_by_rank_at = workspace.add<int32_t>(num_runs + 1);
+  const int64_t scan_at = workspace.add<char>(static_cast<int64_t>(scan_bytes));
+  workspace.allocate(place);
+  order.parent = workspace.at<int32_t>(parent_at);
+  order.above = workspace.at<int32_t>(above_at);
+  order.size = workspace.at<int32_t>(size_at);
+  order.number = workspace.at<int32_t>(number_at);
+  order.hop = workspace.at<int32_t>(hop_at);
+  order.branches = workspace.at<int32_t>(branches_at);
+  order.by_parent = workspace.at<int32_t>(by_parent_at);
+  order.rank = workspace.at<int32_t>(rank_at);
+  order.sums = workspace.at<int32_t>(sums_at);
+  int32_t* group = workspace.at<int32_t>(group_at);
+  int32_t* sizes_by_rank = workspace.at<int32_t>(sizes_by_rank_at);
+
+  if (num_runs > 0) {
+    device.launch_over(num_runs, &find_parents, order, kv_index.size(0), group);
+    device.launch_over(num_runs, &find_sizes, order);
+    invert_index<int32_t>(
+        op,
+        place,
+        device,
+        Integers{group, false},
+        num_runs,
+        num_rows + 1,
+        workspace.at<int32_t>(branches_at),
+        workspace.at<int32_t>(by_parent_at));
+    device.launch_over(num_runs + 1, &rank_runs, order, sizes_by_rank);
+    scan(workspace.at<char>(scan_at), sizes_by_rank, order.sums);
+    device.launch_over(num_runs, &find_hops, order);
+    device.launch_over(num_runs, &number_runs, order);
+  }
+  device.launch_over(num_rows, &find_rows, order);
+  return outputs;
+}
+
+}  // namespace
+}  // namespace radix
+
+STABLE_TORCH_LIBRARY_IMPL(radix, CUDA, m) {
+  m.impl("trie_order", TORCH_BOX(&radix::trie_order_cuda));
+}

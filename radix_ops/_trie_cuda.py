@@ -1,0 +1,469 @@
+"""Triton kernels of radix::trie_attention in bfloat16 and float16: flash attention over the numbers of `trie_order`.
+
+In depth-first order the rows that a block of neighbouring queries sees are the path to its first query, which lies
+side by side in kv_index, and the block itself. The higher part of that path is seen by the whole block, so that most
+of the work has no mask; below, row k is seen by number n exactly when enter[k] <= n < leave[k]. Likewise the queries
+that see a row of a block are an interval of numbers that begins at the block. So no key, value or gradient is copied
+or summed outside the kernels, and nothing depends on the order in which blocks finish: results are deterministic.
+
+A block of queries holds tokens x query heads of one key/value head (grouped-query attention), so that keys are read
+once for all of them. logsumexp is in base 2. Padding rows are given zeros, and never read.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.errors import OutOfResources
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_NO_LIMIT = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _load_rows(
+    x, row, head, stride_row, stride_head, is_row, MASKED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """[rows, BLOCK], zeros behind SIZE and, with MASKED, where is_row is False."""
+    column = tl.arange(0, BLOCK)[None, :]
+    pointers = x + (row.to(tl.int64)[:, None] * stride_row + head.to(tl.int64) * stride_head + column)
+    if MASKED:
+        values = tl.load(pointers, mask=is_row[:, None] & (column < SIZE), other=0.0)
+    elif SIZE < BLOCK:
+        values = tl.load(pointers, mask=column < SIZE, other=0.0)
+    else:
+        values = tl.load(pointers)
+    return values
+
+
+@triton.jit
+def _store_rows(x, values, row, head, heads, is_row, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    pointers = x + ((row.to(tl.int64)[:, None] * heads + head) * SIZE + column[None, :])
+    tl.store(pointers, values.to(x.dtype.element_ty), mask=is_row[:, None] & (column[None, :] < SIZE))
+
+
+@triton.jit
+def _queries_of_program(
+    row_of, num_nodes, GROUP: tl.constexpr, MEMBERS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Programs of one block of numbers stand side by side, those of the deepest blocks, which take longest, first."""
+    TOKENS: tl.constexpr = BLOCK_M // MEMBERS
+    PARTS: tl.constexpr = (GROUP + MEMBERS - 1) // MEMBERS
+    block = (tl.num_programs(0) - 1 - tl.program_id(0)) // (KV_HEADS * PARTS)
+    part = tl.program_id(0) % (KV_HEADS * PARTS)
+    kv_head = part // PARTS
+    slot = tl.arange(0, BLOCK_M)
+    member = part % PARTS * MEMBERS + slot % MEMBERS
+    number = block * TOKENS + slot // MEMBERS
+    is_slot = (slot < TOKENS * MEMBERS) & (member < GROUP)
+    is_query = is_slot & (number < num_nodes)
+    row = tl.load(row_of + number, mask=is_query, other=0)
+    return block * TOKENS, kv_head, kv_head * GROUP + member, number, row, is_slot, is_query
+
+
+@triton.jit
+def _path_of_block(row_of, depth, path, kv_index, first, own_depth, is_query):
+    """Where the rows above the block's first number begin, how many they are, and how many of them all queries see."""
+    first_row = tl.load(row_of + first)
+    shared = tl.min(tl.where(is_query, own_depth, _NO_LIMIT))
+    return kv_index + tl.load(path + first_row), tl.load(depth + first_row), shared
+
+
+@triton.jit
+def _path_keys(
+    k, v, start, at, length, number, own_depth, leave, window, kv_head,
+    stride_kr, stride_kh, stride_vr, stride_vh,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    MASKED: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Keys, values and [queries, keys] whether they are seen; without MASKED they all are, and the third is nothing."""
+    key_depth = at + tl.arange(0, BLOCK_N)
+    is_key = key_depth < length
+    visible = is_key
+    if MASKED:
+        key_row = tl.load(start + key_depth, mask=is_key, other=0)
+        end = tl.load(leave + key_row, mask=is_key, other=0)
+        visible = number[:, None] < end[None, :]
+        if WINDOWED:
+            visible = visible & (own_depth[:, None] - key_depth[None, :] < window)
+    else:
+        key_row = tl.load(start + key_depth)
+    keys = _load_rows(k, key_row, kv_head, stride_kr, stride_kh, is_key, MASKED, D, BLOCK_D)
+    values = _load_rows(v, key_row, kv_head, stride_vr, stride_vh, is_key, MASKED, DV, BLOCK_DV)
+    return keys, values, visible
+
+
+@triton.jit
+def _own_keys(
+    k, v, row_of, at, num_nodes, number, own_depth, leave, depth, window, kv_head,
+    stride_kr, stride_kh, stride_vr, stride_vh,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The same for numbers of the block itself."""
+    key = at + tl.arange(0, BLOCK_N)
+    is_key = key < num_nodes
+    key_row = tl.load(row_of + key, mask=is_key, other=0)
+    end = tl.load(leave + key_row, mask=is_key, other=0)
+    visible = (key[None, :] <= number[:, None]) & (number[:, None] < end[None, :])
+    if WINDOWED:
+        key_depth = tl.load(depth + key_row, mask=is_key, other=0)
+        visible = visible & (own_depth[:, None] - key_depth[None, :] < window)
+    keys = _load_rows(k, key_row, kv_head, stride_kr, stride_kh, is_key, True, D, BLOCK_D)
+    values = _load_rows(v, key_row, kv_head, stride_vr, stride_vh, is_key, True, DV, BLOCK_DV)
+    return keys, values, visible
+
+
+@triton.jit
+def _forward_step(queries, keys, values, visible, largest, total, acc, factor, MASKED: tl.constexpr):
+    scores = tl.dot(queries, tl.trans(keys))
+    if MASKED:
+        scores = tl.where(visible, scores * factor, float("-inf"))
+        now = tl.maximum(largest, tl.max(scores, 1))
+        # A query that has seen no key yet has -inf here, and -inf from itself is NaN.
+        base = tl.where(now == float("-inf"), 0.0, now)
+        weights = tl.exp2(scores - base[:, None])
+    else:
+        now = tl.maximum(largest, tl.max(scores, 1) * factor)
+        base = now
+        weights = tl.exp2(scores * factor - base[:, None])
+    fade = tl.exp2(largest - base)
+    acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None])
+    return now, total * fade + tl.sum(weights, 1), acc
+
+
+_UNSPECIALIZED = ["num_rows", "num_nodes", "window"]  # so that batches of all sizes share one compilation
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _forward(
+    q, k, v, out, logsumexp, row_of, leave, depth, path, kv_index,
+    stride_qr, stride_qh, stride_kr, stride_kh, stride_vr, stride_vh, num_rows, num_nodes, scale, window,
+    GROUP: tl.constexpr, MEMBERS: tl.constexpr, KV_HEADS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WINDOWED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    first, kv_head, head, number, row, is_slot, is_query = _queries_of_program(
+        row_of, num_nodes, GROUP, MEMBERS, KV_HEADS, BLOCK_M
+    )
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    if first < num_nodes:
+        queries = _load_rows(q, row, head[:, None], stride_qr, stride_qh, is_query, True, D, BLOCK_D)
+        if scale < 0:  # the largest score times the factor must be the largest
+            queries = -queries
+        factor = tl.abs(scale) * _LOG2_E
+        own_depth = tl.load(depth + row, mask=is_query, other=0)
+        start, length, shared = _path_of_block(row_of, depth, path, kv_index, first, own_depth, is_query)
+        full = shared // BLOCK_N * BLOCK_N
+        low = 0
+        if WINDOWED:
+            deepest = tl.max(own_depth)
+            low = tl.maximum(shared + 1 - window, 0) // BLOCK_N * BLOCK_N
+            full_low = (tl.maximum(deepest + 1 - window, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+            full_low = tl.maximum(tl.minimum(full_low, full), low)
+            for at in tl.range(low, full_low, BLOCK_N, num_stages=1):
+                keys, values, visible = _path_keys(
+                    k, v, start, at, length, number, own_depth, leave, window, kv_head,
+                    stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, True, WINDOWED, BLOCK_N,
+                )  # fmt: skip
+                largest, total, acc = _forward_step(queries, keys, values, visible, largest, total, acc, factor, True)
+            low = full_low
+        for at in tl.range(low, full, BLOCK_N, num_stages=STAGES):
+            keys, values, visible = _path_keys(
+                k, v, start, at, length, number, own_depth, leave, window, kv_head,
+                stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, False, WINDOWED, BLOCK_N,
+            )  # fmt: skip
+            largest, total, acc = _forward_step(queries, keys, values, visible, largest, total, acc, factor, False)
+        for at in tl.range(full, length, BLOCK_N, num_stages=1):
+            keys, values, visible = _path_keys(
+                k, v, start, at, length, number, own_depth, leave, window, kv_head,
+                stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, True, WINDOWED, BLOCK_N,
+            )  # fmt: skip
+            largest, total, acc = _forward_step(queries, keys, values, visible, largest, total, acc, factor, True)
+        for at in tl.range(first, tl.minimum(first + BLOCK_M // MEMBERS, num_nodes), BLOCK_N, num_stages=1):
+            keys, values, visible = _own_keys(
+                k, v, row_of, at, num_nodes, number, own_depth, leave, depth, window, kv_head,
+                stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, WINDOWED, BLOCK_N,
+            )  # fmt: skip
+            largest, total, acc = _forward_step(queries, keys, values, visible, largest, total, acc, factor, True)
+
+    is_stored = is_slot & (number < num_rows)
+    row = tl.where(is_query, row, number)
+    acc = tl.where(is_query[:, None], acc / total[:, None], 0.0)
+    _store_rows(out, acc, row, head[:, None], GROUP * KV_HEADS, is_stored, DV, BLOCK_DV)
+    sums = tl.where(is_query, largest + tl.log2(total), 0.0)
+    tl.store(logsumexp + (head.to(tl.int64) * num_rows + row), sums, mask=is_stored)
+
+
+@triton.jit
+def _grad_q_step(queries, grads, keys, values, visible, sums, means, acc, factor, MASKED: tl.constexpr):
+    weights = tl.exp2(tl.dot(queries, tl.trans(keys)) * factor - sums[:, None])
+    if MASKED:
+        weights = tl.where(visible, weights, 0.0)
+    grad_scores = weights * (tl.dot(grads, tl.trans(values)) - means[:, None])
+    return tl.dot(grad_scores.to(keys.dtype), keys, acc)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _backward_q(
+    q, k, v, out, grad_out, logsumexp, mean, grad_q, row_of, leave, depth, path, kv_index,
+    stride_qr, stride_qh, stride_kr, stride_kh, stride_vr, stride_vh, num_rows, num_nodes, scale, window,
+    GROUP: tl.constexpr, MEMBERS: tl.constexpr, KV_HEADS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WINDOWED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """grad_q, and for `_backward_kv` the mean of grad_out * value under each query's weights."""
+    first, kv_head, head, number, row, is_slot, is_query = _queries_of_program(
+        row_of, num_nodes, GROUP, MEMBERS, KV_HEADS, BLOCK_M
+    )
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if first < num_nodes:
+        factor = scale * _LOG2_E
+        queries = _load_rows(q, row, head[:, None], stride_qr, stride_qh, is_query, True, D, BLOCK_D)
+        out_stride = GROUP * KV_HEADS * DV
+        grads = _load_rows(grad_out, row, head[:, None], out_stride, DV, is_query, True, DV, BLOCK_DV)
+        outs = _load_rows(out, row, head[:, None], out_stride, DV, is_query, True, DV, BLOCK_DV)
+        means = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
+        at_query = head.to(tl.int64) * num_rows + row
+        tl.store(mean + at_query, means, mask=is_query)
+        sums = tl.load(logsumexp + at_query, mask=is_query, other=0.0)
+        own_depth = tl.load(depth + row, mask=is_query, other=0)
+        start, length, shared = _path_of_block(row_of, depth, path, kv_index, first, own_depth, is_query)
+        full = shared // BLOCK_N * BLOCK_N
+        low = 0
+        if WINDOWED:
+            low = tl.maximum(shared + 1 - window, 0) // BLOCK_N * BLOCK_N
+            full = low
+        for at in tl.range(low, full, BLOCK_N, num_stages=STAGES):
+            keys, values, visible = _path_keys(
+                k, v, start, at, length, number, own_depth, leave, window, kv_head,
+                stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, False, WINDOWED, BLOCK_N,
+            )  # fmt: skip
+            acc = _grad_q_step(queries, grads, keys, values, visible, sums, means, acc, factor, False)
+        for at in tl.range(full, length, BLOCK_N, num_stages=1):
+            keys, values, visible = _path_keys(
+                k, v, start, at, length, number, own_depth, leave, window, kv_head,
+                stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, True, WINDOWED, BLOCK_N,
+            )  # fmt: skip
+            acc = _grad_q_step(queries, grads, keys, values, visible, sums, means, acc, factor, True)
+        for at in tl.range(first, tl.minimum(first + BLOCK_M // MEMBERS, num_nodes), BLOCK_N, num_stages=1):
+            keys, values, visible = _own_keys(
+                k, v, row_of, at, num_nodes, number, own_depth, leave, depth, window, kv_head,
+                stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, WINDOWED, BLOCK_N,
+            )  # fmt: skip
+            acc = _grad_q_step(queries, grads, keys, values, visible, sums, means, acc, factor, True)
+    is_stored = is_slot & (number < num_rows)
+    acc = tl.where(is_query[:, None], acc * scale, 0.0)
+    _store_rows(grad_q, acc, tl.where(is_query, row, number), head[:, None], GROUP * KV_HEADS, is_stored, D, BLOCK_D)
+
+
+@triton.jit
+def _grad_kv_step(
+    q, grad_out, logsumexp, mean, row_of, depth, at, end, keys, values, key, leaves, key_depth, kv_head, window,
+    grad_k, grad_v, factor, stride_qr, stride_qh, num_rows,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    MASKED: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Adds what the queries at .. at + BLOCK_M, pairs of a number and a head of the group, give."""
+    pair = at + tl.arange(0, BLOCK_M)
+    number = pair // GROUP
+    head = kv_head * GROUP + pair % GROUP
+    is_query = pair < end
+    row = tl.load(row_of + number, mask=is_query, other=0) if MASKED else tl.load(row_of + number)
+    queries = _load_rows(q, row, head[:, None], stride_qr, stride_qh, is_query, MASKED, D, BLOCK_D)
+    grads = _load_rows(grad_out, row, head[:, None], GROUP * KV_HEADS * DV, DV, is_query, MASKED, DV, BLOCK_DV)
+    at_query = head.to(tl.int64) * num_rows + row
+    sums = tl.load(logsumexp + at_query, mask=is_query, other=0.0) if MASKED else tl.load(logsumexp + at_query)
+    means = tl.load(mean + at_query, mask=is_query, other=0.0) if MASKED else tl.load(mean + at_query)
+    weights = tl.exp2(tl.dot(keys, tl.trans(queries)) * factor - sums[None, :])
+    if MASKED:
+        visible = (key[:, None] <= number[None, :]) & (number[None, :] < leaves[:, None])
+        if WINDOWED:
+            own_depth = tl.load(depth + row, mask=is_query, other=0)
+            visible = visible & (own_depth[None, :] - key_depth[:, None] < window)
+        weights = tl.where(visible, weights, 0.0)
+    grad_v = tl.dot(weights.to(grads.dtype), grads, grad_v)
+    grad_scores = weights * (tl.dot(values, tl.trans(grads)) - means[None, :])
+    grad_k = tl.dot(grad_scores.to(queries.dtype), queries, grad_k)
+    return grad_k, grad_v
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _backward_kv(
+    q, k, v, grad_out, logsumexp, mean, grad_k, grad_v, row_of, leave, depth,
+    stride_qr, stride_qh, stride_kr, stride_kh, stride_vr, stride_vh, num_rows, num_nodes, scale, window,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WINDOWED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(0) % KV_HEADS
+    first = tl.program_id(0) // KV_HEADS * BLOCK_N
+    key = first + tl.arange(0, BLOCK_N)
+    is_key = key < num_nodes
+    row = tl.load(row_of + key, mask=is_key, other=0)
+    acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    if first < num_nodes:
+        factor = scale * _LOG2_E
+        keys = _load_rows(k, row, kv_head, stride_kr, stride_kh, is_key, True, D, BLOCK_D)
+        values = _load_rows(v, row, kv_head, stride_vr, stride_vh, is_key, True, DV, BLOCK_DV)
+        leaves = tl.load(leave + row, mask=is_key, other=0)
+        key_depth = tl.load(depth + row, mask=is_key, other=0)
+        # Pairs of a number and a head of the group: first those of the block's own numbers, then those that see all
+        # of its keys, then those that see some.
+        begin = first * GROUP
+        end = tl.max(leaves) * GROUP
+        own_end = begin + (BLOCK_N * GROUP + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+        full_end = own_end
+        if not WINDOWED:
+            seen_by_all = tl.min(tl.where(is_key, leaves, _NO_LIMIT)) * GROUP
+            full_end += tl.maximum(seen_by_all - own_end, 0) // BLOCK_M * BLOCK_M
+        for at in tl.range(begin, tl.minimum(own_end, end), BLOCK_M, num_stages=1):
+            acc_k, acc_v = _grad_kv_step(
+                q, grad_out, logsumexp, mean, row_of, depth, at, end, keys, values, key, leaves, key_depth, kv_head,
+                window, acc_k, acc_v, factor, stride_qr, stride_qh, num_rows,
+                GROUP, KV_HEADS, D, DV, BLOCK_D, BLOCK_DV, True, WINDOWED, BLOCK_M,
+            )  # fmt: skip
+        for at in tl.range(own_end, full_end, BLOCK_M, num_stages=STAGES):
+            acc_k, acc_v = _grad_kv_step(
+                q, grad_out, logsumexp, mean, row_of, depth, at, end, keys, values, key, leaves, key_depth, kv_head,
+                window, acc_k, acc_v, factor, stride_qr, stride_qh, num_rows,
+                GROUP, KV_HEADS, D, DV, BLOCK_D, BLOCK_DV, False, WINDOWED, BLOCK_M,
+            )  # fmt: skip
+        for at in tl.range(full_end, end, BLOCK_M, num_stages=1):
+            is_seen = True
+            if WINDOWED:
+                pair = at + tl.arange(0, BLOCK_M)
+                query_row = tl.load(row_of + pair // GROUP, mask=pair < end, other=0)
+                nearest = tl.min(tl.load(depth + query_row, mask=pair < end, other=_NO_LIMIT))
+                is_seen = nearest - tl.max(key_depth) < window
+            if is_seen:
+                acc_k, acc_v = _grad_kv_step(
+                    q, grad_out, logsumexp, mean, row_of, depth, at, end, keys, values, key, leaves, key_depth,
+                    kv_head, window, acc_k, acc_v, factor, stride_qr, stride_qh, num_rows,
+                    GROUP, KV_HEADS, D, DV, BLOCK_D, BLOCK_DV, True, WINDOWED, BLOCK_M,
+                )  # fmt: skip
+    is_stored = key < num_rows
+    row = tl.where(is_key, row, key)
+    acc_k = tl.where(is_key[:, None], acc_k * scale, 0.0)
+    acc_v = tl.where(is_key[:, None], acc_v, 0.0)
+    _store_rows(grad_k, acc_k, row, kv_head, KV_HEADS, is_stored, D, BLOCK_D)
+    _store_rows(grad_v, acc_v, row, kv_head, KV_HEADS, is_stored, DV, BLOCK_DV)
+
+
+# (BLOCK_M, BLOCK_N, STAGES, warps): what was fastest on an H200 at head_dim 128, for other GPUs and larger heads one
+# that keeps its accumulators in registers, and smaller ones for where that does not fit into shared memory.
+_CONFIGS = {
+    _forward: [(128, 64, 5, 8), (64, 64, 2, 8), (32, 32, 2, 4), (16, 16, 1, 4)],
+    _backward_q: [(128, 64, 5, 8), (64, 64, 2, 8), (32, 32, 2, 4), (16, 16, 1, 4)],
+    _backward_kv: [(64, 128, 2, 8), (64, 64, 2, 8), (32, 32, 2, 8), (16, 32, 1, 4)],
+}
+_MOST_MEMBERS = 16  # query heads in one block
+
+
+class _Launcher:
+    """Launches a kernel for one kind of call: device, types, heads, with a window or without.
+
+    Triton's own way from arguments to a compiled kernel takes longer on the host than a small batch on the GPU. All
+    addresses and strides are multiples of 16 here (see `_aligned`), so that there is one compiled kernel for a kind,
+    and it can be called directly.
+    """
+
+    def __init__(self, kernel, device, heads: int, kv_heads: int, size: int, value_size: int, windowed: bool):
+        self.kernel, self.heads, self.kv_heads = kernel, heads, kv_heads
+        self.sizes = size, value_size, *(max(16, triton.next_power_of_2(x)) for x in (size, value_size)), windowed
+        is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+        self._configure(0 if is_hopper and max(self.sizes[:4]) <= 128 else 1)
+
+    def _configure(self, at: int) -> None:
+        self.at, self.compiled = at, None
+        block_m, block_n, stages, self.warps = _CONFIGS[self.kernel][at]
+        group = self.heads // self.kv_heads
+        if self.kernel is _backward_kv:
+            self.numbers, self.programs, heads = block_n, self.kv_heads, (group,)
+        else:
+            members = _cdiv(group, _cdiv(group, _MOST_MEMBERS))
+            self.numbers, self.programs, heads = (
+                block_m // members,
+                self.kv_heads * _cdiv(group, members),
+                (group, members),
+            )
+        self.constants = *heads, self.kv_heads, *self.sizes, block_m, block_n, stages
+
+    def __call__(self, tensors, q, k, v, num_nodes, scale, window) -> None:
+        num_rows = q.shape[0]
+        strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
+        while True:
+            grid = (_cdiv(num_rows, self.numbers) * self.programs, 1, 1)
+            arguments = *tensors, *strides, num_rows, num_nodes, scale, window, *self.constants
+            if self.compiled is not None:
+                self.compiled[grid](*arguments)
+                return
+            try:
+                self.compiled = self.kernel[grid](*arguments, num_warps=self.warps)
+                return
+            except OutOfResources:
+                if self.at + 1 == len(_CONFIGS[self.kernel]):
+                    raise
+                self._configure(self.at + 1)
+
+
+_launchers: dict[tuple, _Launcher] = {}
+
+
+def _launch(kernel, tensors, q, k, v, kv_index, num_nodes, scale, window) -> None:
+    if q.shape[0] == 0:
+        return
+    kind = q.shape[1], k.shape[1], q.shape[2], v.shape[2], window > 0
+    key = kernel.__name__, q.device, q.dtype, kv_index.dtype, kind
+    launcher = _launchers.get(key)
+    if launcher is None:
+        launcher = _launchers[key] = _Launcher(kernel, q.device, *kind)
+    with torch.cuda.device_of(q):
+        launcher(tensors, q, k, v, num_nodes, scale, window)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x [rows, heads, size], or a copy whose address and strides are multiples of 16: others would make for slow loads,
+    and for compilations that take minutes."""
+    row, head, one = x.stride()
+    if one == 1 and row % 16 == 0 and head % 16 == 0 and max(row, head) < 2**31 and x.data_ptr() % 16 == 0:
+        return x
+    size = x.shape[2]
+    return x.new_empty(*x.shape[:2], _cdiv(size, 16) * 16)[:, :, :size].copy_(x)
+
+
+def _contiguous(x: torch.Tensor) -> torch.Tensor:
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def forward(q, k, v, leave, depth, row_of, path, kv_index, num_nodes, scale, window):
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    tables = [_contiguous(x) for x in (row_of, leave, depth, path, kv_index)]
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    logsumexp = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    _launch(_forward, (q, k, v, out, logsumexp, *tables), q, k, v, kv_index, num_nodes, scale, window)
+    return out, logsumexp
+
+
+def backward(grad_out, q, k, v, out, logsumexp, leave, depth, row_of, path, kv_index, num_nodes, scale, window):
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    grad_out, out, logsumexp = _contiguous(grad_out), _contiguous(out), _contiguous(logsumexp)
+    row_of, leave, depth, path, kv_index = (_contiguous(x) for x in (row_of, leave, depth, path, kv_index))
+    mean = torch.empty_like(logsumexp)
+    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
+    call = q, k, v, kv_index, num_nodes, scale, window
+    tables = row_of, leave, depth
+    _launch(_backward_q, (q, k, v, out, grad_out, logsumexp, mean, grad_q, *tables, path, kv_index), *call)
+    _launch(_backward_kv, (q, k, v, grad_out, logsumexp, mean, grad_k, grad_v, *tables), *call)
+    return grad_q, grad_k, grad_v

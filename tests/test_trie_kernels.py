@@ -1,0 +1,149 @@
+"""The Triton kernels of the trie layout against dense attention in float64, over ancestors found one by one.
+
+Where there is no GPU, Triton's interpreter runs the same kernels in a process of its own; CUDA tests of `attention`
+cover them too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from batches import NAMED
+from test_trie import LONG, NESTED_RUNS, ancestors_of, order_of
+
+from radix_ops import FoldedBatch
+
+SHORT = [[*range(45), i] for i in range(3)] + [[*range(15), 5, *range(20)], list(range(30)), [*range(15), 5]]
+# Query heads, key/value heads, head_dim of keys and of values, sliding window, scale.
+SHAPES = [
+    (4, 2, 16, 16, 0, 0.3),
+    (7, 1, 24, 16, 0, -0.2),  # a group that does not divide the block, a factor below 0
+    (4, 4, 16, 40, 20, 0.3),
+    (6, 2, 64, 64, 5, 0.0),
+    (40, 1, 16, 8, 0, 0.25),  # a group that takes several blocks
+    (4, 2, 16, 16, 1, 0.3),
+]
+
+
+def dense(q, k, v, sees, scale):
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    weights = scores.masked_fill(~sees, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, v)
+
+
+def strided(x):
+    """The same values at [heads, rows, 1 + size], the first column left out."""
+    return torch.cat([x[..., :1], x], -1).transpose(0, 1).contiguous().transpose(0, 1)[..., 1:]
+
+
+def check(sequences, shape, dtype, device, tolerance, layout=lambda x: x):
+    from radix_ops import _trie_cuda
+
+    heads, kv_heads, size, value_size, window, scale = shape
+    batch = FoldedBatch.from_sequences(sequences, pad_multiple_of=4, device=device)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(batch.num_rows, *shape, generator=generator).to(device, dtype)
+
+    q, k, v = random(heads, size), random(kv_heads, size), random(kv_heads, value_size)
+    grad_out = random(heads, value_size)
+    for x in (q, k, v, grad_out):
+        x[batch.num_nodes :] = float("nan")  # what padding rows hold must not matter
+    q, k, v = map(layout, (q, k, v))
+    _, leave, depth, row_of, path = order_of(batch)
+    tables = leave, depth, row_of, path, batch.kv_index, batch.num_nodes, scale, window
+    out, logsumexp = _trie_cuda.forward(q, k, v, *tables)
+    grads = _trie_cuda.backward(grad_out, q, k, v, out, logsumexp, *tables)
+
+    nodes = batch.num_nodes
+    sees = ancestors_of(batch)[:nodes, :nodes].to(device)
+    if window:
+        sees &= depth[:nodes, None] - depth[:nodes] < window
+    inputs = [x[:nodes].double().requires_grad_() for x in (q, k, v)]
+    want = dense(*inputs, sees, scale)
+    wanted = torch.autograd.grad(want, inputs, grad_out[:nodes].double())
+    for name, got, exact in zip(("out", "q", "k", "v"), (out, *grads), (want, *wanted), strict=True):
+        error = (got[:nodes].double() - exact).norm() / max(exact.norm(), 1.0)
+        assert error < tolerance, f"{name}: {float(error)} {shape} {dtype} {sequences}"
+        assert (got[nodes:] == 0).all(), f"{name}: padding rows"
+
+
+def interpret():
+    from radix_ops import _trie_cuda
+
+    # Blocks small enough that short batches have full ones, masked ones and several.
+    for kernel, config in (("_forward", (32, 16)), ("_backward_q", (32, 16)), ("_backward_kv", (16, 32))):
+        _trie_cuda._CONFIGS[getattr(_trie_cuda, kernel)] = [None, (*config, 1, 4)]  # the first is Hopper's
+    for shape in SHAPES:
+        check(SHORT, shape, torch.float32, "cpu", 1e-5)
+    check(SHORT[::-1] + [[7, i, 9] for i in range(9)], SHAPES[0], torch.float32, "cpu", 1e-5)
+    check(SHORT, SHAPES[0], torch.float16, "cpu", 3e-3)
+    for name in ("nested", "one_token"):
+        check(NAMED[name], SHAPES[0], torch.float32, "cpu", 1e-5, strided)
+    print("interpreted")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed, which no CPU needs")
+def test_kernels_interpreted():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "interpreted\n"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, (4, 2, 128, 128, 0, 0.09), (4, 1, 256, 256, 200, 0.06), (2, 2, 80, 80, 0, 1)]
+)
+def test_kernels(shape):
+    for dtype, tolerance in ((torch.float16, 3e-3), (torch.bfloat16, 2e-2)):
+        for sequences in (LONG, LONG[::-1] + NESTED_RUNS, NAMED["nested"], NAMED["one_token"]):
+            check(sequences, shape, dtype, "cuda", tolerance)
+        check(LONG, shape, dtype, "cuda", tolerance, strided)
+
+
+@pytest.mark.cuda
+def test_results_are_the_same_bits_on_every_run():
+    batch = FoldedBatch.from_sequences(LONG * 3 + NESTED_RUNS, device="cuda")
+    runs = batch.cu_seqlens_q, batch.cu_seqlens_k
+    order = torch.ops.radix.trie_order(*runs, batch.kv_index, batch.num_rows)
+    q, k, v = (torch.randn(batch.num_rows, h, 64, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    results = []
+    for _ in range(5):
+        tables = *order, batch.kv_index, runs[0], batch.num_nodes
+        out, _ = torch.ops.radix.trie_attention(*inputs, *tables, 0.125)
+        results.append((out, *torch.autograd.grad(out, inputs, torch.ones_like(out))))
+    for result in results[1:]:
+        for got, want in zip(result, results[0], strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.cuda
+def test_offsets_past_32_bits():
+    """Heads 2^31 elements apart."""
+    batch = FoldedBatch.from_sequences(LONG, device="cuda")
+    storage = torch.empty(2**31 + 2**20, dtype=torch.bfloat16, device="cuda")
+    far = storage.as_strided((batch.num_rows, 2, 16), (16, 2**31, 1))
+    near = torch.randn(far.shape, dtype=torch.bfloat16, device="cuda")
+    far.copy_(near)
+    _, *order = order_of(batch)
+    from radix_ops import _trie_cuda
+
+    tables = *order, batch.kv_index, batch.num_nodes, 0.25, 0
+    want = _trie_cuda.forward(near, near, near, *tables)
+    for q, k, v in ((far, near, near), (near, far, near), (near, near, far)):
+        for got, exact in zip(_trie_cuda.forward(q, k, v, *tables), want, strict=True):
+            assert torch.equal(got, exact)
+
+
+if __name__ == "__main__":
+    interpret()
