@@ -23,6 +23,7 @@ for tool in "${tools[@]}"; do
   rm -f "$logs/$tool".*.log
   check "$tool" cuda "$tests/test_cuda.py" "$tests/test_compat.py" -k "$skip" &
   check "$tool" gather "$tests/test_gather.py" -k "$skip" &
+  check "$tool" trie "$tests/test_trie.py" "$tests/test_trie_kernels.py" -k "$skip and not past_32_bits" &
   check "$tool" scatter_add.sums "$tests/test_scatter_add.py" -k "$skip and float64_sum" &
   check "$tool" scatter_add "$tests/test_scatter_add.py" -k "$skip and not float64_sum" &
   check "$tool" fold "$tests/test_fold.py" "$tests/test_fold_collisions.py" "$tests/test_fuzz.py" -k "$skip" &
