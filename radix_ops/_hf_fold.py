@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from ._hf_types import attention_modules
+from ._hf_proofs import class_of
 from .attention import attention
 from .batch import FoldedBatch, fold
 
@@ -19,6 +20,15 @@ _ATTENTION_NAME = "radix_ops"
 HARMLESS_ARGUMENTS = frozenset(
     {"output_hidden_states", "return_dict", "num_items_in_batch", "shift_labels", "ignore_index", "token_type_ids"}
 )
+
+
+# What layers pass on to the attention function that it has no use for.
+_UNUSED_ARGUMENTS = HARMLESS_ARGUMENTS | {
+    "position_ids", "cache_position", "use_cache", "output_attentions", "past_key_values", "past_key_value", "cache",
+    "head_mask", "position_embeddings",
+}  # fmt: skip
+# Of scores: a cap, and sinks.
+_OWN_FEATURES = {"softcap", "s_aux"}
 
 
 @dataclasses.dataclass(eq=False)
@@ -53,6 +63,13 @@ class PaddedBatch:
         positions = None if position_ids is None else position_ids.flatten()
         return cls(fold(input_ids.flatten(), cu_seqlens, positions), shape, None)
 
+    def is_real(self) -> Tensor:
+        """[B, T] where its tokens are."""
+        if self.real is None:
+            return torch.ones(self.shape, dtype=torch.bool, device=self.batch.input_ids.device)
+        flat = torch.zeros(self.shape.numel(), dtype=torch.bool, device=self.real.device)
+        return flat.index_fill_(0, self.real, True).unflatten(0, self.shape)
+
     def unfold(self, rows: Tensor) -> Tensor:
         """[1, num_rows, D] -> [B, T, D] with zeros at padding."""
         tokens = self.batch.unfold(rows.squeeze(0))
@@ -74,15 +91,26 @@ class _FoldedCall:
     attention_calls: int = 0
 
 
-def run_folded(stack: PreTrainedModel, padded: PaddedBatch, further_arguments: dict[str, Any], layout: str):
-    """The stack's output for the batch, in its padded layout; `further_arguments` are the HARMLESS_ARGUMENTS given."""
+def run_folded(
+    stack: PreTrainedModel,
+    padded: PaddedBatch,
+    further_arguments: dict[str, Any],
+    layout: str,
+    wanted_calls: int,
+    leaves_rows: bool = False,
+):
+    """The stack's output for the batch, in its padded layout; `further_arguments` are the HARMLESS_ARGUMENTS given.
+
+    With `leaves_rows`, last_hidden_state stays in rows, [1, num_rows, D]. Raises RuntimeError unless the stack calls
+    its attention `wanted_calls` times.
+    """
     wants_dict = further_arguments.pop("return_dict", getattr(stack.config, "return_dict", True))
     if further_arguments.get("output_hidden_states", getattr(stack.config, "output_hidden_states", False)):
         # The twin's modules share their hooks with the stack's, but not the note that the hooks are there.
         maybe_install_capturing_hooks(stack)
     call = _FoldedCall(padded.batch, layout)
-    outputs = type(stack).forward(
-        _twin_stack(stack),
+    outputs = class_of(stack).forward(
+        _twin_of(stack, {}),
         input_ids=padded.batch.input_ids[None],
         position_ids=padded.batch.position_ids[None],
         use_cache=False,
@@ -90,39 +118,43 @@ def run_folded(stack: PreTrainedModel, padded: PaddedBatch, further_arguments: d
         radix_call=call,
         **further_arguments,
     )
-    num_layers = len(attention_modules(stack))
-    if call.attention_calls != num_layers:
+    if call.attention_calls != wanted_calls:
         raise RuntimeError(
-            f"{type(stack).__name__} has {num_layers} layers and called the folded attention {call.attention_calls} "
-            "times, so its output is not to be trusted: something replaced its attention after enable"
+            f"{type(stack).__name__} called the folded attention {call.attention_calls} times and not {wanted_calls}, "
+            "so its output is not to be trusted: something replaced its attention after enable"
         )
-    last_rows, hidden_states = outputs.last_hidden_state, outputs.hidden_states
-    outputs.last_hidden_state = padded.unfold(last_rows)
+    last_rows, hidden_states = outputs.last_hidden_state, outputs.get("hidden_states")
+    unfolded = {id(None): None}
+    if not leaves_rows:
+        outputs.last_hidden_state = unfolded[id(last_rows)] = padded.unfold(last_rows)
     if hidden_states is not None:
-        unfolded = {id(last_rows): outputs.last_hidden_state, id(None): None}
         outputs.hidden_states = tuple(
             unfolded[id(rows)] if id(rows) in unfolded else padded.unfold(rows) for rows in hidden_states
         )
     return outputs.to_tuple() if wants_dict is False else outputs
 
 
-def _twin_stack(stack: PreTrainedModel) -> PreTrainedModel:
-    """The same stack, parameters, hooks, flags and all, whose attention is ours.
+def _twin_of(module: nn.Module, configs: dict[int, PreTrainedConfig]) -> nn.Module:
+    """The same module, parameters, hooks, flags and all, whose attention is ours.
 
     The attention function is named by the config, which the model shares with its owner, with other threads and with
-    layers that are computed again during backward. So the name changes in a copy of the config, and shallow copies of
-    the modules that read it lead there: the stack, its layers and their attention. No mask function has our name, so
-    no mask is made.
+    layers that are computed again during backward. So the name changes in copies of the configs, and shallow copies of
+    the modules that hold one, and of the modules around those, lead there. No mask function has our name, so no mask
+    is made. `configs` holds the copies by the identity of what they are copies of.
     """
-    config = _shallow_copy(stack.config)
-    config._attn_implementation = _ATTENTION_NAME
-    layers = []
-    for layer in stack.layers:
-        # A compiled call is bound to the original.
-        twin_attention = _shallow_copy(layer.self_attn, config=config, _compiled_call_impl=None)
-        children = {**layer._modules, "self_attn": twin_attention}
-        layers.append(_shallow_copy(layer, _modules=children, _compiled_call_impl=None))
-    return _shallow_copy(stack, config=config, _modules={**stack._modules, "layers": nn.ModuleList(layers)})
+    replaced: dict[str, Any] = {}
+    for name, value in module.__dict__.items():
+        if isinstance(value, PreTrainedConfig):
+            if id(value) not in configs:
+                configs[id(value)] = _shallow_copy(value, _attn_implementation_internal=_ATTENTION_NAME)
+            replaced[name] = configs[id(value)]
+    children = {name: child and _twin_of(child, configs) for name, child in module._modules.items()}
+    if any(children[name] is not child for name, child in module._modules.items()):
+        replaced["_modules"] = children
+    if not replaced:
+        return module
+    # A compiled call is bound to the original.
+    return _shallow_copy(module, **replaced, _compiled_call_impl=None)
 
 
 def _shallow_copy(original: nn.Module | PreTrainedConfig, **replaced):
@@ -149,13 +181,36 @@ def _folded_attention(
         raise RuntimeError(f"the attention {_ATTENTION_NAME!r} can't be chosen by name; use radix_ops.hf.enable(model)")
     if attention_mask is not None or dropout or is_causal is False:
         raise RuntimeError("the folded attention was given a mask, dropout or is_causal=False, which it has no use for")
+    further = {name: value for name, value in kwargs.items() if value is not None and name not in _UNUSED_ARGUMENTS}
+    unknown = sorted(further.keys() - _OWN_FEATURES)
+    if unknown:
+        raise RuntimeError(f"the folded attention was given {unknown[0]}, which it does not know")
     radix_call.attention_calls += 1
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         # Autocast does this for scaled_dot_product_attention.
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if further:
+        return _own_attention(module, q, k, v, radix_call.batch, scaling, sliding_window, further)[None], None
     out = attention(q, k, v, radix_call.batch, scale=scaling, sliding_window=sliding_window, layout=radix_call.layout)
     return out[None], None
+
+
+def _own_attention(module, q, k, v, batch: FoldedBatch, scaling, sliding_window, further: dict[str, Any]) -> Tensor:
+    """[num_rows, H, D] by the model's own eager attention on the unfolded, padded batch, for features it alone has."""
+    length = batch.max_seqlen_k
+    distance = torch.arange(length, device=q.device)
+    distance = distance[:, None] - distance
+    hidden = (distance < 0) if sliding_window is None else (distance < 0) | (distance >= sliding_window)
+    mask = torch.zeros(1, 1, length, length, dtype=q.dtype, device=q.device)
+    mask.masked_fill_(hidden, torch.finfo(q.dtype).min)
+    forward = sys.modules[type(module).__module__].eager_attention_forward
+    padded = [batch.to_padded(x).transpose(1, 2) for x in (q, k, v)]
+    out, _ = forward(module, *padded, mask, scaling=scaling, dropout=0.0, sliding_window=sliding_window, **further)
+    is_real = distance[:, 0] < batch.lengths[:, None]
+    rows = batch.fold(out.flatten(0, 1)[is_real.flatten()])
+    is_padding = torch.arange(batch.num_rows, device=q.device) >= batch.num_nodes
+    return rows.masked_fill(is_padding[:, None, None], 0)
 
 
 AttentionInterface.register(_ATTENTION_NAME, _folded_attention)

@@ -39,7 +39,7 @@ def check_output(name, sequences, side):
     with torch.no_grad():
         plain = model(input_ids=ids, attention_mask=mask, use_cache=False)
         exact = alone(build(name).double(), sequences)
-        with hf.folded(model, threshold=1.0), Witness() as witness, no_warnings():
+        with hf.folded(model, threshold=1.0, verify="never"), Witness() as witness, no_warnings():
             got = model(input_ids=ids, attention_mask=mask)
             stats = model.radix_stats
     assert type(got) is type(plain)
@@ -178,7 +178,7 @@ def test_checkpointing_with_two_forwards_before_one_backward(use_reentrant, disa
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     with Witness() as witness:
-        got = gradients(hf.enable(model, threshold=1.0))
+        got = gradients(hf.enable(model, threshold=1.0, verify="never"))
     assert witness.rows == [10] * 8  # two batches, two layers, twice
     assert witness.attention_calls == 8
     for ours, theirs in zip(got, gradients(plain), strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import warnings
 
 import pytest
@@ -13,6 +15,8 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 
 from radix_ops import hf
 
+# The argument's name up to transformers 5.23, and since.
+CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
 IDS, MASK = pad(TREE, "right")
 SQUARE_IDS = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]])
 HOLES = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]])
@@ -27,7 +31,7 @@ def _embeddings(model):
 # (reason, model, arguments of a call)
 OBSTACLES = [
     ("use_cache=True was given", "llama", lambda model: {"use_cache": True}),
-    ("past_key_values was given", "qwen3", lambda model: {"past_key_values": DynamicCache(config=model.config)}),
+    ("a cache was given", "qwen3", lambda model: {CACHE: DynamicCache(config=model.config)}),
     ("attention weights are asked for", "llama", lambda model: {"output_attentions": True}),
     ("inputs_embeds was given", "llama", lambda model: {"input_ids": None, "inputs_embeds": _embeddings(model)}),
     ("attention_mask isn't shaped like input_ids", "llama", lambda model: {"attention_mask": CAUSAL}),
@@ -40,16 +44,18 @@ OBSTACLES = [
 ]  # fmt: skip
 
 
-def check_unfolded(plain, model, reason, arguments):
+def check_unfolded(plain, model, reason, arguments, enabled=False):
     """Two equal calls of both models: equal bit for bit, skipped, one warning."""
 
     def outputs(model):
         torch.manual_seed(5)
         return [model(**arguments(model)) for _ in range(2)]
 
-    hf.enable(model, threshold=1.0)
+    if not enabled:
+        hf.enable(model, threshold=1.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", FutureWarning)
         got = outputs(model)
     assert_same(got, outputs(plain))
     assert [str(warning.message) for warning in caught] == [f"radix_ops: a batch runs unfolded because {reason}"]
@@ -130,10 +136,10 @@ def _replace_forward(model):
     [
         ("config.is_causal is False", lambda model: setattr(model.config, "is_causal", False)),
         (
-            "is_causal of the attention in layer 1 is False",
+            "layers.1.self_attn has is_causal=False",
             lambda model: setattr(model.model.layers[1].self_attn, "is_causal", False),
         ),
-        ("the forward of layer 0 was replaced, as device hooks do", _replace_forward),
+        ("layers.0 has a forward that was replaced", _replace_forward),
     ],
 )
 def test_change_after_enable_runs_unfolded(reason, change):
@@ -229,9 +235,10 @@ def test_unknown_head_is_taken_to_read_masked_positions():
 def test_decoding_step_with_cache_needs_no_warning():
     plain, model = build(), hf.enable(build())
     for folding in (plain, model):
-        folding.cache = folding(SQUARE_IDS[:, :2], use_cache=True, past_key_values=DynamicCache()).past_key_values
+        folding.kept = DynamicCache()
+        folding(SQUARE_IDS[:, :2], use_cache=True, **{CACHE: folding.kept})
     with no_warnings():
-        got, want = (m(SQUARE_IDS[:, 2:], use_cache=True, past_key_values=m.cache) for m in (model, plain))
+        got, want = (m(SQUARE_IDS[:, 2:], use_cache=True, **{CACHE: m.kept}) for m in (model, plain))
     assert_same(got, want)
     assert model.radix_stats.skipped == 2
 
@@ -323,16 +330,21 @@ def _replace_projection(model):
         (_replace_norm_forward, "norm has a forward that was replaced"),
         (
             _replace_projection,
-            "layers.1.self_attn.q_proj is of type _MixingLinear, which is not known to work on one token at a time",
+            "layers.1.self_attn.q_proj is test_hf_unfolded._MixingLinear, "
+            "which transformers' own LlamaModel does not hold",
         ),
     ],
 )
 @torch.no_grad()
-def test_replaced_parts_run_unfolded(change, reason):
-    plain, model = build(), build()
+def test_parts_replaced_after_enable_run_unfolded(change, reason):
+    plain, model = build(), hf.enable(build())
     for each in (plain, model):
         change(each)
-    check_unfolded(plain, model, reason, lambda model: {"input_ids": IDS, "attention_mask": MASK, "use_cache": None})
+    arguments = {"input_ids": IDS, "attention_mask": MASK, "use_cache": None}
+    check_unfolded(plain, model, reason, lambda model: arguments, enabled=True)
+    hf.disable(model)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        hf.enable(model)
 
 
 @torch.no_grad()
