@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import weakref
 from collections.abc import Iterator
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as _global_hooks
 from transformers import PreTrainedModel
@@ -14,6 +17,8 @@ from ._hf_proofs import class_of, is_proven_class, path_of, proof_of, unproven_c
 
 # Attention implementations whose answer the proofs compare with; another name may attend to anything.
 _KNOWN_ATTENTION = ("eager", "sdpa")
+# What the config of each stack held when it was last checked, and what the check found: it takes longer than to compare.
+_checked_configs: weakref.WeakKeyDictionary[nn.Module, tuple[dict, str | None]] = weakref.WeakKeyDictionary()
 # Numbers of a config that make training random where they are above 0.
 RANDOM = re.compile(r"drop|jitter|noise")
 # Whose hooks record, ask for gradients, load or gather weights, and don't look at positions.
@@ -23,7 +28,10 @@ _HOOKS_OF = ("torch", "transformers")
 def unfoldable(stack: PreTrainedModel) -> str | None:
     """What in the config and the parts of the stack, which users may have changed, makes folding wrong, if anything."""
     config, proof = stack.config, proof_of(stack)
-    reason = unproven_config(config, proof)
+    checked, reason = _checked_configs.get(stack, (None, None))
+    if checked != vars(config):
+        reason = unproven_config(config, proof)
+        _checked_configs[stack] = copy.deepcopy(vars(config)), reason
     if reason is not None:
         return reason
     if config._attn_implementation not in _KNOWN_ATTENTION:
@@ -56,7 +64,7 @@ def interference(stack: PreTrainedModel) -> str | None:
         elif module.training:
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
                 reason = "drops out"
-            elif getattr(module, "attention_dropout", 0):
+            elif module.__dict__.get("attention_dropout", 0):
                 reason = "has attention_dropout"
             elif getattr(module, "neftune_noise_alpha", None):
                 reason = "adds NEFTune noise"
@@ -85,12 +93,16 @@ def _changed(module: nn.Module, config) -> str | None:
         return "has a forward that was replaced" + replacer(module)
     if own.get("is_causal") is False:
         return "has is_causal=False"
-    layer_types, index = getattr(config, "layer_types", None), own.get("layer_idx")
-    if not layer_types or "sliding_window" not in own or index is None:
+    index = own.get("layer_idx")
+    if index is None or "sliding_window" not in own:
+        return None
+    layer_types = getattr(config, "layer_types", None)
+    if not layer_types:
         return None
     # The plain model's masks follow the config, its attention modules what the config was when they were made.
     kind, window = layer_types[index], own["sliding_window"]
-    fits = window and window == config.sliding_window if "sliding" in kind else window is None
+    is_sliding = own.get("is_sliding", window is not None)
+    fits = is_sliding and window and window == config.sliding_window if "sliding" in kind else not is_sliding
     return None if fits else f"has sliding_window {window} in a layer of type {kind!r}"
 
 
@@ -108,14 +120,19 @@ def has_foreign_hook(module: nn.Module) -> bool:
     return any(getattr(hook, "__module__", "").partition(".")[0] not in _HOOKS_OF for hook in hooks)
 
 
-def elsewhere(stack: PreTrainedModel) -> str | None:
-    """Where its parameters are, if that is no one place where attention over rows can run."""
+def elsewhere(model: PreTrainedModel, stack: PreTrainedModel) -> str | None:
+    """Where the stack's parameters are, if that is no one place where attention over rows can run."""
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        return "it is tensor parallel; of sharded models those by fully_shard alone fold"
+    is_sharded = any(isinstance(module, FSDPModule) for module in (model, stack))
     devices = set()
     for name, parameter in stack.named_parameters():
         if parameter.device.type not in ("cpu", "cuda"):
             return f"{name} is on {parameter.device}; folding runs on the CPU and on CUDA"
-        if isinstance(parameter, DTensor) and not hasattr(stack, "unshard"):
-            return f"{name} is a DTensor, as tensor parallelism makes; of sharded models those by fully_shard fold"
+        if isinstance(parameter, DTensor) and sum(p.is_shard() for p in parameter.placements) > is_sharded:
+            return (
+                f"{name} is a DTensor, as tensor parallelism makes; of sharded models those by fully_shard alone fold"
+            )
         devices.add(parameter.device)
     if len(devices) > 1:
         return f"its parameters are on several devices: {', '.join(sorted(map(str, devices)))}"

@@ -32,6 +32,8 @@ from .attention import LAYOUTS
 # Measured on a CPU with Llama layers 576 wide, 1 to 64 sequences of 16 to 4096 tokens, forward and backward: at equal
 # rows folding takes up to 1.05 times as long as the plain model, at 0.93 of the rows it is never slower.
 _MAX_ROWS_SHARE = 0.95
+# What a layer saves by folding, in positions times parameters, must outweigh what folding costs the host there.
+_LEAST_SAVED = {"cpu": 3e7, "cuda": 2e10}
 _VERIFY = ("first", "always", "never")
 _INTEGERS = (torch.int32, torch.int64)
 _CACHES = {"past_key_values", "cache"}  # the argument's name up to transformers 5.23, and since
@@ -76,7 +78,8 @@ def enable(model: nn.Module, threshold: float | None = None, layout: str = "auto
             (below).
         threshold: fold a batch where rows / real tokens is at most this; 1.0 folds always, 0 never. By default a batch
             is folded where that pays, by a rule that was measured: at most 95% of its padded positions have to be
-            computed.
+            computed, and what is saved is large enough beside the cost of folding, which depends on the model's width
+            and the device. Small models and batches run as before.
         layout: that of `radix_ops.attention`.
         verify: "first" compares the first folded batch with the plain model, "always" every one and "never" none. It
             costs a forward of the plain model without gradients.
@@ -107,7 +110,7 @@ def enable(model: nn.Module, threshold: float | None = None, layout: str = "auto
     options = _check_options(threshold, layout, verify)
     owner = _hf_proofs.find_model(model)
     stack = _hf_proofs.find_stack(owner)
-    reason = _hf_guards.unfoldable(stack) or _hf_guards.elsewhere(stack)
+    reason = _hf_guards.elsewhere(owner, stack) or _hf_guards.unfoldable(stack)
     if reason is not None:
         raise ValueError(f"{type(owner).__name__} can't be folded: {reason}")
     state = _state_of(stack)
@@ -279,7 +282,7 @@ class _StackForward(_Forward):
         padded = None
         if obstacle is None and options.threshold != 0:
             padded = _fold(stack, arguments)
-            if not _pays(padded, options.threshold):
+            if not _pays(padded, options.threshold, stack.config):
                 padded = None
         if padded is None:
             self.stats._add(*_size(arguments), folded=False)
@@ -367,12 +370,15 @@ def _fold(stack: PreTrainedModel, arguments: dict[str, Any]) -> PaddedBatch:
     return PaddedBatch.fold(input_ids, arguments.get("attention_mask"), positions, sees_packing=sees_packing)
 
 
-def _pays(padded: PaddedBatch, threshold: float | None) -> bool:
-    if padded.batch.num_rows == 0:
+def _pays(padded: PaddedBatch, threshold: float | None, config) -> bool:
+    batch, positions = padded.batch, padded.shape.numel()
+    if batch.num_rows == 0:
         return False
     if threshold is not None:
-        return padded.batch.compact_ratio <= threshold
-    return padded.batch.num_rows <= _MAX_ROWS_SHARE * padded.shape.numel()
+        return batch.compact_ratio <= threshold
+    # Attention's projections are about 4 times hidden_size squared, those of the MLP (that a token sees) 8 times.
+    saved = (positions - batch.num_rows) * 12 * config.hidden_size**2
+    return batch.num_rows <= _MAX_ROWS_SHARE * positions and saved >= _LEAST_SAVED[batch.input_ids.device.type]
 
 
 def _obstacle(stack: PreTrainedModel, arguments: dict[str, Any]) -> str | None:
@@ -394,6 +400,9 @@ def _obstacle(stack: PreTrainedModel, arguments: dict[str, Any]) -> str | None:
         return ""
     if input_ids.numel() == 0:
         return ""
+    chunk = getattr(stack.config, "attention_chunk_size", None)
+    if chunk and "chunked_attention" in (stack.config.layer_types or ()) and input_ids.shape[1] > chunk:
+        return f"rows of {input_ids.shape[1]} positions are longer than config.attention_chunk_size={chunk}"
     is_packed = arguments.get("attention_mask") is None and arguments.get("position_ids") is not None
     if is_packed and _is_checkpointing(stack) and not torch.is_grad_enabled():
         # transformers makes a cache then, and sees one sequence, from 5.24 on.

@@ -248,7 +248,7 @@ def run(model, sequences: list[Sequence], token_budget: int, folded: bool, on_ba
     started = time.perf_counter()
     batches = (plan_folded if folded else plan_plain)(sequences, token_budget)
     planned = time.perf_counter() - started
-    with _folding(model, verify="never") if folded else contextlib.nullcontext():
+    with _folding(model, threshold=0.95, verify="never") if folded else contextlib.nullcontext():
         if warm_up:
             smallest = min(batches, key=lambda batch: sum(sequences[i].length for i in batch))
             _score_batch(stack, head, [sequences[i] for i in smallest])

@@ -21,6 +21,7 @@ from hf_models import (
     pad,
     trie_size,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from radix_ops import hf
 
@@ -129,7 +130,7 @@ def test_return_dict_false(head):
     model = build(head=head)
     ids, mask = pad(TREE, "left")
     plain = model(ids, mask, return_dict=False, use_cache=False)
-    with hf.folded(model):
+    with hf.folded(model, threshold=1.0):
         got = model(ids, mask, return_dict=False)
     assert type(got) is type(plain) is tuple
     assert len(got) == len(plain) == 1
@@ -193,7 +194,7 @@ def test_classification_heads(head, side):
     ids, mask = pad([s for s in TREE if s], side)
     ids[mask == 0] = 0
     plain = model(ids, mask, use_cache=False)
-    with hf.folded(model), no_warnings():
+    with hf.folded(model, threshold=1.0), no_warnings():
         got = model(ids, mask)
         assert model.radix_stats.folded == 1
     assert got.keys() == plain.keys()
@@ -220,7 +221,7 @@ def test_language_model_loss_and_kept_logits(side, further):
         further = {"shift_labels": torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)}
     arguments = {"attention_mask": mask, **({} if "logits_to_keep" in further else {"labels": labels}), **further}
     plain = model(ids, use_cache=False, **arguments)
-    with hf.folded(model), no_warnings():
+    with hf.folded(model, threshold=1.0), no_warnings():
         got = model(ids, **arguments)
         assert model.radix_stats.folded == 1
     if plain.loss is not None:
@@ -317,3 +318,65 @@ def test_threads_do_not_mix():
         thread.join()
     assert not wrong
     assert (model.radix_stats.folded, model.radix_stats.skipped) == (82, 41)
+
+
+class HeadWitness(TorchDispatchMode):
+    """How many rows a head with 60 outputs computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and out.shape[-1] == 60:
+            self.rows.append(out.shape[0])
+        return out
+
+
+def _ignore(*args):
+    pass
+
+
+LABELS = {"labels": torch.full((6, 9), -100)}
+LABELS["labels"][0, 4:6] = 3
+HEAD_CALLS = {
+    "all": ({}, None, 9),
+    "labels": (LABELS, None, 6 * 9),
+    "kept": ({"logits_to_keep": 1}, None, 6),
+    "tuple": ({"return_dict": False}, None, 6 * 9),
+    "hook on the head": ({}, lambda model: model.lm_head.register_forward_hook(_ignore), 6 * 9),
+    "hook on the stack": ({}, lambda model: model.model.register_forward_hook(_ignore), 6 * 9),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("call", HEAD_CALLS)
+def test_language_model_head_runs_on_rows_where_nothing_else_reads_hidden_states(call):
+    arguments, change, head_rows = HEAD_CALLS[call]
+    ids, mask = pad(TREE, "right")
+    plain, model = build(), hf.enable(build(), threshold=1.0, verify="never")
+    if change:
+        change(model)
+    with HeadWitness() as witness:
+        got = model(ids, mask, **arguments)
+    assert witness.rows == [head_rows]
+    assert model.radix_stats.rows == 9
+    want = plain(ids, mask, **arguments)
+    got, want = (out[0] if isinstance(out, tuple) else out.logits for out in (got, want))
+    real = mask[:, -want.shape[1] :].bool()
+    torch.testing.assert_close(got[real], want[real])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recorded", [True, [0, 2]])
+def test_head_on_rows_leaves_recorded_hidden_states_padded(recorded):
+    ids, mask = pad(TREE, "both")
+    plain, model = build(), hf.enable(build(), threshold=1.0)
+    got, want = (m(ids, mask, output_hidden_states=recorded) for m in (model, plain))
+    assert got.logits.shape == want.logits.shape
+    assert len(got.hidden_states) == len(want.hidden_states)
+    for ours, theirs in zip(got.hidden_states, want.hidden_states, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()])

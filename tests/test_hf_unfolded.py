@@ -116,7 +116,7 @@ def test_hook_inside_runs_unfolded_and_hook_outside_does_not():
         model.model.layers[0].mlp.register_forward_hook(_steer_last_position)
     reason = "layers.0.mlp has a hook, which would see rows for positions"
     check_unfolded(*models, reason, lambda model: {"input_ids": SQUARE_IDS})
-    plain, model = build(), hf.enable(build())
+    plain, model = build(), hf.enable(build(), threshold=1.0)
     seen = []
     for hooked in (plain, model):
         hooked.model.register_forward_hook(lambda module, args, out: seen.append(out.last_hidden_state))
@@ -272,13 +272,23 @@ def test_malformed_input_gets_the_error_it_had(arguments):
     assert str(caught.value) == str(plain.value)
 
 
+def _sharing(saved: int) -> torch.Tensor:
+    """[51, 1300] of which 50 rows have the `saved` tokens / 50 of the first, and no more."""
+    ids = torch.arange(51)[:, None].expand(51, 1300).clone()
+    ids[:, : saved // 50] = 55
+    return ids
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("threshold", "ids", "mask", "folds"),
     [
-        (None, SQUARE_IDS, None, True),
-        (None, torch.arange(1, 41).view(2, 20), None, False),
-        (None, IDS, MASK, True),
+        # 32 wide, a layer saves 12 * 32^2 for each position that it need not compute, and 3e7 is the least that pays.
+        (None, torch.ones(40, 63, dtype=torch.int64), None, True),
+        (None, torch.ones(38, 63, dtype=torch.int64), None, False),
+        (None, torch.ones(2, 63, dtype=torch.int64).repeat(30, 1), (torch.arange(63) < 30).expand(60, -1).long(), True),
+        (None, _sharing(2600), None, False),  # 0.96 of its positions are rows
+        (None, SQUARE_IDS, None, False),
         (0.625, SQUARE_IDS, None, True),
         (0.62, SQUARE_IDS, None, False),
         (0, SQUARE_IDS, None, False),

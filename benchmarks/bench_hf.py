@@ -1,0 +1,149 @@
+"""radix_ops.hf.enable on transformers' Qwen3 at its real shapes, random weights: against the model as it was.
+
+"plain" is the base model on the padded batch with sdpa, as most users have it; "enabled" the same after `enable` with
+its defaults; "forced" with threshold=1.0; "packed" the model on the packed batch with an attention function over
+torch's varlen_attn registered with transformers' AttentionInterface, which is the best a user can do without folding.
+Times are from ids on the device to hidden states there, everything included. "of FLOP ratio" is packed / enabled over
+the ratio of their floating-point operations.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+
+import bench_qwen3
+import harness
+import torch
+import transformers
+from bench_qwen3 import Batch, real_batches
+from transformers import AttentionInterface
+
+import radix_ops.hf
+
+WORKLOADS = ("gsm8k_8shot_cot", "msmarco_rerank_top8", "mmlu_4shot_4choice")
+# count, shared tokens, own tokens: from where folding can't pay to where it does.
+SMALL_BATCHES = ((2, 16, 16), (4, 32, 8), (8, 64, 16), (16, 96, 16), (32, 112, 16), (8, 256, 256), (16, 512, 512))
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, ends=None, **kwargs):
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v)) if _NEEDS_EQUAL_HEADS else (k, v)
+    positions, longest = ends
+    return varlen_attn(q, k, v, positions, positions, longest, longest, **_CAUSAL)[None], None
+
+
+# The signature of varlen_attn has moved between releases of torch.
+_CAUSAL: dict[str, object] = {}
+_NEEDS_EQUAL_HEADS = False
+
+
+def look_at_varlen_attn() -> None:
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    global _NEEDS_EQUAL_HEADS
+    names = inspect.signature(varlen_attn).parameters
+    _CAUSAL.update({"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True})
+    if "enable_gqa" in names:
+        _CAUSAL["enable_gqa"] = True
+
+
+def packed_flops(config, batch: Batch) -> float:
+    """Of the same forward with nothing folded."""
+    lengths = batch.mask.sum(1).double()
+    depths = float((lengths * (lengths + 1) / 2).sum())
+    rows, batch_depths = batch.rows, batch.depths
+    batch.rows, batch.depths = batch.tokens, depths
+    flops = batch.flops(config)
+    batch.rows, batch.depths = rows, batch_depths
+    return flops
+
+
+def make_models(name: str, device: str, dtype: torch.dtype) -> tuple[dict, object]:
+    """Models that share their parameters, and our config of that name."""
+    ours = bench_qwen3.make_model(name, device, dtype)
+    models = {key: bench_qwen3.make_theirs(ours, name) for key in ("plain", "enabled", "forced")}
+    radix_ops.hf.enable(models["enabled"])
+    radix_ops.hf.enable(models["forced"], threshold=1.0)
+    if device == "cuda":
+        look_at_varlen_attn()
+        AttentionInterface.register("bench_packed", packed_attention)
+        models["packed"] = bench_qwen3.make_theirs(ours, name)
+        models["packed"].set_attn_implementation("bench_packed")
+    return models, ours.config
+
+
+def functions_of(models: dict, batch: Batch, names) -> dict:
+    lengths = batch.mask.sum(1)
+    positions = torch.cat([torch.arange(int(n), device=batch.ids.device) for n in lengths])[None]
+    ends = batch.cu_seqlens.int(), int(lengths.max())
+
+    def of(name):
+        if name == "packed":
+            given = {"input_ids": batch.ids[None], "position_ids": positions, "ends": ends}
+        else:
+            given = {"input_ids": batch.padded, "attention_mask": batch.mask}
+        return lambda: (math.nan, models[name](**given, use_cache=False).last_hidden_state)
+
+    return {name: of(name) for name in names if name in models}
+
+
+def row_of(name: str, models: dict, config, batch: Batch, args, names) -> dict[str, object]:
+    functions = functions_of(models, batch, names)
+    want = functions["plain"]()[1][batch.mask.bool()].float()
+    row = {"model": name, "batch": batch.name, "positions": batch.padded.numel(), "N": batch.tokens, "M": batch.rows}
+    for key, function in functions.items():
+        got = function()[1].float()
+        got = got[0] if key == "packed" else got[batch.mask.bool()]
+        difference = float((got - want).norm() / want.norm())
+        assert difference < 0.2, f"{batch.name}: {key} differs from plain by {difference} of its norm"
+        row[f"{key} differs"] = difference
+    before = models["enabled"].radix_stats.folded
+    seconds = bench_qwen3.measure(functions, args.rounds, args.budget)
+    row |= {f"{key} ms": value[0] * 1e3 for key, value in seconds.items()}
+    row |= {f"plain / {key}": seconds["plain"][0] / seconds[key][0] for key in seconds if key != "plain"}
+    if "packed" in seconds:
+        ratio = packed_flops(config, batch) / batch.flops(config)
+        row |= {"packed / enabled": seconds["packed"][0] / seconds["enabled"][0], "FLOP ratio": ratio}
+        row["of FLOP ratio"] = row["packed / enabled"] / ratio
+    return row | {"folds": models["enabled"].radix_stats.folded > before}
+
+
+def main() -> None:
+    parser = harness.make_parser(__doc__, rounds=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--models", nargs="+", choices=list(bench_qwen3.SHAPES), help="default: 0.6B and 8B, or small")
+    parser.add_argument("--data", help="a .npz of packed prompts: NAME.ids and NAME.cu for each NAME")
+    parser.add_argument("--workloads", nargs="+", default=WORKLOADS, metavar="NAME", help="of --data")
+    parser.add_argument("--sequences", type=int, default=128, help="of each real batch, at most (default: 128)")
+    parser.add_argument("--budget", type=float, default=10.0, help="seconds after which a line has rounds enough")
+    args = harness.parse(parser)
+    device = args.device
+    transformers.logging.set_verbosity_error()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    shapes = [(15, 2047, 256), (15, 0, 1024)] if device == "cuda" else [(4, 511, 64), (4, 0, 256)]
+    batches = [Batch.synthetic(*shape, device) for shape in shapes] + real_batches(args, device)
+    small = [Batch.synthetic(*shape, device) for shape in SMALL_BATCHES]
+    for name in args.models or (["small"] if device == "cpu" else ["0.6B", "8B"]):
+        models, config = make_models(name, device, dtype)
+        with torch.no_grad():
+            rows = []
+            for batch in batches:
+                rows.append(row_of(name, models, config, batch, args, ("plain", "enabled", "packed")))
+                print(json.dumps(rows[-1]), flush=True)
+            harness.report(f"hf_{name}_{device}", rows, args.save)
+            rows = [row_of(name, models, config, batch, args, ("plain", "forced", "enabled")) for batch in small]
+            harness.report(f"hf_small_batches_{name}_{device}", rows, args.save)
+        del models
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
