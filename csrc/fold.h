@@ -45,9 +45,10 @@ inline void check_fold_arguments(
       multiple >= 1 && multiple <= kMaxRows, op, "pad_multiple_of must be from 1 to ", kMaxRows, ", got ", multiple);
 }
 
-// The ends of the sequences, checked against the number of tokens before any token is read.
+// The ends of the sequences, checked against the number of tokens before any token is read. With `front` tokens may
+// stand behind the last end.
 template <typename T>
-inline std::vector<int64_t> checked_bounds(const char* op, const Tensor& cu_seqlens, int64_t num_tokens) {
+inline std::vector<int64_t> checked_bounds(const char* op, const Tensor& cu_seqlens, int64_t num_tokens, bool front) {
   const Tensor held = as_contiguous(cu_seqlens);
   const T* values = held.const_data_ptr<T>();
   std::vector<int64_t> bounds(values, values + held.size(0));
@@ -64,9 +65,11 @@ inline std::vector<int64_t> checked_bounds(const char* op, const Tensor& cu_seql
         i);
   }
   RADIX_CHECK(
-      bounds.back() == num_tokens,
+      bounds.back() == num_tokens || (front && bounds.back() < num_tokens),
       op,
-      "cu_seqlens must end at the number of tokens, ",
+      "cu_seqlens must end at ",
+      front ? "most at " : "",
+      "the number of tokens, ",
       num_tokens,
       ", got ",
       bounds.back());
@@ -90,9 +93,9 @@ inline int64_t padded_rows(const char* op, int64_t num_nodes, int64_t pad_multip
 }
 
 // Raises what checked_bounds raises for a cu_seqlens on the CPU; returns the bounds.
-inline std::vector<int64_t> bounds_of(const char* op, const Tensor& cu_seqlens, int64_t num_tokens) {
-  return is_int32(cu_seqlens) ? checked_bounds<int32_t>(op, cu_seqlens, num_tokens)
-                              : checked_bounds<int64_t>(op, cu_seqlens, num_tokens);
+inline std::vector<int64_t> bounds_of(const char* op, const Tensor& cu_seqlens, int64_t num_tokens, bool front) {
+  return is_int32(cu_seqlens) ? checked_bounds<int32_t>(op, cu_seqlens, num_tokens, front)
+                              : checked_bounds<int64_t>(op, cu_seqlens, num_tokens, front);
 }
 
 }  // namespace radix

@@ -10,6 +10,11 @@ STABLE_TORCH_LIBRARY(radix, m) {
       " -> (Tensor compact_input_ids, Tensor compact_position_ids, Tensor unfold_index, Tensor fold_index,"
       " Tensor unfold_indptr, Tensor unfold_members, Tensor run_sequences, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
       " Tensor kv_index, Tensor kv_indptr, Tensor kv_members, Tensor counts)");
+  m.def(
+      "fold_plan_front(Tensor input_ids, Tensor position_ids, Tensor cu_seqlens, int pad_multiple_of=1)"
+      " -> (Tensor compact_input_ids, Tensor compact_position_ids, Tensor unfold_index, Tensor fold_index,"
+      " Tensor unfold_indptr, Tensor unfold_members, Tensor run_sequences, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
+      " Tensor kv_index, Tensor kv_indptr, Tensor kv_members, Tensor counts)");
   m.def("gather(Tensor x, Tensor index) -> Tensor");
   m.def("gather.csr(Tensor x, Tensor index, Tensor indptr, Tensor members) -> Tensor");
   m.def("gather_kv(Tensor k, Tensor v, Tensor index) -> (Tensor, Tensor)");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -85,8 +86,8 @@ class FoldedBatch:
         Padding may stand on either side of a row or on both; a row of padding alone is an empty sequence. Positions
         count from 0 at each row's first real token unless `position_ids` [B, T] gives them. The fold runs where the
         tensors are; the batch then travels to `device`, if one is given, without blocking the host. On CUDA the host
-        waits twice, for the number of tokens and in the fold. Raises TypeError for anything but tensors, ValueError
-        for shapes or devices that differ, a mask with other values than 0 and 1, and a mask with a hole.
+        waits once, as in any fold, and B * T may be 2^31 - 1 at most. Raises TypeError for anything but tensors,
+        ValueError for shapes or devices that differ, a mask with other values than 0 and 1, and a mask with a hole.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
         given |= {} if position_ids is None else {"position_ids": position_ids}
@@ -104,22 +105,26 @@ class FoldedBatch:
         lengths = mask.sum(1)
         # A row without holes changes at most twice between padding and tokens, counting both ends as padding.
         changes = torch.diff(mask.to(torch.int8), prepend=_zeros_like_column(mask), append=_zeros_like_column(mask))
-        bad_rows = (changes.abs().sum(1) > 2) | (attention_mask != mask).any(1)
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        num_tokens, num_bad_rows = torch.stack([cu_seqlens[-1], bad_rows.sum()]).tolist()
-        if num_bad_rows:
-            row = int(bad_rows.nonzero()[0])
-            raise ValueError(
-                f"attention_mask[{row}] must be one unbroken stretch of 1s with 0s around it (a row with holes "
-                f"cannot be folded), got {_shorten(attention_mask[row])}"
-            )
-        if mask.is_cuda:  # where nonzero() would wait for the host: the first place up to which i + 1 tokens stand
-            tokens = torch.searchsorted(mask.flatten().cumsum(0), torch.arange(1, num_tokens + 1, device=mask.device))
+        is_bad = (changes.abs().sum(1) > 2) | (attention_mask != mask).any(1)
+        if mask.is_cuda:
+            # The host learns of a bad row as it learns of all else, by the fold: no cu_seqlens starts below 0.
+            cu_seqlens = torch.cat([-is_bad.sum()[None], lengths.cumsum(0)])
+            # The first place up to which i + 1 tokens stand; behind the last token any place.
+            counts = torch.arange(1, mask.numel() + 1, device=mask.device)
+            tokens = torch.searchsorted(mask.flatten().cumsum(0), counts).clamp_(max=mask.numel() - 1)
+            make = _fold_front
         else:
+            _check_rows(attention_mask, is_bad)
+            cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
             tokens = mask.flatten().nonzero()[:, 0]
+            make = fold
         if position_ids is not None:
             position_ids = position_ids.flatten()[tokens]
-        batch = fold(input_ids.flatten()[tokens], cu_seqlens, position_ids, pad_multiple_of)
+        try:
+            batch = make(input_ids.flatten()[tokens], cu_seqlens, position_ids, pad_multiple_of)
+        except ValueError:
+            _check_rows(attention_mask, is_bad)
+            raise
         return batch if device is None else batch.to(device, non_blocking=True)
 
     @property
@@ -223,14 +228,7 @@ def fold(
 
     Exact for every input. Raises TypeError for dtypes, ValueError for shapes, devices and values.
     """
-    position_ids = _check(input_ids, cu_seqlens, position_ids, pad_multiple_of)
-    try:
-        *tensors, counts = torch.ops.radix.fold_plan(input_ids, position_ids, cu_seqlens, pad_multiple_of)
-    except RuntimeError as error:
-        if not str(error).startswith("radix::fold_plan: "):
-            raise
-        raise ValueError(str(error).removeprefix("radix::fold_plan: ")) from None
-    return FoldedBatch(*tensors, cu_seqlens.to(torch.int32), *counts.tolist())
+    return _fold_by("fold_plan", input_ids, cu_seqlens, position_ids, pad_multiple_of)
 
 
 def pack(
@@ -278,6 +276,30 @@ def pack(
         max_seqlen_k=max(lengths, default=0),
         min_seqlen=min(lengths, default=0),
     )
+
+
+def _fold_by(op: str, input_ids, cu_seqlens, position_ids, pad_multiple_of) -> FoldedBatch:
+    position_ids = _check(input_ids, cu_seqlens, position_ids, pad_multiple_of)
+    try:
+        *tensors, counts = getattr(torch.ops.radix, op)(input_ids, position_ids, cu_seqlens, pad_multiple_of)
+    except RuntimeError as error:
+        if not str(error).startswith(f"radix::{op}: "):
+            raise
+        raise ValueError(str(error).removeprefix(f"radix::{op}: ")) from None
+    return FoldedBatch(*tensors, cu_seqlens.to(torch.int32), *counts.tolist())
+
+
+# Of the tokens up to the end of cu_seqlens, behind which others may stand.
+_fold_front = functools.partial(_fold_by, "fold_plan_front")
+
+
+def _check_rows(attention_mask: Tensor, is_bad: Tensor) -> None:
+    if is_bad.any():
+        row = int(is_bad.nonzero()[0])
+        raise ValueError(
+            f"attention_mask[{row}] must be one unbroken stretch of 1s with 0s around it (a row with holes "
+            f"cannot be folded), got {_shorten(attention_mask[row])}"
+        )
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -10,6 +10,8 @@ fold_plan(the same)
     are the rows that each sequence adds: run_sequences [R], cu_seqlens_q [R + 1] over the rows, cu_seqlens_k [R + 1]
     over the tokens of those sequences; kv_index [K], the rows of those tokens, with its inverse kv_indptr
     [num_rows + 1], kv_members [K]; counts, int64 [4] on the CPU: M, longest run, longest and shortest sequence.
+fold_plan_front(the same)
+    -> fold_plan of the tokens in front: N is where cu_seqlens ends, what stands behind is not looked at.
 gather(x [R, ...], index [N])
     -> x[index] [N, ...], of any dtype.
 scatter_add(src [N, ...], index [N], num_rows)
@@ -54,9 +56,8 @@ The attention ops can be differentiated once.
 Malformed arguments raise RuntimeError, which names the argument, before memory outside the arguments is read. Tensors
 have at most 64 dimensions.
 
-On CUDA, all ops run on the current stream. fold and fold_plan copy 32 bytes to the host, once (a
-second time if two paths have one 64-bit hash), and wait for them: they can't be captured in a CUDA graph; the others
-can, and never wait. cu_seqlens is checked by fold; a value of index, indptr or members that is out of range, or members
+On CUDA, all ops run on the current stream. The folds copy 36 bytes to the host, once (a second time if two paths have
+one 64-bit hash), and wait for them: they can't be captured in a CUDA graph; the others can, and never wait. cu_seqlens is checked by fold; a value of index, indptr or members that is out of range, or members
 that are not the inverse of index in scatter_add, are device asserts, as in torch.index_select. (gather.csr takes from
 the inverse only which rows to keep in the cache.)
 """
@@ -77,6 +78,7 @@ from ._check import check_devices, check_index_like
 _ALL_OPS = (
     "fold",
     "fold_plan",
+    "fold_plan_front",
     "gather",
     "gather.csr",
     "gather_kv",
@@ -103,31 +105,31 @@ def _index_like(tensor: Tensor, *sizes) -> Tensor:
     return tensor.new_empty(sizes, dtype=torch.int32)
 
 
-@torch.library.register_fake("radix::fold")
-def _fold_fake(input_ids, position_ids, cu_seqlens, pad_multiple_of=1):
-    check_index_like("fold", input_ids.device, input_ids=input_ids, position_ids=position_ids, cu_seqlens=cu_seqlens)
-    return _fold_outputs(input_ids, position_ids, _new_size())
+def _check_fold(op, input_ids, position_ids, cu_seqlens):
+    check_index_like(op, input_ids.device, input_ids=input_ids, position_ids=position_ids, cu_seqlens=cu_seqlens)
 
 
-def _fold_outputs(input_ids, position_ids, num_rows):
+def _fold_outputs(input_ids, position_ids, num_tokens, num_rows):
     return (
         input_ids.new_empty(num_rows),
         position_ids.new_empty(num_rows),
-        _index_like(input_ids, input_ids.shape[0]),
+        _index_like(input_ids, num_tokens),
         _index_like(input_ids, num_rows),
     )
 
 
-@torch.library.register_fake("radix::fold_plan")
-def _fold_plan_fake(input_ids, position_ids, cu_seqlens, pad_multiple_of=1):
-    check_index_like(
-        "fold_plan", input_ids.device, input_ids=input_ids, position_ids=position_ids, cu_seqlens=cu_seqlens
-    )
+@torch.library.register_fake("radix::fold")
+def _fold_fake(input_ids, position_ids, cu_seqlens, pad_multiple_of=1):
+    _check_fold("fold", input_ids, position_ids, cu_seqlens)
+    return _fold_outputs(input_ids, position_ids, input_ids.shape[0], _new_size())
+
+
+def _plan_outputs(input_ids, position_ids, num_tokens):
     num_rows, num_runs, num_kv = _new_size(), _new_size(), _new_size()
     return (
-        *_fold_outputs(input_ids, position_ids, num_rows),
+        *_fold_outputs(input_ids, position_ids, num_tokens, num_rows),
         _index_like(input_ids, num_rows + 1),
-        _index_like(input_ids, input_ids.shape[0]),
+        _index_like(input_ids, num_tokens),
         _index_like(input_ids, num_runs),
         _index_like(input_ids, num_runs + 1),
         _index_like(input_ids, num_runs + 1),
@@ -136,6 +138,18 @@ def _fold_plan_fake(input_ids, position_ids, cu_seqlens, pad_multiple_of=1):
         _index_like(input_ids, num_kv),
         torch.empty(4, dtype=torch.int64, device="cpu"),
     )
+
+
+@torch.library.register_fake("radix::fold_plan")
+def _fold_plan_fake(input_ids, position_ids, cu_seqlens, pad_multiple_of=1):
+    _check_fold("fold_plan", input_ids, position_ids, cu_seqlens)
+    return _plan_outputs(input_ids, position_ids, input_ids.shape[0])
+
+
+@torch.library.register_fake("radix::fold_plan_front")
+def _fold_plan_front_fake(input_ids, position_ids, cu_seqlens, pad_multiple_of=1):
+    _check_fold("fold_plan_front", input_ids, position_ids, cu_seqlens)
+    return _plan_outputs(input_ids, position_ids, _new_size())
 
 
 def _gather_fake(op, x, index, *inverse):

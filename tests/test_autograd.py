@@ -73,7 +73,7 @@ def test_opcheck(requires_grad, dtype, device):
         torch.library.opcheck(op, arguments)
 
 
-@pytest.mark.parametrize("op", [RADIX.fold.default, RADIX.fold_plan.default])
+@pytest.mark.parametrize("op", [RADIX.fold.default, RADIX.fold_plan.default, RADIX.fold_plan_front.default])
 def test_opcheck_of_folds(op, device):
     for arguments in fold_inputs():
         torch.library.opcheck(op, to(device, arguments))

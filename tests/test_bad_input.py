@@ -65,6 +65,20 @@ def test_fold_refuses(op, arguments, message, device):
         getattr(RADIX, op)(*to(device, arguments))
 
 
+@pytest.mark.parametrize(
+    ("cu_seqlens", "message"),
+    [
+        (CU - 2, "cu_seqlens must start at 0, got -2"),
+        (torch.tensor([0, 3, 2]), "cu_seqlens must not decrease, got 3 and then 2 at index 2"),
+        (torch.tensor([0, 5]), "cu_seqlens must end at most at the number of tokens, 4, got 5"),
+        (torch.tensor([5]), "cu_seqlens must start at 0, got 5"),
+    ],
+)
+def test_the_fold_of_the_tokens_in_front_refuses(cu_seqlens, message, device):
+    with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::fold_plan_front: {message}')}$"):
+        RADIX.fold_plan_front(*to(device, (IDS, IDS, cu_seqlens)))
+
+
 GATHER_SHAPES = [
     (torch.tensor(1.0), INDEX, "x must have at least 1 dimension, got a scalar"),
     (X.view(3, 2, *[1] * 63), INDEX, "x must have at most 64 dimensions, got 65"),
@@ -271,6 +285,7 @@ def test_varlen_attention_refuses(arguments, message):
 CALLS = [
     (RADIX.fold.default, (IDS, IDS, CU)),
     (RADIX.fold_plan.default, (IDS, IDS, CU)),
+    (RADIX.fold_plan_front.default, (IDS, IDS, CU)),
     (RADIX.gather.default, (X, INDEX)),
     (RADIX.gather.csr, (X, INDEX, INDPTR, MEMBERS)),
     (RADIX.gather_kv.default, (X, X, INDEX)),

@@ -102,9 +102,9 @@ def test_from_padded_takes_positions():
         ([[1, 1]], r"must have one shape \[B, T\], got \[2, 3\] for input_ids and \[1, 2\] for attention_mask"),
     ],
 )
-def test_from_padded_refuses_other_masks(mask, message):
+def test_from_padded_refuses_other_masks(mask, message, device):
     with pytest.raises(ValueError, match=message):
-        FoldedBatch.from_padded(torch.ones(2, 3, dtype=torch.int64), torch.tensor(mask))
+        FoldedBatch.from_padded(torch.ones(2, 3, dtype=torch.int64, device=device), torch.tensor(mask, device=device))
 
 
 def test_from_padded_refuses_positions_of_another_shape():

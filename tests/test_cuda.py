@@ -84,6 +84,22 @@ def test_folded_batches_made_on_cuda_equal_those_of_the_cpu(name):
         assert torch.equal(moved.cpu(), value) if isinstance(value, torch.Tensor) else moved == value, field
 
 
+def test_padded_batches_folded_on_cuda_equal_those_of_the_cpu():
+    rng = np.random.default_rng(0)
+    for _ in rounds(200):
+        count, width = int(rng.integers(0, 9)), int(rng.integers(0, 40))
+        ids = torch.from_numpy(rng.integers(0, 2, (count, width)))
+        start, end = np.sort(rng.integers(0, width + 1, (2, count, 1)), axis=0)
+        mask = torch.from_numpy((np.arange(width) >= start) & (np.arange(width) < end))
+        positions = torch.from_numpy(rng.integers(0, 3, (count, width))) if rng.integers(2) else None
+        want = FoldedBatch.from_padded(ids, mask, positions, pad_multiple_of=4)
+        given = [None if x is None else x.cuda() for x in (ids, mask, positions)]
+        got = FoldedBatch.from_padded(*given, pad_multiple_of=4)
+        for field, value in vars(want).items():
+            moved = getattr(got, field)
+            assert torch.equal(moved.cpu(), value) if isinstance(value, torch.Tensor) else moved == value, field
+
+
 def test_compat_folds_on_the_device():
     for seed in rounds(100):
         ids, positions, cu_seqlens, multiple = fold_arguments(seed)
@@ -161,7 +177,7 @@ def test_outputs_hold_nothing_that_was_in_memory_before(width):
 @pytest.mark.parametrize("name", ["nested", "duplicates", "strict_prefix_after", "empty_between"])
 def test_folds_hold_nothing_that_was_in_memory_before(name):
     arguments = to("cuda", pack(NAMED[name]))
-    for op in (RADIX.fold, RADIX.fold_plan):
+    for op in (RADIX.fold, RADIX.fold_plan, RADIX.fold_plan_front):
         poisoned(lambda op=op: op(*arguments, 64))
 
 
@@ -256,7 +272,7 @@ def waits(function, path):
     return count(traced(function, path)) - count(traced(lambda: torch.empty(1, device="cuda").add_(1), path))
 
 
-@pytest.mark.parametrize("op", ["fold", "fold_plan"])
+@pytest.mark.parametrize("op", ["fold", "fold_plan", "fold_plan_front"])
 def test_a_fold_copies_at_most_64_bytes_to_the_host_once(op, tmp_path):
     ids = torch.randint(0, 1000, (32, 300))
     ids[:, :200] = ids[0, :200]
@@ -278,7 +294,8 @@ def test_a_batch_is_made_with_one_wait(tmp_path):
     for makes, count in (
         (lambda: radix_ops.fold(flat, ends, pad_multiple_of=8), 1),
         (lambda: radix_ops.pack(flat, ends), 1),
-        (lambda: FoldedBatch.from_padded(ids_there, mask_there), 2),
+        (lambda: FoldedBatch.from_padded(ids_there, mask_there), 1),
+        (lambda: FoldedBatch.from_padded(ids_there, mask_there, ids_there), 1),
         (lambda: FoldedBatch.from_padded(ids, mask, device="cuda"), 0),
         (lambda: FoldedBatch.from_sequences(ids.tolist(), device="cuda"), 0),
         (lambda: FoldedBatch.from_sequences(list(ids_there)), 1),

@@ -196,6 +196,18 @@ def test_fold_plan_of_named_batches(fold, fold_plan, name):
         check_plan(fold, fold_plan, NAMED[name], pack(NAMED[name])[1], pad_multiple_of)
 
 
+def test_the_plan_of_the_tokens_in_front_does_not_look_behind(device):
+    for seed in rounds(200):
+        rng = np.random.default_rng(seed)
+        sequences = random_sequences(rng)
+        ids, positions, cu_seqlens = pack(sequences)
+        behind = torch.from_numpy(rng.integers(0, 3, seed % 5 * 20))
+        arguments = torch.cat([ids, behind]), torch.cat([positions, behind]), cu_seqlens, 4
+        got = RADIX.fold_plan_front(*to(device, arguments))
+        for g, w in zip(got, RADIX.fold_plan(ids, positions, cu_seqlens, 4), strict=True):
+            assert torch.equal(g.cpu(), w)
+
+
 def test_fold_plan_of_random_batches(fold, fold_plan):
     rng = np.random.default_rng(1)
     for _ in rounds(300):

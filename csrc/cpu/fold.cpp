@@ -26,7 +26,7 @@ Folded build(
   const Tensor held_positions = as_contiguous(position_ids);
   const Id* ids = held_ids.const_data_ptr<Id>();
   const Position* positions = held_positions.const_data_ptr<Position>();
-  const int64_t num_tokens = held_ids.size(0);
+  const int64_t num_tokens = bounds.back();
   const int64_t num_sequences = static_cast<int64_t>(bounds.size()) - 1;
 
   Tensor unfold_index = empty_at(cpu(), num_tokens, aoti_torch_dtype_int32());
@@ -61,9 +61,10 @@ Folded check_and_build(
     const Tensor& input_ids,
     const Tensor& position_ids,
     const Tensor& cu_seqlens,
-    int64_t pad_multiple_of) {
+    int64_t pad_multiple_of,
+    bool front = false) {
   check_fold_arguments(op, input_ids, position_ids, cu_seqlens, pad_multiple_of, cpu());
-  std::vector<int64_t> bounds = bounds_of(op, cu_seqlens, input_ids.size(0));
+  std::vector<int64_t> bounds = bounds_of(op, cu_seqlens, input_ids.size(0), front);
   const bool narrow_ids = is_int32(input_ids);
   const bool narrow_positions = is_int32(position_ids);
   auto* const build_for = narrow_ids ? (narrow_positions ? &build<int32_t, int32_t> : &build<int32_t, int64_t>)
@@ -76,9 +77,7 @@ Fold fold_cpu(const Tensor& input_ids, const Tensor& position_ids, const Tensor&
   return {folded.input_ids, folded.position_ids, folded.unfold_index, folded.fold_index};
 }
 
-Plan fold_plan_cpu(
-    const Tensor& input_ids, const Tensor& position_ids, const Tensor& cu_seqlens, int64_t pad_multiple_of) {
-  Folded folded = check_and_build("fold_plan", input_ids, position_ids, cu_seqlens, pad_multiple_of);
+Plan plan_of(const Folded& folded) {
   const int32_t int32 = aoti_torch_dtype_int32();
   const int64_t num_rows = folded.fold_index.size(0);
   const int64_t num_runs = static_cast<int64_t>(folded.runs.size());
@@ -156,10 +155,21 @@ Plan fold_plan_cpu(
       counts};
 }
 
+Plan fold_plan_cpu(
+    const Tensor& input_ids, const Tensor& position_ids, const Tensor& cu_seqlens, int64_t pad_multiple_of) {
+  return plan_of(check_and_build("fold_plan", input_ids, position_ids, cu_seqlens, pad_multiple_of));
+}
+
+Plan fold_plan_front_cpu(
+    const Tensor& input_ids, const Tensor& position_ids, const Tensor& cu_seqlens, int64_t pad_multiple_of) {
+  return plan_of(check_and_build("fold_plan_front", input_ids, position_ids, cu_seqlens, pad_multiple_of, true));
+}
+
 }  // namespace
 }  // namespace radix
 
 STABLE_TORCH_LIBRARY_IMPL(radix, CPU, m) {
   m.impl("fold", TORCH_BOX(&radix::fold_cpu));
   m.impl("fold_plan", TORCH_BOX(&radix::fold_plan_cpu));
+  m.impl("fold_plan_front", TORCH_BOX(&radix::fold_plan_front_cpu));
 }

@@ -31,7 +31,8 @@ __host__ __device__ inline uint64_t mix(uint64_t h) {
 }
 
 // The packed tokens. `sequences` holds the sequence of each. cu_seqlens may be malformed until its verdict is known, so
-// what is read from it is clamped before it is used as an index.
+// what is read from it is clamped before it is used as an index. With `front` the tokens are those up to the end of
+// cu_seqlens, which the host does not know before that verdict: num_tokens is then how many there may be.
 struct Batch {
   Integers ids;
   Integers positions;
@@ -39,6 +40,15 @@ struct Batch {
   int64_t num_tokens;
   int64_t num_sequences;
   int32_t* sequences;
+  bool front;
+
+  __device__ int64_t tokens() const {
+    if (!front) {
+      return num_tokens;
+    }
+    const int64_t end = cu_seqlens[num_sequences];
+    return end < 0 ? 0 : end > num_tokens ? num_tokens : end;
+  }
 
   __device__ int64_t start(int64_t token) const {
     const int64_t start = cu_seqlens[sequences[token]];
@@ -66,7 +76,7 @@ struct Batch {
 
   __device__ bool well_formed_at(int64_t sequence) const {
     return cu_seqlens[sequence] <= cu_seqlens[sequence + 1] && (sequence > 0 || cu_seqlens[0] == 0) &&
-           (sequence + 1 < num_sequences || cu_seqlens[num_sequences] == num_tokens);
+           (sequence + 1 < num_sequences || cu_seqlens[num_sequences] == tokens());
   }
 };
 
@@ -84,6 +94,7 @@ struct Table {
 
 // What is shared by the sequences up to one, and all that the host must know of the batch.
 struct Summary {
+  int32_t tokens;
   int32_t rows;
   int32_t runs;
   int32_t kv_rows;
@@ -102,6 +113,7 @@ __host__ __device__ inline int32_t wrapping_sum(int32_t a, int32_t b) {
 struct Combine {
   __host__ __device__ Summary operator()(const Summary& a, const Summary& b) const {
     return Summary{
+        wrapping_sum(a.tokens, b.tokens),
         wrapping_sum(a.rows, b.rows),
         wrapping_sum(a.runs, b.runs),
         wrapping_sum(a.kv_rows, b.kv_rows),
@@ -253,6 +265,7 @@ __device__ inline Summary summary_of(const Steps& steps, int64_t sequence) {
   const int32_t length = static_cast<int32_t>(steps.batch.length(sequence));
   const int32_t added = length - steps.shared[sequence];
   return Summary{
+      length,
       added,
       added > 0,
       added > 0 ? length : 0,
@@ -263,7 +276,7 @@ __device__ inline Summary summary_of(const Steps& steps, int64_t sequence) {
       *steps.verified};
 }
 
-constexpr Summary kNothing{0, 0, 0, 0, 0, std::numeric_limits<int32_t>::max(), 1, 1};
+constexpr Summary kNothing{0, 0, 0, 0, 0, 0, std::numeric_limits<int32_t>::max(), 1, 1};
 
 // The share of `count` items that one of the blocks works on.
 struct Share {
@@ -289,7 +302,7 @@ __global__ void __launch_bounds__(kThreads, 3) run_steps(Steps steps) {
   __shared__ Summary earlier;
   const auto grid = cooperative_groups::this_grid();
   const Batch& batch = steps.batch;
-  const Share tokens(batch.num_tokens, gridDim.x);
+  const Share tokens(batch.tokens(), gridDim.x);
   if constexpr (!kFilled) {
     // Hashes of paths: of the block's share of tokens first, then with what the blocks before it add.
     clear_steps(steps);
@@ -473,6 +486,7 @@ class DeviceFold {
       const Tensor& position_ids,
       const Tensor& cu_seqlens,
       int64_t pad_multiple_of,
+      bool front = false,
       uint64_t hash_bits = ~uint64_t{0})
       : op_(op),
         place_(cuda_place({&input_ids, &position_ids, &cu_seqlens})),
@@ -492,12 +506,14 @@ class DeviceFold {
         integers_of(cu_seqlens_),
         ids_.size(0),
         cu_seqlens_.size(0) - 1,
-        nullptr};
+        nullptr,
+        front};
     steps_.table.hash_bits = hash_bits;
     if (steps_.batch.num_sequences == 0) {
       // No token has a sequence: cu_seqlens holds one number, and all is said once it is 0 and equals the tokens.
       host_bounds();
-      summary_ = Summary{0, 0, 0, 0, 0, 0, 1, 1};
+      steps_.batch.num_tokens = 0;
+      summary_ = Summary{0, 0, 0, 0, 0, 0, 0, 1, 1};
     } else {
       fold();
     }
@@ -636,6 +652,10 @@ class DeviceFold {
       host_bounds();
       fail(op_, "cu_seqlens changed while it was read");
     }
+    if (steps_.batch.front) {
+      steps_.batch.num_tokens = summary_.tokens;
+      unfold_index_ = empty(summary_.tokens);
+    }
     if (!summary_.verified) {
       collided_ = true;
       fold_exactly();
@@ -701,7 +721,7 @@ class DeviceFold {
             cudaMemcpyDeviceToHost,
             device_.stream()));
     check_cuda(op_, cudaStreamSynchronize(device_.stream()));
-    bounds_of(op_, copy, steps_.batch.num_tokens);
+    bounds_of(op_, copy, steps_.batch.num_tokens, steps_.batch.front);
   }
 
   void write_rows_to(int32_t* kv_index) {
@@ -752,12 +772,17 @@ Plan fold_plan_cuda(
   return DeviceFold("fold_plan", input_ids, position_ids, cu_seqlens, pad_multiple_of).plan();
 }
 
+Plan fold_plan_front_cuda(
+    const Tensor& input_ids, const Tensor& position_ids, const Tensor& cu_seqlens, int64_t pad_multiple_of) {
+  return DeviceFold("fold_plan_front", input_ids, position_ids, cu_seqlens, pad_multiple_of, true).plan();
+}
+
 // For tests: fold_plan by hashes of `hash_bits` bits, and whether a collision was met.
 decltype(std::tuple_cat(std::declval<Plan>(), std::declval<std::tuple<bool>>())) fold_by_short_hashes(
     const Tensor& input_ids, const Tensor& position_ids, const Tensor& cu_seqlens, int64_t hash_bits) {
   const char* op = "_fold_by_short_hashes";
   RADIX_CHECK(hash_bits >= 0 && hash_bits <= 63, op, "hash_bits must be from 0 to 63, got ", hash_bits);
-  DeviceFold fold(op, input_ids, position_ids, cu_seqlens, 1, (uint64_t{1} << hash_bits) - 1);
+  DeviceFold fold(op, input_ids, position_ids, cu_seqlens, 1, false, (uint64_t{1} << hash_bits) - 1);
   return std::tuple_cat(fold.plan(), std::tuple(fold.collided()));
 }
 
@@ -774,5 +799,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(radix, m) {
 STABLE_TORCH_LIBRARY_IMPL(radix, CUDA, m) {
   m.impl("fold", TORCH_BOX(&radix::fold_cuda));
   m.impl("fold_plan", TORCH_BOX(&radix::fold_plan_cuda));
+  m.impl("fold_plan_front", TORCH_BOX(&radix::fold_plan_front_cuda));
   m.impl("_fold_by_short_hashes", TORCH_BOX(&radix::fold_by_short_hashes));
 }
