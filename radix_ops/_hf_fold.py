@@ -12,7 +12,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ._hf_proofs import class_of
-from .attention import attention
+from .attention import AttentionPlan, attend, check_attention, plan_attention
 from .batch import FoldedBatch, fold
 
 _ATTENTION_NAME = "radix_ops"
@@ -87,7 +87,7 @@ class _FoldedCall:
     """
 
     batch: FoldedBatch
-    layout: str
+    plan: AttentionPlan
     attention_calls: int = 0
 
 
@@ -108,7 +108,7 @@ def run_folded(
     if further_arguments.get("output_hidden_states", getattr(stack.config, "output_hidden_states", False)):
         # The twin's modules share their hooks with the stack's, but not the note that the hooks are there.
         maybe_install_capturing_hooks(stack)
-    call = _FoldedCall(padded.batch, layout)
+    call = _FoldedCall(padded.batch, plan_attention(padded.batch, layout))
     outputs = class_of(stack).forward(
         _twin_of(stack, {}),
         input_ids=padded.batch.input_ids[None],
@@ -143,14 +143,16 @@ def _twin_of(module: nn.Module, configs: dict[int, PreTrainedConfig]) -> nn.Modu
     is made. `configs` holds the copies by the identity of what they are copies of.
     """
     replaced: dict[str, Any] = {}
-    for name, value in module.__dict__.items():
+    is_torchs = type(module).__module__.startswith("torch.nn.")  # and knows no config
+    for name, value in () if is_torchs else module.__dict__.items():
         if isinstance(value, PreTrainedConfig):
             if id(value) not in configs:
                 configs[id(value)] = _shallow_copy(value, _attn_implementation_internal=_ATTENTION_NAME)
             replaced[name] = configs[id(value)]
-    children = {name: child and _twin_of(child, configs) for name, child in module._modules.items()}
-    if any(children[name] is not child for name, child in module._modules.items()):
-        replaced["_modules"] = children
+    if module._modules:
+        children = {name: child and _twin_of(child, configs) for name, child in module._modules.items()}
+        if any(children[name] is not child for name, child in module._modules.items()):
+            replaced["_modules"] = children
     if not replaced:
         return module
     # A compiled call is bound to the original.
@@ -192,8 +194,8 @@ def _folded_attention(
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if further:
         return _own_attention(module, q, k, v, radix_call.batch, scaling, sliding_window, further)[None], None
-    out = attention(q, k, v, radix_call.batch, scale=scaling, sliding_window=sliding_window, layout=radix_call.layout)
-    return out[None], None
+    check_attention(q, k, v, radix_call.batch, sliding_window)
+    return attend(q, k, v, radix_call.batch, radix_call.plan, scaling, sliding_window)[None], None
 
 
 def _own_attention(module, q, k, v, batch: FoldedBatch, scaling, sliding_window, further: dict[str, Any]) -> Tensor:

@@ -17,7 +17,7 @@ from ._hf_proofs import class_of, is_proven_class, path_of, proof_of, unproven_c
 
 # Attention implementations whose answer the proofs compare with; another name may attend to anything.
 _KNOWN_ATTENTION = ("eager", "sdpa")
-# What the config of each stack held when it was last checked, and what the check found: it takes longer than to compare.
+# What the config of each stack held when it was last checked, and what the check found: to compare is faster.
 _checked_configs: weakref.WeakKeyDictionary[nn.Module, tuple[dict, str | None]] = weakref.WeakKeyDictionary()
 # Numbers of a config that make training random where they are above 0.
 RANDOM = re.compile(r"drop|jitter|noise")

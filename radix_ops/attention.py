@@ -56,7 +56,7 @@ def attention(
     backward may need the result as it was returned, so don't change it in place.
     Raises ValueError for shapes, devices and values, TypeError for dtypes.
     """
-    _check(q, k, v, batch, sliding_window)
+    check_attention(q, k, v, batch, sliding_window)
     return attend(q, k, v, batch, plan_attention(batch, layout), scale, sliding_window)
 
 
@@ -142,7 +142,8 @@ def _zero_padding_rows(rows: Tensor, batch: FoldedBatch) -> Tensor:
     return rows.masked_fill(is_padding[:, None, None], 0)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, batch: FoldedBatch, sliding_window: int | None) -> None:
+def check_attention(q: Tensor, k: Tensor, v: Tensor, batch: FoldedBatch, sliding_window: int | None) -> None:
+    """Raises what `attention` does for arguments that are wrong."""
     if not isinstance(batch, FoldedBatch):
         raise TypeError(f"batch must be a FoldedBatch, got {type(batch).__name__}")
     if sliding_window is not None and (isinstance(sliding_window, bool) or not isinstance(sliding_window, int)):
