@@ -19,8 +19,8 @@ from ._hf_proofs import class_of, is_proven_class, path_of, proof_of, unproven_c
 _KNOWN_ATTENTION = ("eager", "sdpa")
 # What the config of each stack held when it was last checked, and what the check found: to compare is faster.
 _checked_configs: weakref.WeakKeyDictionary[nn.Module, tuple[dict, str | None]] = weakref.WeakKeyDictionary()
-# Numbers of a config that make training random where they are above 0.
-RANDOM = re.compile(r"drop|jitter|noise")
+# Numbers of a config that make training of a decoder stack random where they are above 0; a head's own don't matter.
+RANDOM = re.compile(r"^(?!classifier|summary).*(drop|jitter|noise)")
 # Whose hooks record, ask for gradients, load or gather weights, and don't look at positions.
 _HOOKS_OF = ("torch", "transformers")
 

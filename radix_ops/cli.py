@@ -47,7 +47,7 @@ def score(args: argparse.Namespace) -> None:
         not args.output or (os.path.exists(args.output) and not os.path.isfile(args.output))
     ):
         raise ScoreError(f"--output {args.output!r} is not a regular file")
-    _check_device(args.device, folds=not args.plain)
+    _check_device(args.device)
     if args.compare and args.output and os.path.exists(args.output) and not args.overwrite:
         raise ScoreError(f"--output {args.output} exists and --compare times whole runs; --overwrite replaces it")
     if args.threads:
@@ -68,14 +68,15 @@ def score(args: argparse.Namespace) -> None:
         _score_remaining(args, model, items, sequences, keys, results)
 
 
-def _check_device(name: str, folds: bool) -> None:
+def _check_device(name: str) -> None:
     try:
-        kind = torch.device(name).type
+        device = torch.device(name)
     except RuntimeError:
-        kind = None
-    if kind != "cpu" and (folds or kind != "cuda"):
-        wrong = "can't fold" if folds else "can't be used"
-        raise ScoreError(f"--device {name!r} {wrong}: it must be cpu, or cuda with --plain")
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ScoreError(f"--device {name!r} can't be used: it must be cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ScoreError(f"--device {name!r} can't be used: torch finds {torch.cuda.device_count()} CUDA devices")
 
 
 def _score_remaining(args, model, items, sequences, keys, results) -> None:

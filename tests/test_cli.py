@@ -376,10 +376,14 @@ def test_result_keys_see_every_weight():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--device", "foo"), "--device 'foo' can't fold: it must be cpu, or cuda with --plain"),
-        (("--device", "meta"), "--device 'meta' can't fold: it must be cpu, or cuda with --plain"),
-        (("--plain", "--device", "foo"), "--device 'foo' can't be used: it must be cpu, or cuda with --plain"),
-        (("--plain", "--device", "meta"), "--device 'meta' can't be used: it must be cpu, or cuda with --plain"),
+        (("--device", "foo"), "--device 'foo' can't be used: it must be cpu or cuda"),
+        (("--device", "meta"), "--device 'meta' can't be used: it must be cpu or cuda"),
+        (
+            ("--device", "cuda:99"),
+            f"--device 'cuda:99' can't be used: torch finds {torch.cuda.device_count()} CUDA devices",
+        ),
+        (("--plain", "--device", "foo"), "--device 'foo' can't be used: it must be cpu or cuda"),
+        (("--plain", "--device", "meta"), "--device 'meta' can't be used: it must be cpu or cuda"),
         (("--output", "."), "--output '.' is not a regular file"),
         (("--output", os.devnull), f"--output {os.devnull!r} is not a regular file"),
         (("--output", ""), "--output '' is not a regular file"),
