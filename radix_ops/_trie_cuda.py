@@ -64,55 +64,58 @@ def _queries_of_program(
 
 
 @triton.jit
-def _path_of_block(row_of, depth, path, kv_index, first, own_depth, is_query):
-    """Where the rows above the block's first number begin, how many they are, and how many of them all queries see."""
-    first_row = tl.load(row_of + first)
-    shared = tl.min(tl.where(is_query, own_depth, _NO_LIMIT))
-    return kv_index + tl.load(path + first_row), tl.load(depth + first_row), shared
-
-
-@triton.jit
-def _path_keys(
-    k, v, start, at, length, number, own_depth, leave, window, kv_head,
-    stride_kr, stride_kh, stride_vr, stride_vh,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    MASKED: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr,
+def _keys_of_block(
+    row_of, depth, path, kv_index, first, num_nodes, own_depth, is_query, window,
+    TOKENS: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Keys, values and [queries, keys] whether they are seen; without MASKED they all are, and the third is nothing."""
-    key_depth = at + tl.arange(0, BLOCK_N)
-    is_key = key_depth < length
-    visible = is_key
-    if MASKED:
-        key_row = tl.load(start + key_depth, mask=is_key, other=0)
-        end = tl.load(leave + key_row, mask=is_key, other=0)
-        visible = number[:, None] < end[None, :]
-        if WINDOWED:
-            visible = visible & (own_depth[:, None] - key_depth[None, :] < window)
-    else:
-        key_row = tl.load(start + key_depth)
-    keys = _load_rows(k, key_row, kv_head, stride_kr, stride_kh, is_key, MASKED, D, BLOCK_D)
-    values = _load_rows(v, key_row, kv_head, stride_vr, stride_vh, is_key, MASKED, DV, BLOCK_DV)
-    return keys, values, visible
+    """The keys of a block of queries: `length` rows of the path to its first number, then its own, `count` in all.
+
+    Key i of the path is at path_rows[i], key i of the block at own_rows[i]. From low to full_low some queries see a
+    key, from full_low to full all do, from full on some do.
+    """
+    first_row = tl.load(row_of + first)
+    length = tl.load(depth + first_row)
+    count = length + tl.minimum(TOKENS, num_nodes - first)
+    shared = tl.min(tl.where(is_query, own_depth, _NO_LIMIT))
+    full = shared // BLOCK_N * BLOCK_N
+    low = 0
+    full_low = 0
+    if WINDOWED:
+        low = tl.maximum(shared + 1 - window, 0) // BLOCK_N * BLOCK_N
+        full_low = (tl.maximum(tl.max(own_depth) + 1 - window, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        full_low = tl.maximum(tl.minimum(full_low, full), low)
+    return kv_index + tl.load(path + first_row), row_of + (first - length), length, count, low, full_low, full
 
 
 @triton.jit
-def _own_keys(
-    k, v, row_of, at, num_nodes, number, own_depth, leave, depth, window, kv_head,
+def _keys_seen_by_all(
+    k, v, path_rows, at, kv_head, stride_kr, stride_kh, stride_vr, stride_vh,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.load(path_rows + at + tl.arange(0, BLOCK_N))
+    keys = _load_rows(k, row, kv_head, stride_kr, stride_kh, True, False, D, BLOCK_D)
+    return keys, _load_rows(v, row, kv_head, stride_vr, stride_vh, True, False, DV, BLOCK_DV)
+
+
+@triton.jit
+def _keys_seen_by_some(
+    k, v, path_rows, own_rows, at, length, count, first, number, own_depth, leave, depth, window, kv_head,
     stride_kr, stride_kh, stride_vr, stride_vh,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The same for numbers of the block itself."""
+    """Keys, values and [queries, keys] whether they are seen, of the path and the block itself."""
     key = at + tl.arange(0, BLOCK_N)
-    is_key = key < num_nodes
-    key_row = tl.load(row_of + key, mask=is_key, other=0)
-    end = tl.load(leave + key_row, mask=is_key, other=0)
-    visible = (key[None, :] <= number[:, None]) & (number[:, None] < end[None, :])
+    is_key = key < count
+    row = tl.load(tl.where(key < length, path_rows + key, own_rows + key), mask=is_key, other=0)
+    end = tl.load(leave + row, mask=is_key, other=0)
+    # Keys of the path come before every number of the block, as they do here.
+    visible = (key[None, :] + (first - length) <= number[:, None]) & (number[:, None] < end[None, :])
     if WINDOWED:
-        key_depth = tl.load(depth + key_row, mask=is_key, other=0)
+        key_depth = tl.load(depth + row, mask=is_key, other=0)
         visible = visible & (own_depth[:, None] - key_depth[None, :] < window)
-    keys = _load_rows(k, key_row, kv_head, stride_kr, stride_kh, is_key, True, D, BLOCK_D)
-    values = _load_rows(v, key_row, kv_head, stride_vr, stride_vh, is_key, True, DV, BLOCK_DV)
+    keys = _load_rows(k, row, kv_head, stride_kr, stride_kh, is_key, True, D, BLOCK_D)
+    values = _load_rows(v, row, kv_head, stride_vr, stride_vh, is_key, True, DV, BLOCK_DV)
     return keys, values, visible
 
 
@@ -143,7 +146,7 @@ def _forward(
     stride_qr, stride_qh, stride_kr, stride_kh, stride_vr, stride_vh, num_rows, num_nodes, scale, window,
     GROUP: tl.constexpr, MEMBERS: tl.constexpr, KV_HEADS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WINDOWED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     first, kv_head, head, number, row, is_slot, is_query = _queries_of_program(
         row_of, num_nodes, GROUP, MEMBERS, KV_HEADS, BLOCK_M
@@ -157,37 +160,27 @@ def _forward(
             queries = -queries
         factor = tl.abs(scale) * _LOG2_E
         own_depth = tl.load(depth + row, mask=is_query, other=0)
-        start, length, shared = _path_of_block(row_of, depth, path, kv_index, first, own_depth, is_query)
-        full = shared // BLOCK_N * BLOCK_N
-        low = 0
+        path_rows, own_rows, length, count, low, full_low, full = _keys_of_block(
+            row_of, depth, path, kv_index, first, num_nodes, own_depth, is_query, window,
+            BLOCK_M // MEMBERS, WINDOWED, BLOCK_N,
+        )  # fmt: skip
         if WINDOWED:
-            deepest = tl.max(own_depth)
-            low = tl.maximum(shared + 1 - window, 0) // BLOCK_N * BLOCK_N
-            full_low = (tl.maximum(deepest + 1 - window, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-            full_low = tl.maximum(tl.minimum(full_low, full), low)
-            for at in tl.range(low, full_low, BLOCK_N, num_stages=1):
-                keys, values, visible = _path_keys(
-                    k, v, start, at, length, number, own_depth, leave, window, kv_head,
-                    stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, True, WINDOWED, BLOCK_N,
+            for at in tl.range(low, full_low, TAIL, num_stages=1):
+                keys, values, visible = _keys_seen_by_some(
+                    k, v, path_rows, own_rows, at, length, count, first, number, own_depth, leave, depth, window,
+                    kv_head, stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, WINDOWED, TAIL,
                 )  # fmt: skip
                 largest, total, acc = _forward_step(queries, keys, values, visible, largest, total, acc, factor, True)
-            low = full_low
-        for at in tl.range(low, full, BLOCK_N, num_stages=STAGES):
-            keys, values, visible = _path_keys(
-                k, v, start, at, length, number, own_depth, leave, window, kv_head,
-                stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, False, WINDOWED, BLOCK_N,
+        for at in tl.range(full_low, full, BLOCK_N, num_stages=STAGES):
+            keys, values = _keys_seen_by_all(
+                k, v, path_rows, at, kv_head, stride_kr, stride_kh, stride_vr, stride_vh,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
             )  # fmt: skip
-            largest, total, acc = _forward_step(queries, keys, values, visible, largest, total, acc, factor, False)
-        for at in tl.range(full, length, BLOCK_N, num_stages=1):
-            keys, values, visible = _path_keys(
-                k, v, start, at, length, number, own_depth, leave, window, kv_head,
-                stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, True, WINDOWED, BLOCK_N,
-            )  # fmt: skip
-            largest, total, acc = _forward_step(queries, keys, values, visible, largest, total, acc, factor, True)
-        for at in tl.range(first, tl.minimum(first + BLOCK_M // MEMBERS, num_nodes), BLOCK_N, num_stages=1):
-            keys, values, visible = _own_keys(
-                k, v, row_of, at, num_nodes, number, own_depth, leave, depth, window, kv_head,
-                stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, WINDOWED, BLOCK_N,
+            largest, total, acc = _forward_step(queries, keys, values, True, largest, total, acc, factor, False)
+        for at in tl.range(full, count, TAIL, num_stages=1):
+            keys, values, visible = _keys_seen_by_some(
+                k, v, path_rows, own_rows, at, length, count, first, number, own_depth, leave, depth, window,
+                kv_head, stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, WINDOWED, TAIL,
             )  # fmt: skip
             largest, total, acc = _forward_step(queries, keys, values, visible, largest, total, acc, factor, True)
 
@@ -214,7 +207,7 @@ def _backward_q(
     stride_qr, stride_qh, stride_kr, stride_kh, stride_vr, stride_vh, num_rows, num_nodes, scale, window,
     GROUP: tl.constexpr, MEMBERS: tl.constexpr, KV_HEADS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WINDOWED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """grad_q, and for `_backward_kv` the mean of grad_out * value under each query's weights."""
     first, kv_head, head, number, row, is_slot, is_query = _queries_of_program(
@@ -232,28 +225,23 @@ def _backward_q(
         tl.store(mean + at_query, means, mask=is_query)
         sums = tl.load(logsumexp + at_query, mask=is_query, other=0.0)
         own_depth = tl.load(depth + row, mask=is_query, other=0)
-        start, length, shared = _path_of_block(row_of, depth, path, kv_index, first, own_depth, is_query)
-        full = shared // BLOCK_N * BLOCK_N
-        low = 0
+        path_rows, own_rows, length, count, low, _, full = _keys_of_block(
+            row_of, depth, path, kv_index, first, num_nodes, own_depth, is_query, window,
+            BLOCK_M // MEMBERS, WINDOWED, BLOCK_N,
+        )  # fmt: skip
         if WINDOWED:
-            low = tl.maximum(shared + 1 - window, 0) // BLOCK_N * BLOCK_N
             full = low
-        for at in tl.range(low, full, BLOCK_N, num_stages=STAGES):
-            keys, values, visible = _path_keys(
-                k, v, start, at, length, number, own_depth, leave, window, kv_head,
-                stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, False, WINDOWED, BLOCK_N,
-            )  # fmt: skip
-            acc = _grad_q_step(queries, grads, keys, values, visible, sums, means, acc, factor, False)
-        for at in tl.range(full, length, BLOCK_N, num_stages=1):
-            keys, values, visible = _path_keys(
-                k, v, start, at, length, number, own_depth, leave, window, kv_head,
-                stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, True, WINDOWED, BLOCK_N,
-            )  # fmt: skip
-            acc = _grad_q_step(queries, grads, keys, values, visible, sums, means, acc, factor, True)
-        for at in tl.range(first, tl.minimum(first + BLOCK_M // MEMBERS, num_nodes), BLOCK_N, num_stages=1):
-            keys, values, visible = _own_keys(
-                k, v, row_of, at, num_nodes, number, own_depth, leave, depth, window, kv_head,
-                stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, WINDOWED, BLOCK_N,
+        else:
+            for at in tl.range(0, full, BLOCK_N, num_stages=STAGES):
+                keys, values = _keys_seen_by_all(
+                    k, v, path_rows, at, kv_head, stride_kr, stride_kh, stride_vr, stride_vh,
+                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+                )  # fmt: skip
+                acc = _grad_q_step(queries, grads, keys, values, True, sums, means, acc, factor, False)
+        for at in tl.range(full, count, TAIL, num_stages=1):
+            keys, values, visible = _keys_seen_by_some(
+                k, v, path_rows, own_rows, at, length, count, first, number, own_depth, leave, depth, window,
+                kv_head, stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, WINDOWED, TAIL,
             )  # fmt: skip
             acc = _grad_q_step(queries, grads, keys, values, visible, sums, means, acc, factor, True)
     is_stored = is_slot & (number < num_rows)
@@ -359,11 +347,12 @@ def _backward_kv(
 # (BLOCK_M, BLOCK_N, STAGES, warps): what was fastest on an H200 at head_dim 128, for other GPUs and larger heads one
 # that keeps its accumulators in registers, and smaller ones for where that does not fit into shared memory.
 _CONFIGS = {
-    _forward: [(128, 64, 5, 8), (64, 64, 2, 8), (32, 32, 2, 4), (16, 16, 1, 4)],
+    _forward: [(128, 128, 3, 8), (64, 64, 2, 8), (32, 32, 2, 4), (16, 16, 1, 4)],
     _backward_q: [(128, 64, 5, 8), (64, 64, 2, 8), (32, 32, 2, 4), (16, 16, 1, 4)],
     _backward_kv: [(64, 128, 2, 8), (64, 64, 2, 8), (32, 32, 2, 8), (16, 32, 1, 4)],
 }
 _MOST_MEMBERS = 16  # query heads in one block
+_TAIL = 64  # keys of a step with a mask, at most: there are few
 
 
 class _Launcher:
@@ -385,15 +374,13 @@ class _Launcher:
         block_m, block_n, stages, self.warps = _CONFIGS[self.kernel][at]
         group = self.heads // self.kv_heads
         if self.kernel is _backward_kv:
-            self.numbers, self.programs, heads = block_n, self.kv_heads, (group,)
+            self.numbers, self.programs = block_n, self.kv_heads
+            self.constants = group, self.kv_heads, *self.sizes, block_m, block_n, stages
         else:
             members = _cdiv(group, _cdiv(group, _MOST_MEMBERS))
-            self.numbers, self.programs, heads = (
-                block_m // members,
-                self.kv_heads * _cdiv(group, members),
-                (group, members),
-            )
-        self.constants = *heads, self.kv_heads, *self.sizes, block_m, block_n, stages
+            self.numbers, self.programs = block_m // members, self.kv_heads * _cdiv(group, members)
+            blocks = block_m, block_n, stages, min(block_n, _TAIL)
+            self.constants = group, members, self.kv_heads, *self.sizes, *blocks
 
     def __call__(self, tensors, q, k, v, num_nodes, scale, window) -> None:
         num_rows = q.shape[0]
@@ -416,11 +403,11 @@ class _Launcher:
 _launchers: dict[tuple, _Launcher] = {}
 
 
-def _launch(kernel, tensors, q, k, v, kv_index, num_nodes, scale, window) -> None:
+def _launch(kernel, tensors, q, k, v, num_nodes, scale, window) -> None:
     if q.shape[0] == 0:
         return
     kind = q.shape[1], k.shape[1], q.shape[2], v.shape[2], window > 0
-    key = kernel.__name__, q.device, q.dtype, kv_index.dtype, kind
+    key = kernel.__name__, q.device, q.dtype, kind
     launcher = _launchers.get(key)
     if launcher is None:
         launcher = _launchers[key] = _Launcher(kernel, q.device, *kind)
@@ -447,23 +434,26 @@ def _contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
+def _table(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.int32 and x.is_contiguous() and x.data_ptr() % 16 == 0 else _contiguous(x.int())
+
+
 def forward(q, k, v, leave, depth, row_of, path, kv_index, num_nodes, scale, window):
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    tables = [_contiguous(x) for x in (row_of, leave, depth, path, kv_index)]
+    tables = [_table(x) for x in (row_of, leave, depth, path, kv_index)]
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     logsumexp = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    _launch(_forward, (q, k, v, out, logsumexp, *tables), q, k, v, kv_index, num_nodes, scale, window)
+    _launch(_forward, (q, k, v, out, logsumexp, *tables), q, k, v, num_nodes, scale, window)
     return out, logsumexp
 
 
 def backward(grad_out, q, k, v, out, logsumexp, leave, depth, row_of, path, kv_index, num_nodes, scale, window):
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     grad_out, out, logsumexp = _contiguous(grad_out), _contiguous(out), _contiguous(logsumexp)
-    row_of, leave, depth, path, kv_index = (_contiguous(x) for x in (row_of, leave, depth, path, kv_index))
+    tables = [_table(x) for x in (row_of, leave, depth, path, kv_index)]
     mean = torch.empty_like(logsumexp)
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
-    call = q, k, v, kv_index, num_nodes, scale, window
-    tables = row_of, leave, depth
-    _launch(_backward_q, (q, k, v, out, grad_out, logsumexp, mean, grad_q, *tables, path, kv_index), *call)
-    _launch(_backward_kv, (q, k, v, grad_out, logsumexp, mean, grad_k, grad_v, *tables), *call)
+    call = q, k, v, num_nodes, scale, window
+    _launch(_backward_q, (q, k, v, out, grad_out, logsumexp, mean, grad_q, *tables), *call)
+    _launch(_backward_kv, (q, k, v, grad_out, logsumexp, mean, grad_k, grad_v, *tables[:3]), *call)
     return grad_q, grad_k, grad_v
