@@ -66,6 +66,7 @@ class AttentionPlan(NamedTuple):
     layout: str  # no longer "auto"; "packed" for "compact" where the keys of every sequence stand as they are needed
     order: tuple[Tensor, ...] | None  # of radix::trie_order, for "trie"
     needs_kernels: bool = False  # "trie" where its CUDA kernels run, "compact" otherwise
+    has_padding: bool = False  # whether num_rows > num_nodes; known for "packed"
 
 
 def plan_attention(batch: FoldedBatch, layout: str) -> AttentionPlan:
@@ -83,7 +84,7 @@ def plan_attention(batch: FoldedBatch, layout: str) -> AttentionPlan:
     if (is_choice or layout == "compact") and not is_compiling and batch.kv_index.shape[0] == batch.num_nodes:
         layout = "packed"
     if layout != "trie":
-        return AttentionPlan(layout, None)
+        return AttentionPlan(layout, None, has_padding=layout == "packed" and batch.num_rows > batch.num_nodes)
     runs = batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index
     order = tuple(torch.ops.radix.trie_order(*runs, batch.num_rows))
     return AttentionPlan(layout, order, needs_kernels=is_choice and batch.kv_index.is_cuda)
@@ -109,8 +110,9 @@ def attend(
         ends, longest = batch.cu_seqlens, batch.max_seqlen_k
         out = _varlen(*packed, ends, ends, batch.num_tokens, longest, longest, factor, window)
         return _zero_padding_rows(batch.fold(out), batch)
-    if plan.layout == "packed":
-        keys, values = (x if batch.num_rows == batch.num_nodes else x[: batch.num_nodes] for x in (k, v))
+    # Inductor must see no relation of num_rows and num_nodes, of which it then loses one: neither comparison nor cut.
+    if plan.layout == "packed" and not (plan.has_padding and torch.compiler.is_compiling()):
+        keys, values = (x[: batch.num_nodes] if plan.has_padding else x for x in (k, v))
     else:
         keys, values = torch.ops.radix.gather_kv.csr(k, v, batch.kv_index, batch.kv_indptr, batch.kv_members)
     ends = batch.cu_seqlens_q, batch.cu_seqlens_k

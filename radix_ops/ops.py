@@ -57,9 +57,10 @@ Malformed arguments raise RuntimeError, which names the argument, before memory 
 have at most 64 dimensions.
 
 On CUDA, all ops run on the current stream. The folds copy 36 bytes to the host, once (a second time if two paths have
-one 64-bit hash), and wait for them: they can't be captured in a CUDA graph; the others can, and never wait. cu_seqlens is checked by fold; a value of index, indptr or members that is out of range, or members
-that are not the inverse of index in scatter_add, are device asserts, as in torch.index_select. (gather.csr takes from
-the inverse only which rows to keep in the cache.)
+one 64-bit hash), and wait for them: they can't be captured in a CUDA graph; the others can, and never wait. cu_seqlens
+is checked by fold; a value of index, indptr or members that is out of range, or members that are not the inverse of
+index in scatter_add, are device asserts, as in torch.index_select. (gather.csr takes from the inverse only which rows
+to keep in the cache.)
 """
 
 from __future__ import annotations

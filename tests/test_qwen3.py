@@ -231,6 +231,38 @@ def test_compile_is_one_graph_for_batches_never_seen(plain, layout):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_compiled_layers_share_a_graph_and_change_nothing(tmp_path, at_once):
+    """A graph for each number of layers in a row; another where nothing is shared; and no more for other sizes."""
+    oracle(tmp_path, num_hidden_layers=4)
+    plain, model = (Qwen3ForCausalLM.from_pretrained(tmp_path) for _ in range(2))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model.model.compile_layers(at_once, fullgraph=True, backend=backend)
+    torch._dynamo.reset()
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    each = 2 if 4 % at_once else 1
+    seen = []
+    for sequences in ([[1, 2, 3], [1, 2, 4, 5, 6]], [[1, 2, 3, 4], [1, 2, 3, 9, 9], [7]], [[1, 2], [3, 4, 5]]):
+        batch = FoldedBatch.from_sequences(sequences)
+        got, want = (m(batch, layout="compact") for m in (model, plain))
+        torch.testing.assert_close(got, want)
+        grads = [
+            torch.autograd.grad(m(batch, layout="compact").square().sum(), [*m.parameters()]) for m in (model, plain)
+        ]
+        for g, w in zip(*grads, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
+        seen.append(len(graphs))
+    assert seen == [each, each, 2 * each]
+    with pytest.raises(ValueError, match="at_once must be at least 1, got 0"):
+        model.model.compile_layers(0)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_sharded_files_and_base_models_load(tmp_path, tied):
     theirs = oracle(tmp_path / "whole", tie_word_embeddings=tied)

@@ -218,6 +218,35 @@ def test_compile_is_one_graph(models, layout):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("layout", ["auto", *LAYOUTS])
+def test_compiled_layers_take_batches_of_every_kind(models, layout):
+    """Folded, packed, and folded with nothing shared, with padding rows and without, by inductor."""
+    ours = models[torch.bfloat16][1]
+    torch._dynamo.reset()
+    ours.model.compile_layers(fullgraph=True)
+    flat = torch.tensor([token for s in SHARED for token in s]).cuda()
+    ends = torch.tensor([0] + [len(s) for s in SHARED]).cumsum(0).cuda()
+    alone = [[i, *s] for i, s in enumerate(SHARED)]
+    try:
+        for multiple in (1, 8):
+            batches = [
+                radix_ops.pack(flat, ends, pad_multiple_of=multiple),
+                radix_ops.fold(flat, ends, pad_multiple_of=multiple),
+                FoldedBatch.from_sequences(alone, device="cuda", pad_multiple_of=multiple),
+                FoldedBatch.from_sequences(BATCHES["long nested"], device="cuda", pad_multiple_of=multiple),
+            ]
+            for batch in batches:
+                with torch.no_grad():
+                    got = ours.model(batch, layout)[: batch.num_nodes]
+                    ours.model._run._compiled_call_impl, compiled = None, ours.model._run._compiled_call_impl
+                    want = ours.model(batch, layout)[: batch.num_nodes]
+                    ours.model._run._compiled_call_impl = compiled
+                assert (got - want).norm() <= 0.03 * want.norm()
+    finally:
+        ours.model._run._compiled_call_impl = None
+        torch._dynamo.reset()
+
+
 def test_a_batch_elsewhere_is_refused_with_the_way_there(models):
     ours = models[torch.bfloat16][1]
     batch = FoldedBatch.from_sequences([[1, 2, VOCABULARY - 1]])
