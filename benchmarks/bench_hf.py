@@ -10,6 +10,7 @@ the ratio of their floating-point operations.
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import math
 
@@ -27,31 +28,21 @@ WORKLOADS = ("gsm8k_8shot_cot", "msmarco_rerank_top8", "mmlu_4shot_4choice")
 SMALL_BATCHES = ((2, 16, 16), (4, 32, 8), (8, 64, 16), (16, 96, 16), (32, 112, 16), (8, 256, 256), (16, 512, 512))
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, ends=None, **kwargs):
+def make_packed_attention():
+    """An attention function for packed rows: `ends` are cu_seqlens and the longest length."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, 1) for x in (k, v)) if _NEEDS_EQUAL_HEADS else (k, v)
-    positions, longest = ends
-    return varlen_attn(q, k, v, positions, positions, longest, longest, **_CAUSAL)[None], None
-
-
-# The signature of varlen_attn has moved between releases of torch.
-_CAUSAL: dict[str, object] = {}
-_NEEDS_EQUAL_HEADS = False
-
-
-def look_at_varlen_attn() -> None:
-    import inspect
-
-    from torch.nn.attention.varlen import varlen_attn
-
-    global _NEEDS_EQUAL_HEADS
+    # The signature has moved between releases of torch.
     names = inspect.signature(varlen_attn).parameters
-    _CAUSAL.update({"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True})
-    if "enable_gqa" in names:
-        _CAUSAL["enable_gqa"] = True
+    options: dict[str, object] = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
+    options |= {"enable_gqa": True} if "enable_gqa" in names else {}
+
+    def packed_attention(module, query, key, value, attention_mask, ends=None, **kwargs):
+        q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
+        cu_seqlens, longest = ends
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)[None], None
+
+    return packed_attention
 
 
 def packed_flops(config, batch: Batch) -> float:
@@ -72,8 +63,7 @@ def make_models(name: str, device: str, dtype: torch.dtype) -> tuple[dict, objec
     radix_ops.hf.enable(models["enabled"])
     radix_ops.hf.enable(models["forced"], threshold=1.0)
     if device == "cuda":
-        look_at_varlen_attn()
-        AttentionInterface.register("bench_packed", packed_attention)
+        AttentionInterface.register("bench_packed", make_packed_attention())
         models["packed"] = bench_qwen3.make_theirs(ours, name)
         models["packed"].set_attn_implementation("bench_packed")
     return models, ours.config

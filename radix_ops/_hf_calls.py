@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import _hf_guards, _hf_heads, _hf_proofs
+from . import _hf_heads, _hf_proofs
 from ._hf_fold import HARMLESS_ARGUMENTS
 
 _INTEGERS = (torch.int32, torch.int64)
@@ -16,12 +16,18 @@ _CACHES = {"past_key_values", "cache"}  # the argument's name up to transformers
 _FOLDABLE_ARGUMENTS = HARMLESS_ARGUMENTS | {
     "self", "input_ids", "attention_mask", "position_ids", "use_cache", "output_attentions",
 }  # fmt: skip
+# What heads pass on to the stack in every call.
+_SAYING_NOTHING = {"output_router_logits": False, "logits_to_keep": 0}
 _HARMLESS_IN_A_STACK = {"output_hidden_states", "return_dict"}
 
 
 def obstacle_of(stack: PreTrainedModel, arguments: dict[str, Any]) -> str | None:
-    """Why the call can't be folded, None if it can; empty where nobody needs a warning."""
-    given = {name for name, value in arguments.items() if value is not None}
+    """What of its arguments forbids to fold the call, None if nothing does; empty where nobody needs a warning."""
+    given = {
+        name
+        for name, value in arguments.items()
+        if value is not None and not (isinstance(value, int) and value == _SAYING_NOTHING.get(name))
+    }
     if arguments.get("use_cache"):
         return "" if given & _CACHES else "use_cache=True was given"
     if given & _CACHES:
@@ -45,11 +51,7 @@ def obstacle_of(stack: PreTrainedModel, arguments: dict[str, Any]) -> str | None
     if is_packed and _is_checkpointing(stack) and not torch.is_grad_enabled():
         # transformers makes a cache then, and sees one sequence, from 5.24 on.
         return "position_ids without a mask are read in several ways with gradient checkpointing without gradients"
-    return (
-        _layout_obstacle(input_ids, arguments.get("attention_mask"), arguments.get("position_ids"))
-        or _hf_guards.unfoldable(stack)
-        or _hf_guards.interference(stack)
-    )
+    return _layout_obstacle(input_ids, arguments.get("attention_mask"), arguments.get("position_ids"))
 
 
 def _layout_obstacle(input_ids: Tensor, attention_mask, position_ids) -> str | None:

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import _hf_heads, _hf_proofs, _hf_verify
+from . import _hf_guards, _hf_heads, _hf_proofs, _hf_verify
 from ._hf_calls import makes_cache, obstacle_of, size_of
 from ._hf_fold import HARMLESS_ARGUMENTS, PaddedBatch, run_folded
 
 # Measured on a CPU with Llama layers 576 wide, 1 to 64 sequences of 16 to 4096 tokens, forward and backward: at equal
 # rows folding takes up to 1.05 times as long as the plain model, at 0.93 of the rows it is never slower.
 _MAX_ROWS_SHARE = 0.95
-# What a layer saves by folding, in positions times parameters, must outweigh what folding costs the host there.
-_LEAST_SAVED = {"cpu": 3e7, "cuda": 2e10}
+# What folding saves must outweigh what it costs the host: (e, least) for positions saved times hidden_size ** e. On a
+# CPU time goes with the layers' products. On a GPU it went with hidden_size, from 1024 to 4096, and batches too small
+# to fill it gain nothing (benchmarks/bench_hf.py).
+_LEAST_SAVED = {"cpu": (2, 2.5e6), "cuda": (1, 6.5e6)}
 VERIFY = ("first", "always", "never")
 _STATS_LOCK = threading.Lock()
 
@@ -168,14 +170,20 @@ class StackForward(_Forward):
         if request is None or request.state is not self:
             request = _Request(self, None)
         arguments = _hf_heads.bind(_hf_proofs.class_of(stack).forward, stack, *args, **kwargs)
+        padded = None
         obstacle = request.obstacle or obstacle_of(stack, arguments)
+        if obstacle is None and options.threshold != 0:
+            input_ids = arguments["input_ids"]
+            if _saves_enough(input_ids.numel(), options.threshold, stack, input_ids.device):
+                padded = _fold(stack, arguments)
+        if padded is not None and not _pays(padded, options.threshold, stack):
+            padded = None
+        if padded is not None:
+            # These look at every module, so they come last.
+            obstacle = _hf_guards.unfoldable(stack) or _hf_guards.interference(stack)
         if obstacle:
             self._warn(f"a batch runs unfolded because {obstacle}")
-        padded = None
-        if obstacle is None and options.threshold != 0:
-            padded = _fold(stack, arguments)
-            if not _pays(padded, options.threshold, stack.config):
-                padded = None
+            padded = None
         if padded is None:
             self.stats._add(*size_of(arguments), folded=False)
             return None
@@ -209,7 +217,7 @@ class StackForward(_Forward):
     def _check(self, states: Tensor, plain: Tensor, padded: PaddedBatch, are_rows: bool) -> None:
         with torch.no_grad():
             states = padded.unfold(states) if are_rows else states
-        reason = _hf_verify.difference(states, plain, padded.is_real())
+        reason = _hf_verify.difference(states, plain, padded.is_real(), _hf_verify.is_exact(self.module))
         if reason is not None:
             self.remove()
             raise RuntimeError(
@@ -261,12 +269,16 @@ def _fold(stack: PreTrainedModel, arguments: dict[str, Any]) -> PaddedBatch:
     return PaddedBatch.fold(input_ids, arguments.get("attention_mask"), positions, sees_packing=sees_packing)
 
 
-def _pays(padded: PaddedBatch, threshold: float | None, config) -> bool:
+def _saves_enough(positions: int, threshold: float | None, stack: PreTrainedModel, device: torch.device) -> bool:
+    exponent, least = _LEAST_SAVED[device.type]
+    return threshold is not None or positions * stack.config.hidden_size**exponent >= least
+
+
+def _pays(padded: PaddedBatch, threshold: float | None, stack: PreTrainedModel) -> bool:
     batch, positions = padded.batch, padded.shape.numel()
     if batch.num_rows == 0:
         return False
     if threshold is not None:
         return batch.compact_ratio <= threshold
-    # Attention's projections are about 4 times hidden_size squared, those of the MLP (that a token sees) 8 times.
-    saved = (positions - batch.num_rows) * 12 * config.hidden_size**2
-    return batch.num_rows <= _MAX_ROWS_SHARE * positions and saved >= _LEAST_SAVED[batch.input_ids.device.type]
+    saved = positions - batch.num_rows
+    return batch.num_rows <= _MAX_ROWS_SHARE * positions and _saves_enough(saved, None, stack, batch.input_ids.device)

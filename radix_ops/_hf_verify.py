@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Relative errors of a token's hidden state, the largest and the mean, that rounding may make, with room: sums in
 # another order differ by 1e-6 in float32 and, over 36 layers of random weights in bfloat16, by 0.05. A token that
@@ -34,20 +34,27 @@ def plain_states(forward: Callable, arguments: dict[str, Any]) -> Tensor:
     return torch.cat(states)
 
 
+def is_exact(stack: nn.Module) -> bool:
+    """Whether its products are computed in float32 or more at this moment: not under autocast, nor as TF32."""
+    parameter = next(stack.parameters())
+    if torch.is_autocast_enabled(parameter.device.type) or torch.get_float32_matmul_precision() != "highest":
+        return False
+    return all(p.dtype in (torch.float32, torch.float64) for p in stack.parameters() if p.is_floating_point())
+
+
 @torch.no_grad()
-def difference(got: Tensor, want: Tensor, is_real: Tensor) -> str | None:
+def difference(got: Tensor, want: Tensor, is_real: Tensor, is_exact: bool) -> str | None:
     """How states [B, T, D] differ where is_real [B, T], by more than rounding makes; None where they don't.
 
     Tokens whose wanted state isn't finite are left out.
     """
-    is_half = got.dtype not in (torch.float32, torch.float64)
     got, want = got[is_real].float(), want[is_real].float()
     errors = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     errors = torch.nan_to_num(errors[want.isfinite().all(-1)], nan=torch.inf)
     if len(errors) == 0:
         return None
-    largest_allowed, mean_allowed = _HALF_LIMITS if is_half else _LIMITS
-    high = errors.quantile(_HALF_QUANTILE) if is_half and len(errors) < 2**24 else errors.max()
+    largest_allowed, mean_allowed = _LIMITS if is_exact else _HALF_LIMITS
+    high = errors.max() if is_exact or len(errors) >= 2**24 else errors.quantile(_HALF_QUANTILE)
     if high <= largest_allowed and errors.mean() <= mean_allowed:
         return None
     return (

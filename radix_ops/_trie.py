@@ -11,7 +11,6 @@ block of queries, not once for each sequence. On CUDA in bfloat16 and float16 it
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from torch import Tensor
 from . import _flash
 from ._check import MAX_WINDOW, check_index_like, check_qkv, is_finite
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Queries and keys of a tile: its scores stay in the cache.
 _TILE_QUERIES, _TILE_KEYS = 256, 512
 
@@ -125,15 +125,9 @@ def _check(op, q, k, v, enter, leave, depth, row_of, path, kv_index, cu_seqlens_
         raise RuntimeError(f"radix::{op}: num_nodes must be from 0 to the {q.shape[0]} rows of q, got {num_nodes}")
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def has_kernels(q: Tensor, v: Tensor) -> bool:
     """Whether `_trie_cuda` computes it."""
-    return _flash.has_kernels(q, v) and _has_triton()
+    return _HAS_TRITON and _flash.has_kernels(q, v)
 
 
 def _by_number(x: Tensor, edges: _Edges, kv_heads: int, dtype: torch.dtype) -> Tensor:

@@ -93,19 +93,36 @@ def test_difference():
     real = torch.ones(2, 50, dtype=torch.bool)
     real[1, 0] = False
     noisy = want * (1 + 1e-5 * torch.randn_like(want))
-    assert _hf_verify.difference(noisy, want, real) is None
+    assert _hf_verify.difference(noisy, want, real, True) is None
     padding, one, bad = want.clone(), want.clone(), want.clone()
     padding[1, 0] = 9  # which is not compared
-    assert _hf_verify.difference(padding, want, real) is None
+    assert _hf_verify.difference(padding, want, real, True) is None
     one[0, 7] += 0.1
-    assert "at most, where rounding makes at most 0.001 and 0.01" in _hf_verify.difference(one, want, real)
+    assert "at most, where rounding makes at most 0.001 and 0.01" in _hf_verify.difference(one, want, real, True)
     bad[0, 7] = torch.nan
-    assert "inf at most" in _hf_verify.difference(bad, want, real)
+    assert "inf at most" in _hf_verify.difference(bad, want, real, True)
     # What the plain model has as NaN or infinity can't be compared.
-    assert _hf_verify.difference(want, bad, real) is None
+    assert _hf_verify.difference(want, bad, real, True) is None
     half = [x.to(torch.bfloat16) for x in (want, want * 1.02, want.roll(1, 1))]
-    assert _hf_verify.difference(half[1], half[0], real) is None
-    assert "hidden states differ" in _hf_verify.difference(half[2], half[0], real)
+    assert _hf_verify.difference(half[1], half[0], real, False) is None
+    assert "hidden states differ" in _hf_verify.difference(half[2], half[0], real, False)
+
+
+@torch.no_grad()
+def test_limits_are_those_of_the_products_precision():
+    model = build()
+    assert _hf_verify.is_exact(model)
+    assert _hf_verify.is_exact(build().double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not _hf_verify.is_exact(model)
+        hf.enable(model, threshold=1.0, verify="always")(IDS, MASK)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert not _hf_verify.is_exact(model)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    model.model.layers[1].to(torch.bfloat16)
+    assert not _hf_verify.is_exact(model)
 
 
 @torch.no_grad()
