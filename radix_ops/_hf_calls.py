@@ -28,6 +28,8 @@ def obstacle_of(stack: PreTrainedModel, arguments: dict[str, Any]) -> str | None
         for name, value in arguments.items()
         if value is not None and not (isinstance(value, int) and value == _SAYING_NOTHING.get(name))
     }
+    if _counts_from_zero(arguments.get("cache_position"), arguments.get("input_ids")):
+        given.remove("cache_position")
     if arguments.get("use_cache"):
         return "" if given & _CACHES else "use_cache=True was given"
     if given & _CACHES:
@@ -52,6 +54,13 @@ def obstacle_of(stack: PreTrainedModel, arguments: dict[str, Any]) -> str | None
         # transformers makes a cache then, and sees one sequence, from 5.24 on.
         return "position_ids without a mask are read in several ways with gradient checkpointing without gradients"
     return _layout_obstacle(input_ids, arguments.get("attention_mask"), arguments.get("position_ids"))
+
+
+def _counts_from_zero(cache_position, input_ids) -> bool:
+    """As generate() without a cache gives it up to transformers 5.3."""
+    if not isinstance(cache_position, Tensor) or not isinstance(input_ids, Tensor):
+        return False
+    return cache_position.equal(torch.arange(input_ids.shape[-1], device=cache_position.device))
 
 
 def _layout_obstacle(input_ids: Tensor, attention_mask, position_ids) -> str | None:

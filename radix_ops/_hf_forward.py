@@ -103,7 +103,7 @@ class _Request:
 
     state: StackForward
     obstacle: str | None  # to folding
-    may_leave_rows: Callable[[], bool] = bool  # whether a folded batch's hidden states may stay in rows
+    may_leave_rows: Callable[[], bool] = lambda: False  # whether a folded batch's hidden states may stay in rows
     padded: PaddedBatch | None = None  # the batch, where they did
 
     def unfold(self, outputs):

@@ -64,6 +64,8 @@ def enable(model: nn.Module, threshold: float | None = None, layout: str = "auto
     folded batch that verify finds to be wrong raises RuntimeError, and the model is disabled.
     """
     options = _check_options(threshold, layout, verify)
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("DataParallel can't be folded: it calls copies of the model; DistributedDataParallel can")
     owner = _hf_proofs.find_model(model)
     stack = _hf_proofs.find_stack(owner)
     reason = _hf_guards.elsewhere(owner, stack) or _hf_guards.unfoldable(stack)

@@ -148,6 +148,11 @@ def test_device_map_of_one_device(tmp_path):
     assert model.radix_stats.folded == 1
 
 
+def test_data_parallel_is_refused_by_name():
+    with pytest.raises(ValueError, match="DataParallel can't be folded: it calls copies of the model"):
+        hf.enable(torch.nn.DataParallel(build()))
+
+
 @pytest.fixture
 def one_process(tmp_path):
     distributed.init_process_group(
