@@ -1,13 +1,15 @@
-# make demo | make test | make lint | make build | make wheel | make bench
+# make demo | make test | make lint | make build | make wheel | make bench | make models
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
+# From the newest to the oldest that radix_ops.hf works with.
+OLDER_TRANSFORMERS ?= 5.17.0 5.10.4 5.2.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py $(shell find csrc -type f)
 
-.PHONY: demo test lint build wheel bench clean
+.PHONY: demo test lint build wheel bench models clean
 build: $(VENV)/.built
 test: $(VENV)/.built
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -31,6 +33,13 @@ bench: $(VENV)/.built
 	for device in $$devices; do for name in fold gather scatter_add; do \
 	$(BIN)/python benchmarks/bench_$${name}_$$device.py || exit 1; done; \
 	$(BIN)/python benchmarks/bench_qwen3.py --device $$device || exit 1; done
+
+# Which types of transformers models fold: radix_ops/hf_models.json and docs/models.md. Takes most of an hour.
+models: $(VENV)/.built
+	$(BIN)/python tools/prove_models.py
+	for version in $(OLDER_TRANSFORMERS); do target=build/transformers-$$version; \
+	$(PIP) install --quiet --target $$target transformers==$$version || exit 1; \
+	PYTHONPATH=$$target $(BIN)/python tools/prove_older.py || exit 1; done
 
 clean:
 	rm -rf build dist *.egg-info radix_ops/*.so $(VENV)

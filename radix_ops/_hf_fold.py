@@ -206,7 +206,7 @@ def _own_attention(module, q, k, v, batch: FoldedBatch, scaling, sliding_window,
     hidden = (distance < 0) if sliding_window is None else (distance < 0) | (distance >= sliding_window)
     mask = torch.zeros(1, 1, length, length, dtype=q.dtype, device=q.device)
     mask.masked_fill_(hidden, torch.finfo(q.dtype).min)
-    forward = sys.modules[type(module).__module__].eager_attention_forward
+    forward = sys.modules[class_of(module).__module__].eager_attention_forward
     padded = [batch.to_padded(x).transpose(1, 2) for x in (q, k, v)]
     out, _ = forward(module, *padded, mask, scaling=scaling, dropout=0.0, sliding_window=sliding_window, **further)
     is_real = distance[:, 0] < batch.lengths[:, None]

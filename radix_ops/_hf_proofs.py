@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules import activation
-from transformers import MODEL_MAPPING, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 # Their frequencies depend on the config alone; those of "dynamic" and "longrope" on the longest position of a batch,
 # which left padding moves.
@@ -52,6 +54,8 @@ SUSPICIOUS = re.compile(
     r"chunk|block|index_|sparse|compress|floor|attn_scale|temperature|stride|local|global|window|memory|segment|every"
 )
 NUMBER = "a number"
+# What transformers' own masks read of a config, whether its class declares it or not.
+_READ_OF_ALL = {"sliding_window", "attention_chunk_size"}
 # Modules of torch's that treat each token by itself, whatever a model was proven with.
 _TOKENWISE = frozenset(
     {
@@ -77,10 +81,25 @@ class Proof:
     packing: bool  # whether steps of the positions other than 1 part sequences
     heads: list[str] = field(default_factory=list)  # classes whose outputs were compared, labels too
     head_on_rows: bool = False  # whether the causal LM's head may run on rows
+    since: str = "0"  # the oldest version of transformers that it holds for, and for all that were tried since
 
     @functools.cached_property
-    def stack_class(self) -> type:
-        return getattr(importlib.import_module(self.module), self.stack)
+    def stack_class(self) -> type | None:
+        """None where this version of transformers has none."""
+        return _found(f"{self.module}.{self.stack}")
+
+    @functools.cached_property
+    def known_classes(self) -> frozenset[type | None]:
+        return frozenset(map(_found, self.classes))
+
+
+def _found(path: str) -> type | None:
+    """The class of that path_of, if there is one."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
 
 
 @functools.cache
@@ -122,6 +141,11 @@ def find_stack(model: PreTrainedModel) -> PreTrainedModel:
             f"{': ' + refused[model_type] if model_type in refused else ''}; docs/models.md lists those that it is"
         )
     proof = proven[model_type]
+    if Version(transformers.__version__) < Version(proof.since):
+        raise ValueError(
+            f"{name} is of model type {model_type!r}, which folding is known to be right for from transformers "
+            f"{proof.since} on, and this is {transformers.__version__}"
+        )
     reason = _unknown_head(model, stack, proof)
     if class_of(stack) is not proof.stack_class:
         reason = f"its decoder stack is {path_of(class_of(stack))} and not transformers' own {proof.stack}"
@@ -176,19 +200,33 @@ def _unknown_head(model: PreTrainedModel, stack: PreTrainedModel, proof: Proof) 
 
 
 def is_proven_class(cls: type, proof: Proof) -> bool:
-    if is_tokenwise(cls):
-        return True
-    return path_of(cls) in proof.classes and cls is getattr(importlib.import_module(cls.__module__), cls.__qualname__)
+    return is_tokenwise(cls) or cls in proof.known_classes
+
+
+def declared_fields(config, of_all: bool = True) -> set[str]:
+    """Those of its class, and those that transformers looks for `of_all` configs."""
+    declared = set(getattr(type(config), "__dataclass_fields__", ()))
+    declared |= set(inspect.signature(type(config).__init__).parameters)
+    return declared | _READ_OF_ALL if of_all else declared
+
+
+def layer_overrides(config) -> Iterator[tuple[str, Any]]:
+    """Fields that single layers have values of their own of."""
+    for overrides in getattr(vars(config).get("_heterogeneity_spec"), "per_layer_overrides", {}).values():
+        yield from overrides.items()
+
+
+def layer_types_of(config) -> list[str]:
+    return getattr(config, "layer_types", None) or []
 
 
 def leaves(config) -> Iterator[tuple[str, Any]]:
-    """All fields of a config that may matter to folding, by name; dicts and lists by what they hold.
+    """All fields of a config that may matter to folding, by name; dicts, lists and configs inside by what they hold.
 
     Fields that the config's class does not declare, as files from a hub hold them, matter to nobody, but for those of
     NEVER.
     """
-    declared = set(getattr(type(config), "__dataclass_fields__", ()))
-    declared |= set(inspect.signature(type(config).__init__).parameters)
+    declared = declared_fields(config)
 
     def below(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Mapping):
@@ -197,12 +235,34 @@ def leaves(config) -> Iterator[tuple[str, Any]]:
         elif isinstance(value, (list, tuple, set)):
             for item in value:
                 yield from below(name, item)
+        elif isinstance(value, PreTrainedConfig):
+            for key, item in leaves(value):
+                yield f"{name}.{key}", item
         else:
             yield name, value
 
     for name, value in vars(config).items():
         if name in declared and not is_harmless(name):
             yield from below(name, value)
+    for name, value in layer_overrides(config):
+        yield from below(name, value)
+    for rope in _ropes(config):
+        yield "rope_parameters.rope_type", rope.get("rope_type", "default")
+        for key, value in rope.items():
+            if key not in _ROPE_KEYS:
+                yield from below(f"rope_parameters.{key}", value)
+
+
+def _ropes(config) -> list[Mapping[str, Any]]:
+    """The parameters of its rotary embeddings, of which each type of layer may have its own."""
+    given = vars(config).get("rope_parameters") or {}
+    nested = [value for value in given.values() if isinstance(value, Mapping)]
+    return nested or ([given] if given else [])
+
+
+def kind_of(value: Any) -> Any:
+    """What a proof says of a value: a number stands for all numbers."""
+    return NUMBER if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 def is_harmless(name: str) -> bool:
@@ -213,27 +273,27 @@ def is_harmless(name: str) -> bool:
 
 def unproven_config(config, proof: Proof) -> str | None:
     """A field of the config whose value the proof says nothing about."""
+    overrides = list(layer_overrides(config))
     for name, value in NEVER.items():
-        if getattr(config, name, None) is value:
+        own = vars(config).get(name, getattr(type(config), name, None))
+        if own is value or (name, value) in overrides:
             return f"config.{name} is {value}"
+    for rope in _ropes(config):
+        kind = rope.get("rope_type", "default")
+        if kind not in FIXED_ROPE:
+            return f"rope_type {kind!r} depends on the padded length; supported are {', '.join(FIXED_ROPE)}"
     for name, value in leaves(config):
-        kind = NUMBER if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-        is_plain_number = kind == NUMBER and not SUSPICIOUS.search(name)
-        if kind not in proof.values[name] if name in proof.values else not is_plain_number:
+        if not is_proven(name, value, proof):
             return f"config.{name} is {value!r}, which is not proven for {config.model_type!r}"
-    unproven = set(getattr(config, "layer_types", None) or ()) - set(proof.layer_types)
+    unproven = set(layer_types_of(config)) - set(proof.layer_types)
     if unproven:
         return f"config.layer_types holds {min(unproven)!r}, which is not proven for {config.model_type!r}"
-    return _unproven_rope(getattr(config, "rope_parameters", None) or {}, proof)
-
-
-def _unproven_rope(parameters: Mapping[str, Any], proof: Proof) -> str | None:
-    nested = [value for value in parameters.values() if isinstance(value, Mapping)]
-    for one in nested or [parameters]:
-        rope_type = one.get("rope_type", "default")
-        if rope_type not in FIXED_ROPE:
-            return f"rope_type {rope_type!r} depends on the padded length; supported are {', '.join(FIXED_ROPE)}"
-        unknown = sorted(key for key in one.keys() - _ROPE_KEYS if f"rope_parameters.{key}" not in proof.values)
-        if unknown:
-            return f"rope_parameters hold {unknown[0]!r}, which is not proven for it"
     return None
+
+
+def is_proven(name: str, value: Any, proof: Proof) -> bool:
+    kind = kind_of(value)
+    if name not in proof.values:
+        return kind == NUMBER and not SUSPICIOUS.search(name)
+    # Equal in Python are also True and 1.
+    return any(type(one) is type(other) and one == other for one in (kind, value) for other in proof.values[name])

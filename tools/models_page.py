@@ -1,0 +1,57 @@
+"""docs/models.md, from what tools/prove_models.py found out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_COUNTS = {"any": "distances", "tokens": "the first token", "columns": "the first column"}
+_KINDS = {"full_attention": "full", "sliding_attention": "sliding", "chunked_attention": "chunked"}
+_HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
+def page(content: dict[str, Any]) -> str:
+    proven, refused = content["proven"], content["refused"]
+    newest = content["transformers"]
+    tried = ", ".join([newest, *content["older"]])
+    lines = [
+        "# Models of transformers that fold",
+        "",
+        f"Written by `make models` with transformers {newest} and torch {content['torch']}.",
+        "`radix_ops.hf.enable` folds these types, in the configs that were run and with the heads that were compared,",
+        "and refuses all others with the reason. `tools/prove_models.py` says what is compared with what.",
+        "",
+        f"## Proven: {len(proven)}",
+        "",
+        "- Layers: full attention, or sliding, whose tokens see a window of those before them.",
+        "- Positions: what a token's value depends on. On distances from other tokens alone, left padding does not",
+        "  matter. Places are counted from the row's first token or, padding included, from its first column; then",
+        "  left-padded rows share nothing with rows of another length.",
+        "- Packing: whether transformers tells several sequences in a row apart by their `position_ids`.",
+        "- Heads besides the base model: LM (a causal language model's), sequence, token and question classifiers.",
+        f"- From: the oldest of the tried versions of transformers that it holds for: {tried}.",
+        "",
+        "| type | class | layers | positions | packing | heads | from |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [_row(name, proof) for name, proof in proven.items()]
+    lines += ["", f"## Refused: {len(refused)}", "", "| type | reason |", "|---|---|"]
+    lines += [f"| {name} | {reason.replace('|', '/')} |" for name, reason in refused.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, proof: dict[str, Any]) -> str:
+    kinds = {_KINDS.get(kind, kind) for kind in proof["layer_types"]} or {"full"}
+    if "a number" in proof["values"].get("sliding_window", ()):
+        kinds.add("sliding")
+    heads = [
+        word
+        for word, end in zip(("LM", "sequence", "token", "question"), _HEADS, strict=True)
+        if any(_is(head, end) for head in proof["heads"])
+    ]
+    cells = [name, proof["stack"], ", ".join(sorted(kinds)), _COUNTS[proof["positions"]]]
+    cells += ["yes" if proof["packing"] else "no", ", ".join(heads) or "none", proof["since"]]
+    return f"| {' | '.join(cells)} |"
+
+
+def _is(head: str, end: str) -> bool:
+    return head.endswith(end) or (end == "ForCausalLM" and not any(head.endswith(other) for other in _HEADS[1:]))
