@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make build | make wheel | make bench | make models
+# make demo | make test | make test-oldest | make lint | make build | make wheel | make bench | make models
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
@@ -9,10 +9,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py $(shell find csrc -type f)
 
-.PHONY: demo test lint build wheel bench models clean
+.PHONY: demo test test-oldest lint build wheel bench models clean
 build: $(VENV)/.built
 test: $(VENV)/.built
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# radix_ops.hf on the oldest transformers that it works with, which stands beside the virtual environment's own.
+test-oldest: $(VENV)/.built $(VENV)/.oldest
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_hf*.py tests/test_scoring.py tests/test_cli.py
 
 demo: $(VENV)/.demo $(VENV)/.built
 	$(BIN)/python examples/mmlu_demo.py
@@ -34,7 +38,7 @@ bench: $(VENV)/.built
 	$(BIN)/python benchmarks/bench_$${name}_$$device.py || exit 1; done; \
 	$(BIN)/python benchmarks/bench_qwen3.py --device $$device || exit 1; done
 
-# Which types of transformers models fold: radix_ops/hf_models.json and docs/models.md. Takes most of an hour.
+# Which types of transformers models fold: radix_ops/hf_models.json and docs/models.md. Takes about twenty minutes on two cores.
 models: $(VENV)/.built
 	$(BIN)/python tools/prove_models.py
 	for version in $(OLDER_TRANSFORMERS); do target=build/transformers-$$version; \
@@ -63,6 +67,10 @@ $(VENV)/.deps: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
 	$(PIP) install --quiet -c $(VENV)/constraints.txt --group test
 	$(PIP) install --quiet --no-deps lm-eval==0.4.13
+	@touch $@
+
+$(VENV)/.oldest: $(VENV)/.deps
+	$(PIP) install --quiet --target $(VENV)/oldest transformers==$(lastword $(OLDER_TRANSFORMERS))
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.deps $(SOURCES)
