@@ -46,6 +46,8 @@ def obstacle_of(stack: PreTrainedModel, arguments: dict[str, Any]) -> str | None
         return ""
     if input_ids.numel() == 0:
         return ""
+    if input_ids.device.type not in ("cpu", "cuda"):
+        return f"input_ids are on {input_ids.device}"
     chunk = getattr(stack.config, "attention_chunk_size", None)
     if chunk and "chunked_attention" in (stack.config.layer_types or ()) and input_ids.shape[1] > chunk:
         return f"rows of {input_ids.shape[1]} positions are longer than config.attention_chunk_size={chunk}"

@@ -244,6 +244,13 @@ def test_decoding_step_with_cache_needs_no_warning():
 
 
 @torch.no_grad()
+def test_model_moved_to_another_kind_of_device_runs_unfolded():
+    model = hf.enable(build(head="Model")).to("meta")
+    with pytest.warns(UserWarning, match="input_ids are on meta"):
+        assert model(SQUARE_IDS.to("meta")).last_hidden_state.is_meta
+
+
+@torch.no_grad()
 def test_batch_of_padding_alone_runs_as_before():
     plain, model = build(), hf.enable(build(), threshold=1.0)
     with no_warnings():
