@@ -44,6 +44,8 @@ def obstacle_of(stack: PreTrainedModel, arguments: dict[str, Any]) -> str | None
     input_ids = arguments.get("input_ids")
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.dtype not in _INTEGERS:
         return ""
+    if _hf_heads.is_transformed(input_ids):
+        return "vmap, jvp or another transform is at work"
     if input_ids.numel() == 0:
         return ""
     if input_ids.device.type not in ("cpu", "cuda"):

@@ -152,7 +152,7 @@ class StackForward(_Forward):
     def __init__(self, stack: PreTrainedModel):
         super().__init__(stack)
         self.options = Options()
-        self.is_verified = False
+        self.verified: tuple[int, int] | None = None  # the config's version, and how many of its windows were at work
         self.stats = RadixStats()
         self.owners: list[PreTrainedModel] = []  # the modules whose forwards are ours, but for the stack
         self.warned: set[str] = set()
@@ -180,7 +180,7 @@ class StackForward(_Forward):
             padded = None
         if padded is not None:
             # These look at every module, so they come last.
-            obstacle = _hf_guards.unfoldable(stack) or _hf_guards.interference(stack)
+            obstacle = _hf_guards.unfoldable(stack) or _hf_guards.interference(stack) or self._lost_head()
         if obstacle:
             self._warn(f"a batch runs unfolded because {obstacle}")
             padded = None
@@ -189,19 +189,25 @@ class StackForward(_Forward):
             return None
         further = {name: arguments[name] for name in HARMLESS_ARGUMENTS & arguments.keys()}
         calls = _hf_proofs.proof_of(stack).calls * stack.config.num_hidden_layers
-        plain = self._plain_states(arguments)
+        scope = _hf_guards.config_version(stack), _windows_at_work(stack.config, padded.batch.max_seqlen_k)
+        plain = self._plain_states(arguments, scope)
         leaves_rows = request.may_leave_rows()
         outputs = run_folded(stack, padded, further, options.layout, calls, leaves_rows)
         if plain is not None:
             self._check(outputs[0], plain, padded, leaves_rows)
+            self.verified = scope
         request.padded = padded if leaves_rows else None
         self.stats._add(padded.batch.num_tokens, padded.batch.num_rows, folded=True)
         return outputs
 
-    def _plain_states(self, arguments: dict[str, Any]) -> Tensor | None:
-        """What the plain model makes of the batch, if that is to be compared."""
+    def _plain_states(self, arguments: dict[str, Any], scope: tuple[int, int]) -> Tensor | None:
+        """What the plain model makes of the batch, if that is to be compared.
+
+        The first batch, that is, of a config, and of those that are longer than a window of it.
+        """
         verify = self.options.verify
-        if verify == "never" or (verify == "first" and self.is_verified):
+        is_verified = self.verified is not None and self.verified[0] == scope[0] and self.verified[1] >= scope[1]
+        if verify == "never" or (verify == "first" and is_verified):
             return None
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             self._warn(
@@ -224,12 +230,18 @@ class StackForward(_Forward):
                 f"folding is wrong for this {type(self.module).__name__}: {reason}. The model is as it was before "
                 "enable; please report its config"
             )
-        self.is_verified = True
 
     def _warn(self, text: str) -> None:
         if text not in self.warned:
             self.warned.add(text)
             warnings.warn(f"radix_ops: {text}", stacklevel=4)
+
+    def _lost_head(self) -> str | None:
+        """The model around the stack whose forward is no longer ours, nor calls it: nobody knows what it reads."""
+        for owner in self.owners:
+            if owner is not self.module and not _leads_to_ours(vars(owner).get("forward")):
+                return f"the forward of {type(owner).__name__} was replaced after enable; enable it again"
+        return None
 
     def is_owner(self, model: PreTrainedModel) -> bool:
         return any(owner is model for owner in self.owners)
@@ -237,14 +249,14 @@ class StackForward(_Forward):
     def add_owner(self, model: PreTrainedModel) -> None:
         if not self.is_owner(model):
             self.owners.append(model)
-            model.radix_stats = self.stats
-            if model is not self.module:
-                model.forward = _HeadForward(model, self)
+        model.radix_stats = self.stats
+        if model is not self.module and not _leads_to_ours(vars(model).get("forward")):
+            model.forward = _HeadForward(model, self)
 
     def remove_owner(self, model: PreTrainedModel) -> None:
         self.owners = [owner for owner in self.owners if owner is not model]
         del model.radix_stats
-        if model is not self.module:
+        if model is not self.module and isinstance(vars(model).get("forward"), _Forward):
             model.forward.restore()
 
     def remove(self) -> None:
@@ -254,10 +266,25 @@ class StackForward(_Forward):
 
     def check_in_place(self) -> None:
         for owner in self.owners:
-            if not isinstance(vars(owner).get("forward"), _Forward):
+            forward = vars(owner).get("forward")
+            is_its_own = forward is None or getattr(forward, "__func__", None) is type(owner).forward
+            if not is_its_own and not isinstance(forward, _Forward):
                 raise RuntimeError(
                     f"the forward of {type(owner).__name__} was replaced after enable; undo that before disable"
                 )
+
+
+def _leads_to_ours(forward) -> bool:
+    """Whether it is a forward of ours, or something that says to wrap one."""
+    while forward is not None and not isinstance(forward, _Forward):
+        forward = getattr(forward, "__wrapped__", None)
+    return forward is not None
+
+
+def _windows_at_work(config, longest: int) -> int:
+    """How many of the config's windows are shorter than the longest sequence of a batch."""
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return sum(isinstance(window, int) and window < longest for window in windows)
 
 
 def _fold(stack: PreTrainedModel, arguments: dict[str, Any]) -> PaddedBatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 import weakref
 from collections.abc import Iterator
@@ -12,13 +13,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as _global_hooks
 from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ._hf_proofs import class_of, is_proven_class, path_of, proof_of, unproven_config
 
 # Attention implementations whose answer the proofs compare with; another name may attend to anything.
 _KNOWN_ATTENTION = ("eager", "sdpa")
 # What the config of each stack held when it was last checked, and what the check found: to compare is faster.
-_checked_configs: weakref.WeakKeyDictionary[nn.Module, tuple[dict, str | None]] = weakref.WeakKeyDictionary()
+_checked_configs: weakref.WeakKeyDictionary[nn.Module, tuple[dict, str | None, int]] = weakref.WeakKeyDictionary()
+_next_version = itertools.count(1).__next__
 # Numbers of a config that make training of a decoder stack random where they are above 0; a head's own don't matter.
 RANDOM = re.compile(r"^(?!classifier|summary).*(drop|jitter|noise)")
 # Whose hooks record, ask for gradients, load or gather weights, and don't look at positions.
@@ -28,10 +32,10 @@ _HOOKS_OF = ("torch", "transformers")
 def unfoldable(stack: PreTrainedModel) -> str | None:
     """What in the config and the parts of the stack, which users may have changed, makes folding wrong, if anything."""
     config, proof = stack.config, proof_of(stack)
-    checked, reason = _checked_configs.get(stack, (None, None))
+    checked, reason, _ = _checked_configs.get(stack, (None, None, 0))
     if checked != vars(config):
         reason = unproven_config(config, proof)
-        _checked_configs[stack] = copy.deepcopy(vars(config)), reason
+        _checked_configs[stack] = copy.deepcopy(vars(config)), reason, _next_version()
     if reason is not None:
         return reason
     if config._attn_implementation not in _KNOWN_ATTENTION:
@@ -39,6 +43,9 @@ def unfoldable(stack: PreTrainedModel) -> str | None:
             f"its attention implementation is {config._attn_implementation!r}; supported are "
             f"{', '.join(_KNOWN_ATTENTION)} (set_attn_implementation)"
         )
+    reason = _registered_by_others(config._attn_implementation) or _misplaced_layers(stack)
+    if reason is not None:
+        return reason
     for module in _parts(stack):
         if not is_proven_class(class_of(module), proof):
             found = path_of(class_of(module))
@@ -49,6 +56,39 @@ def unfoldable(stack: PreTrainedModel) -> str | None:
     return None
 
 
+def config_version(stack: PreTrainedModel) -> int:
+    """Another number for each config of the stack that `unfoldable` has seen."""
+    return _checked_configs[stack][2]
+
+
+def _registered_by_others(name: str) -> str | None:
+    """Who else than transformers answers to the name of an attention implementation, or makes masks for it."""
+    for interface in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        function = interface.get(name)
+        module = getattr(function, "__module__", None)
+        if function is not None and not str(module).startswith("transformers."):
+            return f"the attention implementation {name!r} is registered by {module}"
+    return None
+
+
+def _misplaced_layers(stack: PreTrainedModel) -> str | None:
+    """Plain masks go by the place of a layer, its attention by the layer_idx that it was made with."""
+    for name, layers in stack._modules.items():
+        if not isinstance(layers, nn.ModuleList):
+            continue
+        indices = [_layer_idx(layer) for layer in layers]
+        if any(index is not None and index != place for place, index in enumerate(indices)):
+            return f"{name} are not in the order that they were made in: their layer_idx are {indices}"
+        if any(index is not None for index in indices) and len(layers) < stack.config.num_hidden_layers:
+            return f"{name} are {len(layers)}, and config.num_hidden_layers is {stack.config.num_hidden_layers}"
+    return None
+
+
+def _layer_idx(layer: nn.Module) -> int | None:
+    found = (part.__dict__.get("layer_idx") for part in (layer, *layer._modules.values()) if part is not None)
+    return next((index for index in found if index is not None), None)
+
+
 def interference(stack: PreTrainedModel) -> str | None:
     """What at this moment, and perhaps not later, makes a token's value depend on more than the tokens up to it."""
     if _global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks:
@@ -57,6 +97,9 @@ def interference(stack: PreTrainedModel) -> str | None:
         for name, value in vars(stack.config).items():
             if isinstance(value, float) and value > 0 and RANDOM.search(name):
                 return f"config.{name} is {value}, which makes training random"
+    noise = _noise(stack) if stack.training else None
+    if noise is not None:
+        return f"the decoder stack {noise}"
     for module in _parts(stack):
         reason = None
         if has_foreign_hook(module):
@@ -64,13 +107,20 @@ def interference(stack: PreTrainedModel) -> str | None:
         elif module.training:
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
                 reason = "drops out"
-            elif module.__dict__.get("attention_dropout", 0):
-                reason = "has attention_dropout"
-            elif getattr(module, "neftune_noise_alpha", None):
-                reason = "adds NEFTune noise"
+            else:
+                reason = _noise(module)
         if reason is not None:
             return f"{_name(stack, module)} {reason}"
     return None
+
+
+def _noise(module: nn.Module) -> str | None:
+    """What of its own makes its training random, whatever the config says since."""
+    if getattr(module, "neftune_noise_alpha", None):
+        return "adds NEFTune noise"
+    return next(
+        (f"has {n}" for n, x in module.__dict__.items() if type(x) is float and x > 0 and RANDOM.search(n)), None
+    )
 
 
 def _parts(stack: nn.Module) -> Iterator[nn.Module]:
@@ -96,11 +146,12 @@ def _changed(module: nn.Module, config) -> str | None:
     index = own.get("layer_idx")
     if index is None or "sliding_window" not in own:
         return None
-    layer_types = getattr(config, "layer_types", None)
-    if not layer_types:
-        return None
     # The plain model's masks follow the config, its attention modules what the config was when they were made.
-    kind, window = layer_types[index], own["sliding_window"]
+    layer_types, window = getattr(config, "layer_types", None), own["sliding_window"]
+    if not layer_types:
+        wanted = getattr(config, "sliding_window", None)
+        return None if window == wanted else f"has sliding_window {window}, and the config {wanted}"
+    kind = layer_types[index]
     is_sliding = own.get("is_sliding", window is not None)
     fits = is_sliding and window and window == config.sliding_window if "sliding" in kind else not is_sliding
     return None if fits else f"has sliding_window {window} in a layer of type {kind!r}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING
 
@@ -42,6 +43,11 @@ def named_arguments(function: Callable) -> frozenset[str]:
     return frozenset(_signature(function).parameters)
 
 
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether vmap or another transform of torch.func holds it, or forward-mode differentiation is on."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or forward_ad._current_level >= 0
+
+
 def head_reads_padding(head: PreTrainedModel, arguments: Mapping[str, Any]) -> bool:
     """Whether the head's loss or pooling, for a call with `arguments`, depends on a hidden state at a masked position.
 
@@ -51,6 +57,8 @@ def head_reads_padding(head: PreTrainedModel, arguments: Mapping[str, Any]) -> b
     input_ids, mask, labels = (arguments.get(name) for name in ("input_ids", "attention_mask", "labels"))
     if not isinstance(input_ids, Tensor) or not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
         return False
+    if is_transformed(input_ids) or is_transformed(mask):
+        return False  # and won't be folded
     mask = mask.to(device=input_ids.device, dtype=torch.bool)
     if mask.all():
         return False

@@ -113,13 +113,18 @@ def proof_of(stack: PreTrainedModel) -> Proof:
     return proofs()[0][stack.config.model_type]
 
 
+def check_module(model: nn.Module, caller: str) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller} needs a transformers model, got {type(model).__name__}")
+    return model
+
+
 def find_model(model: nn.Module) -> PreTrainedModel:
     """The outermost model of transformers' in `model`, which may be wrapped by PEFT, DDP, torch.compile and others.
 
     Raises TypeError where there is none.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"enable needs a transformers model, got {type(model).__name__}")
+    check_module(model, "enable")
     found = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if found is None:
         raise TypeError(f"enable needs a transformers PreTrainedModel, got {type(model).__name__}, which holds none")

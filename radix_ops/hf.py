@@ -37,16 +37,18 @@ def enable(model: nn.Module, threshold: float | None = None, layout: str = "auto
             computed, and what is saved is large enough beside the cost of folding, which depends on the model's width
             and the device. Small models and batches run as before.
         layout: that of `radix_ops.attention`.
-        verify: "first" compares the first folded batch with the plain model, "always" every one and "never" none. It
-            costs a forward of the plain model without gradients.
+        verify: "first" compares the first folded batch, and the first that is longer than a window of the config, with
+            the plain model, again when the config changed; "always" every one and "never" none. It costs a forward of
+            the plain model without gradients.
 
-    The model takes the same arguments and returns the same output class and shapes, padded as the input: input_ids
-    and attention_mask [B, T], padded on either side or both, last_hidden_state [B, T, D]. Values and gradients are
-    equal up to rounding, gradient checkpointing included, with two differences: hidden states and logits at masked
-    positions are zeros where a batch was folded, and `past_key_values` is None where only `config.use_cache` asked
-    for a cache. Positions of a left-padded row are those that the plain model would have had, or, where only their
-    distances matter (RoPE), count from its first real token. Rows that hold several packed sequences are understood as
-    transformers does: from `position_ids`, without a mask and without a cache.
+    The model takes the same arguments and returns the same output class and shapes, padded as the input: input_ids and
+    attention_mask [B, T], padded on either side or both, last_hidden_state [B, T, D]. Values and gradients are equal
+    up to rounding, gradient checkpointing included, with two differences where a batch was folded: hidden states at
+    masked positions are zeros (logits there are zeros, or the head's of zeros), and `past_key_values` is None, or
+    missing from a tuple, where only `config.use_cache` asked for a cache. Positions of a left-padded row are those
+    that the plain model would have had, or, where only their distances matter (RoPE), count from its first real token.
+    Rows that hold several packed sequences are understood as transformers does: from `position_ids`, without a mask
+    and without a cache.
 
     These run as before, with one warning for each reason: an explicit `use_cache=True` or `past_key_values`,
     `output_attentions`, `inputs_embeds`, a mask with holes or of another shape than input_ids, unknown arguments,
@@ -80,7 +82,7 @@ def enable(model: nn.Module, threshold: float | None = None, layout: str = "auto
             )
         state = stack.forward = StackForward(stack)
     state.options = options
-    state.is_verified = False
+    state.verified = None
     state.add_owner(owner)
     if model is not owner:
         model.radix_stats = state.stats
@@ -90,9 +92,10 @@ def enable(model: nn.Module, threshold: float | None = None, layout: str = "auto
 def disable(model: nn.Module) -> None:
     """Takes back `enable`, attribute by attribute; `model.radix_stats` goes too. Nothing happens if it isn't enabled.
 
-    Backward passes of folded forwards may still be run. Raises RuntimeError if a forward was replaced since.
+    Backward passes of folded forwards may still be run. Raises RuntimeError where a forward was replaced since by
+    another: put back the one that stood there, or delete the attribute, and disable again.
     """
-    state = _state_in(model)
+    state = _state_in(_hf_proofs.check_module(model, "disable"))
     if state is None:
         if "radix_stats" in vars(model):
             raise RuntimeError("the forward of the decoder stack was replaced after enable; undo that before disable")
@@ -107,9 +110,9 @@ def folded(
     model: nn.Module, threshold: float | None = None, layout: str = "auto", verify: str = "first"
 ) -> Iterator[nn.Module]:
     """`enable` on entry, and on exit the state before: disabled, or enabled with its former options."""
-    state = _state_in(model)
+    state = _state_in(_hf_proofs.check_module(model, "folded"))
     owner = _hf_proofs.find_model(model)
-    before = None if state is None else (state.options, state.is_verified, state.is_owner(owner))
+    before = None if state is None else (state.options, state.verified, state.is_owner(owner))
     had_stats = "radix_stats" in vars(model)
     enable(model, threshold, layout, verify)
     try:
@@ -118,7 +121,7 @@ def folded(
         if state is None:
             disable(model)
         else:
-            state.options, state.is_verified, was_owner = before
+            state.options, state.verified, was_owner = before
             if not was_owner:
                 state.remove_owner(owner)
             if not had_stats:
@@ -126,6 +129,8 @@ def folded(
 
 
 def _check_options(threshold: float | None, layout: str, verify: str) -> Options:
+    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
+        raise TypeError(f"threshold must be a number or None, got {type(threshold).__name__}")
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be between 0 and 1, or None, got {threshold}")
     for name, value, allowed in (("layout", layout, LAYOUTS), ("verify", verify, VERIFY)):
