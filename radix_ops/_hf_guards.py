@@ -73,14 +73,16 @@ def _registered_by_others(name: str) -> str | None:
 
 def _misplaced_layers(stack: PreTrainedModel) -> str | None:
     """Plain masks go by the place of a layer, its attention by the layer_idx that it was made with."""
+    # longcat_flash counts two hidden layers in each of its num_layers.
+    wanted = min(stack.config.num_hidden_layers, getattr(stack.config, "num_layers", None) or 2**31)
     for name, layers in stack._modules.items():
         if not isinstance(layers, nn.ModuleList):
             continue
         indices = [_layer_idx(layer) for layer in layers]
         if any(index is not None and index != place for place, index in enumerate(indices)):
             return f"{name} are not in the order that they were made in: their layer_idx are {indices}"
-        if any(index is not None for index in indices) and len(layers) < stack.config.num_hidden_layers:
-            return f"{name} are {len(layers)}, and config.num_hidden_layers is {stack.config.num_hidden_layers}"
+        if any(index is not None for index in indices) and len(layers) < wanted:
+            return f"{name} are {len(layers)}, and config.num_hidden_layers is {wanted}"
     return None
 
 
