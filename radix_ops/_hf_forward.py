@@ -115,6 +115,13 @@ class _Request:
 
 # From the forward of a model to that of its stack, further in; neither is computed again by gradient checkpointing.
 _request: contextvars.ContextVar[_Request | None] = contextvars.ContextVar("radix_request", default=None)
+# From a caller around the model: what of his own forbids to fold a batch, and whether it was made to be folded.
+obstacle_outside: contextvars.ContextVar[str | None] = contextvars.ContextVar("radix_obstacle", default=None)
+must_fold: contextvars.ContextVar[bool] = contextvars.ContextVar("radix_must_fold", default=False)
+
+
+class Unfolded(Exception):
+    """A batch that was made to be folded can't be. It did not run, because as it stands it may be too large for that."""
 
 
 class _HeadForward(_Forward):
@@ -171,7 +178,7 @@ class StackForward(_Forward):
             request = _Request(self, None)
         arguments = _hf_heads.bind(_hf_proofs.class_of(stack).forward, stack, *args, **kwargs)
         padded = None
-        obstacle = request.obstacle or obstacle_of(stack, arguments)
+        obstacle = request.obstacle or obstacle_outside.get() or obstacle_of(stack, arguments)
         if obstacle is None and options.threshold != 0:
             input_ids = arguments["input_ids"]
             if _saves_enough(input_ids.numel(), options.threshold, stack, input_ids.device):
@@ -184,6 +191,8 @@ class StackForward(_Forward):
         if obstacle:
             self._warn(f"a batch runs unfolded because {obstacle}")
             padded = None
+        if padded is None and must_fold.get():
+            raise Unfolded
         if padded is None:
             self.stats._add(*size_of(arguments), folded=False)
             return None
@@ -303,9 +312,15 @@ def _saves_enough(positions: int, threshold: float | None, stack: PreTrainedMode
 
 def _pays(padded: PaddedBatch, threshold: float | None, stack: PreTrainedModel) -> bool:
     batch, positions = padded.batch, padded.shape.numel()
-    if batch.num_rows == 0:
+    return pays(batch.num_rows, batch.num_tokens, positions, threshold, stack, batch.input_ids.device)
+
+
+def pays(
+    num_rows: int, num_tokens: int, positions: int, threshold: float | None, stack: PreTrainedModel, device: torch.device
+) -> bool:
+    """Whether to fold a batch of `num_tokens` real tokens that would run as `positions`, padding included."""
+    if num_rows == 0:
         return False
     if threshold is not None:
-        return batch.compact_ratio <= threshold
-    saved = positions - batch.num_rows
-    return batch.num_rows <= _MAX_ROWS_SHARE * positions and _saves_enough(saved, None, stack, batch.input_ids.device)
+        return num_rows / num_tokens <= threshold
+    return num_rows <= _MAX_ROWS_SHARE * positions and _saves_enough(positions - num_rows, None, stack, device)
