@@ -17,14 +17,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .plan import Sequence, plan_folded, plan_plain
+from .plan import Sequence, plan_plain
+from .plan import _old_plan_folded as plan_folded
+from .records import UserError
 
 TOKEN_BUDGET = 16384  # packed tokens of a batch unless the caller says otherwise
 MAX_LOGIT_BYTES = 64 * 2**20  # of one chunk of fp32 logits
 RESERVED_KEYS = ("line", "key", "logprobs", "tokens", "greedy", "best", "best_per_char")
 
 
-class ScoreError(ValueError):
+class ScoreError(UserError):
     """Input that can't be scored; the message is one plain sentence for the user."""
 
 

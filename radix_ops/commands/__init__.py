@@ -1,0 +1,1 @@
+"""The subcommands of `radix-ops`, one module each."""

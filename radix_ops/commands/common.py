@@ -1,0 +1,64 @@
+"""What the subcommands share: their common arguments, reading input with progress, and checks of outputs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ..records import Record, Records, T, UserError
+
+
+def add_command(commands, name: str, summary: str, description: str, run: Callable) -> argparse.ArgumentParser:
+    """A parser for the subcommand, whose description keeps its line breaks."""
+    parser = commands.add_parser(
+        name, help=summary, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_format_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format",
+        choices=("jsonl", "text"),
+        help="of FILE: jsonl, or text, one text a line (default: text where its name ends in .txt, else jsonl)",
+    )
+
+
+def positive_int(text: str) -> int:
+    """A type for arguments: a whole number from 1."""
+    value = int(text) if text.isdecimal() else 0
+    if not 1 <= value <= 2**31 - 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {2**31 - 1}")
+    return value
+
+
+def progress_bar(total: int, desc: str, unit: str, delay: float = 0):
+    """A tqdm bar on standard error; with a delay it shows only what takes longer (seconds)."""
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise UserError("radix-ops needs tqdm: pip install tqdm") from error
+    return tqdm(total=total, desc=desc, unit=unit, unit_scale=True, delay=delay)
+
+
+def read_records(path: str, parse: Callable[[Record], T], shape: str, format: str | None = "jsonl") -> Records[T]:
+    """The whole file, checked (see `Records`), with a progress bar where that takes long."""
+    size = os.path.getsize(path) if os.path.isfile(path) else 0
+    with progress_bar(size, "checking the input", "B", delay=2) as bar:
+        return Records(path, parse, format=format, shape=shape, on_bytes=bar.update)
+
+
+def check_output(output: str | None, *inputs: str) -> None:
+    """UserError unless `output` can be written and is none of the inputs."""
+    if output is None:
+        return
+    if not output or (os.path.exists(output) and not os.path.isfile(output)):
+        raise UserError(f"--output {output!r} is not a regular file")
+    if not Path(output).parent.is_dir():
+        raise UserError(f"--output {output}: its folder does not exist")
+    for path in inputs:
+        if os.path.exists(output) and os.path.exists(path) and os.path.samefile(path, output):
+            raise UserError(f"--output {output} is the input file itself")

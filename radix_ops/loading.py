@@ -1,0 +1,78 @@
+"""Tokenizers, configs and models of the radix-ops command by name: a local folder, a hub id or a .gguf file.
+
+Whatever can't be loaded is a UserError with the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from pathlib import Path
+
+from .records import UserError
+
+
+def load_tokenizer(name: str, option: str = "--model"):
+    """The tokenizer of transformers; `option` is what the user gave the name by."""
+    source, options = _source(name, option)
+    with loading("tokenizer", source):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(source, **options)
+
+
+def load_config(name: str, option: str = "--model"):
+    """The config of transformers."""
+    source, options = _source(name, option)
+    with loading("config", source):
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(source, **options)
+
+
+def load_weights(auto_class: str, name: str, dtype: str):
+    """A transformers model by one of its Auto classes, on the CPU in eval mode; dtype "auto" is the model's own."""
+    source, options = _source(name, "--model")
+    with loading("weights", source):
+        import transformers
+
+        return getattr(transformers, auto_class).from_pretrained(source, dtype=dtype, **options).eval()
+
+
+def _source(name: str, option: str) -> tuple[str, dict]:
+    """(folder or hub id, further options) for transformers' from_pretrained."""
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError("radix-ops needs transformers: pip install transformers")
+    path = Path(name)
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise UserError(f"{option} {name} does not exist")
+        missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+        if missing:
+            raise UserError(f"reading a .gguf file needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_file():
+        raise UserError(f"{option} {name} is a file; it must be a model's folder, a hub id or a .gguf file")
+    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise UserError(f"{option} {name} does not exist")
+    return name, {}
+
+
+@contextlib.contextmanager
+def loading(what: str, source: str):
+    """Turns any error inside into a UserError about `what` of `source`."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the {what} of {source} could not be loaded: {reason}") from error
+
+
+def context_length(config, tokenizer) -> int | None:
+    """The most tokens that the model reads, None where neither config nor tokenizer says."""
+    config = config.get_text_config()
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if getattr(config, name, None) is not None:
+            return int(getattr(config, name))
+    length = getattr(tokenizer, "model_max_length", None)
+    return int(length) if length is not None and length < 10**9 else None
