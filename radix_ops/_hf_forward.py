@@ -121,7 +121,7 @@ must_fold: contextvars.ContextVar[bool] = contextvars.ContextVar("radix_must_fol
 
 
 class Unfolded(Exception):
-    """A batch that was made to be folded can't be. It did not run, because as it stands it may be too large for that."""
+    """A batch that was made to be folded can't be. It did not run: as it stands it may be too large for that."""
 
 
 class _HeadForward(_Forward):
@@ -316,7 +316,12 @@ def _pays(padded: PaddedBatch, threshold: float | None, stack: PreTrainedModel) 
 
 
 def pays(
-    num_rows: int, num_tokens: int, positions: int, threshold: float | None, stack: PreTrainedModel, device: torch.device
+    num_rows: int,
+    num_tokens: int,
+    positions: int,
+    threshold: float | None,
+    stack: PreTrainedModel,
+    device: torch.device,
 ) -> bool:
     """Whether to fold a batch of `num_tokens` real tokens that would run as `positions`, padding included."""
     if num_rows == 0:
