@@ -1,0 +1,269 @@
+"""Losses of causal language models on the rows of a folded batch, without logits for all of it.
+
+    hidden = model(batch)  # [num_rows, D], the states below the head
+    logprobs = token_logprobs(hidden, batch, weight=lm_head.weight)  # [N], one for each packed token
+    loss = causal_lm_loss(hidden, batch, labels, weight=lm_head.weight)
+
+A row has a target for each branch behind it. The head runs on rows that have one, once for all of a row's targets, and
+never on the last tokens of sequences or on those before labels of -100. At any time there are logits of a block, of at
+most rows_per_chunk * V of V the vocabulary (128 MiB in fp32 by default): many rows and a part of the vocabulary. The
+backward makes them again. Values and gradients are those of the packed batch, up to rounding.
+
+`hidden` is [num_rows, D], float32, float64, bfloat16 or float16, `weight` [V, D] and `bias` [V] of its dtype; under
+autocast they may differ, and products are in autocast's dtype (not of float64, as everywhere). Logits, everything made
+of them and the sums that the gradients of weight and hidden are rounded from are in fp32 (fp64 for float64). The order
+of what is done to logits is that of transformers' models, of samplers and of TRL:
+
+    logits = hidden @ weight.T + bias
+    logits = logits * logit_scale  # cohere's logit_scale, 1 / granite's logits_scaling
+    logits = softcap * tanh(logits / softcap)  # gemma's final_logit_softcapping
+    logits = logits / temperature
+
+`labels` [N] int32 or int64 stand where their tokens do, unshifted and packed; the batch's own tokens by default. Each
+packed token keeps its own, also where tokens share a row and their labels differ. Targets are the tokens that are not
+the first of their sequence and whose label is not -100. Of a padded batch, `labels[attention_mask.bool()]` packs
+labels [B, T], and `x.new_zeros(B, T).masked_scatter(attention_mask.bool(), x)` puts values [N] back.
+
+Each function is deterministic, and differentiable once in hidden, weight and bias; what needs no gradient costs none.
+On CUDA the host waits for the device twice a call, however many blocks, and never in the backward. All raise ValueError
+for shapes, devices and values (a label outside the vocabulary too, unless it is ignored or a first token's) and
+TypeError for types and dtypes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ._check import ATTENTION_DTYPES as _DTYPES
+from ._check import INDEX_DTYPES
+from ._loss_ops import head, head_plan
+from .batch import FoldedBatch
+
+_IGNORED = -100
+
+
+def token_logprobs(
+    hidden: Tensor,
+    batch: FoldedBatch,
+    labels: Tensor | None = None,
+    *,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    rows_per_chunk: int | None = None,
+) -> Tensor:
+    """[N]: log p(labels[i] | the tokens before i in its sequence); 0, without a gradient, where i is no target.
+
+    Args, dtypes and errors are those of the module. The result is in fp32 (fp64 for float64), in packed order.
+    """
+    options = (weight, bias, temperature, logit_scale, softcap, rows_per_chunk)
+    return _run_head(hidden, batch, labels, options).logprobs
+
+
+def token_logprobs_and_entropy(
+    hidden: Tensor,
+    batch: FoldedBatch,
+    labels: Tensor | None = None,
+    *,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    rows_per_chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` and `token_entropy`, both [N], for one run of the head."""
+    options = (weight, bias, temperature, logit_scale, softcap, rows_per_chunk)
+    result = _run_head(hidden, batch, labels, options, extra="entropy")
+    return result.logprobs, result.extras
+
+
+def token_entropy(
+    hidden: Tensor,
+    batch: FoldedBatch,
+    labels: Tensor | None = None,
+    *,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    rows_per_chunk: int | None = None,
+) -> Tensor:
+    """[N]: the entropy, in nats, of the distribution that predicts token i; 0, without a gradient, for no target.
+
+    It stands where the log-probability of token i does, so that one mask serves both, and a mean over tokens counts a
+    row as often as it predicts a token of the batch. Of labels, only which are targets matters.
+    """
+    options = (weight, bias, temperature, logit_scale, softcap, rows_per_chunk)
+    return _run_head(hidden, batch, labels, options, extra="entropy").extras
+
+
+def sequence_logprobs(
+    hidden: Tensor,
+    batch: FoldedBatch,
+    labels: Tensor | None = None,
+    *,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    reduction: str = "sum",
+    rows_per_chunk: int | None = None,
+) -> Tensor:
+    """[B]: the sum or, with reduction "mean", the mean of each sequence's targets' log-probabilities.
+
+    0 for a sequence without a target.
+    """
+    _check_choice("reduction", reduction, ("sum", "mean"))
+    options = (weight, bias, temperature, logit_scale, softcap, rows_per_chunk)
+    result = _run_head(hidden, batch, labels, options)
+    sums = _sum_sequences(result.logprobs, batch)
+    if reduction == "sum":
+        return sums
+    return sums / _sum_sequences(result.is_target.to(sums.dtype), batch).clamp(min=1)
+
+
+def causal_lm_loss(
+    hidden: Tensor,
+    batch: FoldedBatch,
+    labels: Tensor | None = None,
+    *,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = _IGNORED,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    rows_per_chunk: int | None = None,
+) -> Tensor:
+    """The cross entropy of next tokens, as `torch.nn.functional.cross_entropy` has it of the packed batch.
+
+    Args:
+        ignore_index: the label of tokens that are no targets, in place of -100.
+        label_smoothing: from 0 to 1, the share of each target that is spread evenly over the vocabulary.
+        reduction: "mean" over all targets (NaN, without a gradient, where there is none), "sum", or "sequence": the
+            sums of each sequence, [B]. To average over more targets than this batch's, as in gradient accumulation,
+            divide the sum by their number.
+    """
+    _check_choice("reduction", reduction, ("mean", "sum", "sequence"))
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    _check_number("label_smoothing", label_smoothing, "from 0 to 1", lambda x: 0 <= x <= 1)
+    options = (weight, bias, temperature, logit_scale, softcap, rows_per_chunk)
+    extra = "mean" if label_smoothing else "none"
+    result = _run_head(hidden, batch, labels, options, extra, ignore_index)
+    losses = -result.logprobs
+    if label_smoothing:
+        losses = losses * (1 - label_smoothing) - result.extras * label_smoothing
+    if reduction == "sequence":
+        return _sum_sequences(losses, batch)
+    return losses.sum() if reduction == "sum" else losses.sum() / result.is_target.sum()
+
+
+class _Result(NamedTuple):
+    logprobs: Tensor  # [N], 0 where there is no target
+    extras: Tensor | None  # [N] likewise: the entropy, or the mean log-probability of the vocabulary
+    is_target: Tensor  # bool [N]
+
+
+def _run_head(hidden, batch, labels, options, extra="none", ignore_index=_IGNORED) -> _Result:
+    weight, bias, temperature, logit_scale, softcap, rows_per_chunk = options
+    dtype = _check_tensors(hidden, batch, labels, weight, bias)
+    for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
+        if value is not None or name != "softcap":
+            _check_number(name, value, "above 0 and finite", lambda x: 0 < x < math.inf)
+    if rows_per_chunk is not None:
+        if isinstance(rows_per_chunk, bool) or not isinstance(rows_per_chunk, int):
+            raise TypeError(f"rows_per_chunk must be an int or None, got {type(rows_per_chunk).__name__}")
+        if rows_per_chunk < 1:
+            raise ValueError(f"rows_per_chunk must be at least 1, got {rows_per_chunk}")
+    labels = batch.unfold(batch.input_ids) if labels is None else labels
+
+    rows, ranks, pair_labels, token_pair, indptr, members, blocks = head_plan(
+        labels,
+        batch.unfold_index,
+        batch.cu_seqlens,
+        batch.num_rows,
+        weight.shape[0],
+        ignore_index,
+        rows_per_chunk or 0,
+    )
+    scalars = float(logit_scale), float(softcap or 0), float(temperature)
+    values = head(hidden, weight, bias, rows, ranks, pair_labels, blocks, *scalars, dtype, extra)[:2]
+
+    def to_tokens(of_pairs: Tensor) -> Tensor:  # its gradient sums tokens of one pair in a fixed order
+        return torch.ops.radix.gather.csr(of_pairs, token_pair, indptr, members)
+
+    extras = None if extra == "none" else to_tokens(values[1])
+    return _Result(to_tokens(values[0]), extras, token_pair < pair_labels.shape[0] - 1)
+
+
+def _sum_sequences(values: Tensor, batch: FoldedBatch) -> Tensor:
+    """[N] -> [B], deterministic and differentiable."""
+    tokens = torch.arange(batch.num_tokens, device=values.device)
+    sequences = torch.arange(batch.num_sequences, device=values.device)
+    sequence = torch.repeat_interleave(sequences, batch.lengths, output_size=batch.num_tokens)
+    return torch.ops.radix.scatter_add.csr(values, sequence, batch.cu_seqlens, tokens, batch.num_sequences)
+
+
+def _check_tensors(hidden, batch, labels, weight, bias) -> torch.dtype:
+    """The dtype of the products."""
+    if not isinstance(batch, FoldedBatch):
+        raise TypeError(f"batch must be a FoldedBatch, got {type(batch).__name__}")
+    given = {"hidden": hidden, "weight": weight}
+    given |= {} if bias is None else {"bias": bias}
+    for name, tensor in (given if labels is None else given | {"labels": labels}).items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.device != batch.fold_index.device:
+            raise ValueError(f"{name} is on {tensor.device}, but the batch is on {batch.fold_index.device}")
+    if hidden.dim() != 2 or hidden.shape[0] != batch.num_rows:
+        raise ValueError(f"hidden must have shape [num_rows={batch.num_rows}, D], got {list(hidden.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
+        raise ValueError(f"weight must have shape [V, D={hidden.shape[1]}] with V at least 1, got {list(weight.shape)}")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        raise ValueError(f"bias must have shape [V={weight.shape[0]}], got {list(bias.shape)}")
+    if labels is not None:
+        if labels.dtype not in INDEX_DTYPES:
+            raise TypeError(f"labels must be int32 or int64, got {labels.dtype}")
+        if labels.dim() != 1 or labels.shape[0] != batch.num_tokens:
+            raise ValueError(
+                f"labels must be packed, one for each of num_tokens={batch.num_tokens}, got shape "
+                f"{list(labels.shape)}; attention_mask.bool() picks those of a padded batch"
+            )
+
+    dtypes = [tensor.dtype for tensor in given.values()]
+    kind = hidden.device.type
+    autocasts = torch.is_autocast_enabled(kind) and torch.float64 not in dtypes
+    if any(dtype not in _DTYPES for dtype in dtypes) or (len(set(dtypes)) > 1 and not autocasts):
+        named = ", ".join(f"{tensor.dtype} for {name}" for name, tensor in given.items())
+        raise TypeError(
+            "hidden, weight and bias must be of one dtype (unless autocast is on), float32, float64, bfloat16 or "
+            f"float16, got {named}"
+        )
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given.values()):
+        raise RuntimeError("radix_ops.losses have no forward-mode gradient; use backward mode")
+    return torch.get_autocast_dtype(kind) if autocasts else hidden.dtype
+
+
+def _check_number(name: str, value: float, allowed: str, is_allowed) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not is_allowed(value):
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
