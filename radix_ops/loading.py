@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import sys
 from pathlib import Path
 
+import torch
+
 from .records import UserError
+from .runner import ClassifierRunner, Qwen3Runner, TransformersRunner
 
 
 def load_tokenizer(name: str, option: str = "--model"):
@@ -30,13 +34,37 @@ def load_config(name: str, option: str = "--model"):
         return AutoConfig.from_pretrained(source, **options)
 
 
-def load_weights(auto_class: str, name: str, dtype: str):
-    """A transformers model by one of its Auto classes, on the CPU in eval mode; dtype "auto" is the model's own."""
+def load_runner(name: str, config, auto_class: str, dtype: str | None, device: torch.device, pad_token_id: int = 0):
+    """The model on `device` in eval mode, in a runner; `auto_class` is AutoModel, AutoModelForCausalLM or
+    AutoModelForSequenceClassification.
+
+    A Qwen3 runs on `radix_ops.models.qwen3`, but for a classification head and .gguf files, which run on transformers
+    as all others do. Without a dtype the model computes in float32 on the CPU and in its own on CUDA, where one of
+    float32 computes in bfloat16.
+    """
+    own = None if device.type == "cuda" else "float32"
+    classifies = auto_class == "AutoModelForSequenceClassification"
+    if config.model_type == "qwen3" and not classifies and not name.endswith(".gguf"):
+        with loading("weights", name):
+            from .models.qwen3 import Qwen3ForCausalLM, Qwen3Model
+
+            kind = Qwen3Model if auto_class == "AutoModel" else Qwen3ForCausalLM
+            model = kind.from_pretrained(name, dtype=dtype or own)
+        return Qwen3Runner(_on_device(model, device, dtype), config)
     source, options = _source(name, "--model")
     with loading("weights", source):
         import transformers
 
-        return getattr(transformers, auto_class).from_pretrained(source, dtype=dtype, **options).eval()
+        load = getattr(transformers, auto_class).from_pretrained
+        model = _on_device(load(source, dtype=dtype or own or "auto", **options).eval(), device, dtype)
+    return ClassifierRunner(model, pad_token_id) if classifies else TransformersRunner(model)
+
+
+def _on_device(model, device: torch.device, dtype: str | None):
+    if device.type == "cuda" and dtype is None and next(model.parameters()).dtype == torch.float32:
+        print("the model is of float32 and computes in bfloat16 on CUDA; --dtype float32 is slower", file=sys.stderr)
+        return model.to(device, torch.bfloat16)
+    return model.to(device)
 
 
 def _source(name: str, option: str) -> tuple[str, dict]:

@@ -34,7 +34,6 @@ class Record:
 
     line: int  # counted from 1
     where: str  # file and line, for messages
-    raw: bytes  # as it stands in the file, without the newline
     fields: dict  # the JSON object; of a text file {"text": the line}
 
     def text(self, key: str) -> str:
@@ -109,21 +108,20 @@ class Records(Generic[T]):
 
     def __getitem__(self, index: int) -> T:
         """Line index + 1. UserError where the file has changed since it was checked."""
-        record = self.record(index)
-        return record if self.parse is None else self.parse(record)
+        return self._parsed(self.raw(index), index)
 
     def __iter__(self) -> Iterator[T]:
         return map(self.__getitem__, range(len(self)))
 
-    def record(self, index: int) -> Record:
-        """Line index + 1 as it is, whatever `parse` makes of it."""
+    def raw(self, index: int) -> bytes:
+        """Line index + 1 as it stands in the file, without its newline."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path} has {len(self)} lines, asked for index {index}")
         if self._current_stamp() != self._stamp:
             raise UserError(f"{self.path} was changed while it was being read")
         start, end = (int(self._starts[i]) for i in (index, index + 1))
         self._file.seek(start)
-        return self._record(self._file.read(end - start), index)
+        return self._file.read(end - start).removesuffix(b"\n")
 
     def _check(self, on_bytes) -> np.ndarray:
         """Parses each line; returns where lines start, int64 [lines + 1]."""
@@ -131,18 +129,17 @@ class Records(Generic[T]):
         self._file.seek(start)
         starts = array.array("q", [start])
         for index, raw in enumerate(self._file):
-            record = self._record(raw, index)
-            if self.parse is not None:
-                self.parse(record)
+            self._parsed(raw.removesuffix(b"\n"), index)
             starts.append(starts[-1] + len(raw))
             if on_bytes:
                 on_bytes(len(raw))
         return np.frombuffer(starts, np.int64)
 
-    def _record(self, raw: bytes, index: int) -> Record:
-        raw = raw.removesuffix(b"\n")
+    def _parsed(self, raw: bytes, index: int) -> T:
         where = f"{self.path}, line {index + 1}"
-        return Record(index + 1, where, raw, _parse_text(raw, where) if self.format == "text" else _parse(raw, where))
+        fields = _parse_text(raw, where) if self.format == "text" else _parse(raw, where)
+        record = Record(index + 1, where, fields)
+        return record if self.parse is None else self.parse(record)
 
     def _current_stamp(self) -> tuple[int, int]:
         status = os.fstat(self._file.fileno())

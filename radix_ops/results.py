@@ -1,141 +1,161 @@
-"""Result lines of a scoring run: where they go, and what makes an interrupted run continue where it stopped."""
+"""Result lines of a run: where they go, in which order, and how an interrupted run continues where it stopped."""
 
 from __future__ import annotations
 
+import array
 import hashlib
 import json
 import os
+import shutil
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from . import scoring
-from .plan import Sequence
-from .scoring import Item, ScoreError
+from .records import UserError
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-TORN_START = b'{"line": '
+_TORN_START = b'{"line": '
+_REPLACE = "--overwrite replaces it"
 
 
 class ResultFile:
-    """Result lines in a file: each is appended as its item finishes, so that a kill loses the current batch at most.
+    """JSON lines in a file. Each is appended as its item finishes, so that a kill loses the current batch at most.
 
-    `keys[i]` identifies the result of item i. Lines that an earlier run left are kept if their keys fit.
+    `key_of(i)` identifies the result of item i, which is that of input line i + 1. Lines that an earlier run left are
+    kept if their keys fit, a torn last line is dropped. Memory holds 9 bytes an item and 16 a line.
     """
 
-    def __init__(self, path: str, items: list[Item], keys: list[str], overwrite: bool):
-        self.path, self.items = Path(path), items
-        left = self.path.read_bytes() if self.path.is_file() and not overwrite else b""
-        kept = left[: left.rfind(b"\n") + 1]
-        torn = left[len(kept) :]
-        if not torn.startswith(TORN_START[: len(torn)]):
-            raise ScoreError(f"{path} ends in a line that is no result; --overwrite replaces the file")
-        self.order = [self._item_of(line, number, keys) for number, line in enumerate(kept.split(b"\n")[:-1], 1)]
-        if len(set(self.order)) < len(self.order):
-            raise ScoreError(f"{path} holds a result twice; --overwrite replaces it")
-        self.file = open(path, "r+b" if kept else "wb")  # noqa: SIM115
-        self.file.truncate(len(kept))
-        self.file.seek(len(kept))
+    def __init__(self, path: str, num_items: int, key_of: Callable[[int], str], overwrite: bool):
+        self.path, self.key_of = Path(path), key_of
+        self.done = np.zeros(num_items, bool)
+        self._items = array.array("q")  # of each line
+        self._ends = array.array("q")  # of each line, in bytes
+        keeps = self.path.is_file() and not overwrite
+        self._file = open(path, "r+b" if keeps else "w+b")  # noqa: SIM115
+        try:
+            self._keep_finished_lines()
+        except BaseException:
+            self._file.close()
+            raise
 
-    def _item_of(self, line: bytes, number: int, keys: list[str]) -> int:
+    def _keep_finished_lines(self) -> None:
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                if not line.startswith(_TORN_START[: len(line)]):
+                    raise UserError(f"{self.path} ends in a line that is no result; {_REPLACE}")
+                break
+            index = self._item_of(line)
+            if self.done[index]:
+                raise UserError(f"{self.path} holds a result twice; {_REPLACE}")
+            self._note(index, len(line))
+        self._file.seek(self._size)
+        self._file.truncate()
+
+    def _item_of(self, line: bytes) -> int:
         try:
             fields = json.loads(line)
             index = fields["line"] - 1
-            fits = index >= 0 and keys[index] == fields["key"]
-        except (ValueError, TypeError, LookupError):
+            fits = 0 <= index < len(self.done) and self.key_of(index) == fields["key"]
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, TypeError, KeyError):
             fits = False
         if not fits:
-            raise ScoreError(
-                f"{self.path}, line {number} is no result of this input, model, dtype and mode; "
-                "--overwrite replaces the file"
+            raise UserError(
+                f"{self.path}, line {len(self._ends) + 1} is no result of this input, model, dtype and mode; {_REPLACE}"
             )
         return index
 
     @property
-    def done(self) -> set[int]:
-        return set(self.order)
+    def _size(self) -> int:
+        return self._ends[-1] if self._ends else 0
 
-    def add(self, index: int, line: str) -> None:
-        self.file.write(line.encode() + b"\n")
-        self.order.append(index)
+    def _note(self, index: int, size: int) -> None:
+        self._items.append(index)
+        self._ends.append(self._size + size)
+        self.done[index] = True
+
+    def add(self, index: int, fields: dict) -> None:
+        """The result of item `index`, which gets its key."""
+        line = json.dumps({**fields, "key": self.key_of(index)}).encode() + b"\n"
+        self._file.write(line)
+        self._note(index, len(line))
 
     def flush(self) -> None:
-        self.file.flush()
+        self._file.flush()
 
     def finish(self) -> None:
-        """Close the file, its lines in the input's order; a kill leaves either the old file or the new one."""
-        self.file.close()
-        if self.path.is_file() and self.order != sorted(self.order):
-            lines = self.path.read_bytes().split(b"\n")[:-1]
-            ordered = [line for _, line in sorted(zip(self.order, lines, strict=True))]
+        """Close the file, its lines in the input's order; a kill leaves either the old file or the sorted one."""
+        self.flush()
+        items, ends = np.frombuffer(self._items, np.int64), np.frombuffer(self._ends, np.int64)
+        if (np.diff(items) < 0).any():
+            starts = np.concatenate([[0], ends[:-1]])
             temporary = self.path.with_name(self.path.name + ".tmp")
-            temporary.write_bytes(b"\n".join(ordered) + b"\n")
+            with open(temporary, "wb") as ordered:
+                for i in np.argsort(items):
+                    self._file.seek(starts[i])
+                    ordered.write(self._file.read(ends[i] - starts[i]))
+            shutil.copymode(self.path, temporary)
             os.replace(temporary, self.path)
+        self._file.close()
 
 
 class ResultStream:
-    """Result lines on standard output: a line waits until all lines before it are out."""
+    """JSON lines on standard output in the input's order: a line waits in a temporary file for those before it."""
 
-    def __init__(self):
-        self.done: set[int] = set()
-        self.waiting: dict[int, str] = {}
-        self.next = 0
+    def __init__(self, num_items: int, key_of: Callable[[int], str]):
+        self.key_of = key_of
+        self.done = np.zeros(num_items, bool)
+        self._waiting = tempfile.TemporaryFile(prefix="radix_ops-")  # noqa: SIM115
+        self._starts, self._sizes = np.zeros(num_items, np.int64), np.zeros(num_items, np.int64)
+        self._next = 0
 
-    def add(self, index: int, line: str) -> None:
-        self.waiting[index] = line
-        while self.next in self.waiting:
-            print(self.waiting.pop(self.next))
-            self.next += 1
+    def add(self, index: int, fields: dict) -> None:
+        """The result of item `index`, which gets its key."""
+        line = json.dumps({**fields, "key": self.key_of(index)})
+        self.done[index] = True
+        if index == self._next:
+            print(line)
+            self._next += 1
+            return
+        self._starts[index] = self._waiting.seek(0, 2)
+        self._sizes[index] = self._waiting.write(line.encode())
 
     def flush(self) -> None:
+        """Prints what has waited for the lines that are out."""
+        while self._next < len(self.done) and self.done[self._next]:
+            self._waiting.seek(self._starts[self._next])
+            print(self._waiting.read(self._sizes[self._next]).decode())
+            self._next += 1
         sys.stdout.flush()
 
     def finish(self) -> None:
         self.flush()
+        self._waiting.close()
 
 
-class Collector:
-    """Gathers the choices of each item from the batches and writes an item's result when it has all of them."""
-
-    def __init__(self, items: list[Item], sequences: list[Sequence], keys: list[str], results):
-        self.items, self.keys, self.results = items, keys, results
-        self.sequences = sequences
-        self.by_item: dict[int, list[Sequence]] = {}
-        for sequence in sequences:
-            self.by_item.setdefault(sequence.item, []).append(sequence)
-        self.found: dict[int, dict[int, scoring.ChoiceScore]] = {}
-
-    def add(self, indices, scores) -> None:
-        for sequence, score in zip((self.sequences[i] for i in indices), scores, strict=True):
-            index = sequence.item
-            found = self.found.setdefault(index, {})
-            found[sequence.choice] = score
-            if len(found) == len(self.items[index].choices):
-                ordered = [found[choice] for choice in range(len(found))]
-                fields = scoring.result(self.items[index], self.by_item[index], ordered)
-                self.results.add(index, json.dumps({**fields, "key": self.keys[index]}))
-                del self.found[index]
-        self.results.flush()
-
-
-def result_keys(model, mode: str, items: list[Item], sequences: list[Sequence]) -> list[str]:
-    """For each item a hash of its input line and token ids, of the mode, and of the model's config and weights.
+def fingerprint(runner, *further):
+    """A SHA-256 of the model's config and weights, and of what else decides about results.
 
     Of the weights it takes the bits of vectors and, of matrices, a sum over the bits of each row.
     """
-    config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_") and k != "transformers_version"}
-    base = hashlib.sha256(json.dumps([mode, config], sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
+    config = runner.hf_config.to_dict()
+    config = {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
+    base = hashlib.sha256(json.dumps([further, config], sort_keys=True, default=str).encode())
+    for name, parameter in runner.model.named_parameters():
         bits = parameter.detach().contiguous().view(_INTEGER_OF_SIZE[parameter.element_size()])
         if bits.dim() > 1:
             bits = bits.flatten(1).sum(1, dtype=torch.int64)
         base.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         base.update(bits.cpu().numpy().tobytes())
-    hashes = []
-    for item in items:
-        hashes.append(base.copy())
-        hashes[-1].update(item.raw)
-    for sequence in sequences:
-        hashes[sequence.item].update(sequence.context.tobytes() + b"|" + sequence.continuation.tobytes() + b"|")
-    return [digest.hexdigest()[:16] for digest in hashes]
+    return base
+
+
+def key_of_parts(base, *parts: bytes) -> str:
+    """16 hex digits of `base`, a hash object, and the parts, whose borders count."""
+    found = base.copy()
+    for part in parts:
+        found.update(len(part).to_bytes(8, "little") + part)
+    return found.hexdigest()[:16]

@@ -14,9 +14,13 @@ import torch
 from expecttest import assert_expected_inline
 
 pytest.importorskip("transformers")
-from test_scoring import TEXT, needs_hf, oracle, tiny_model, tiny_tokenizer
+from test_scoring import TEXT, needs_hf, oracle, sequences_of, tiny_model, tiny_tokenizer
 
-from radix_ops import cli, results, scoring
+import radix_ops.commands.score as score_command
+from radix_ops import cli, loading, results, scoring
+from radix_ops.commands import running
+from radix_ops.records import Records
+from radix_ops.runner import RunStats, TransformersRunner
 
 QUESTIONS = [
     {"id": "long", "context": " ".join(TEXT), "choices": [" the Seine", " the river Rhine", " the sea"], "gold": 0},
@@ -44,6 +48,10 @@ def write_jsonl(path, lines):
     return path
 
 
+def scoring_records(path):
+    return Records(path, scoring.parse_item)
+
+
 def read_jsonl(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
@@ -64,12 +72,12 @@ def failing(capsys, *arguments) -> str:
     return message
 
 
-def check_results(results, questions=QUESTIONS):
-    model, tokenizer = tiny_model(max_position_embeddings=256), tiny_tokenizer(True)
+def check_results(results, questions=QUESTIONS, model=None):
+    model, tokenizer = model or tiny_model(max_position_embeddings=256), tiny_tokenizer(True)
     assert [r["line"] for r in results] == list(range(1, len(questions) + 1))
     for given, found in zip(questions, results, strict=True):
-        item = scoring.Item(1, "", given["context"], given["choices"], {}, b"")
-        sequences = scoring.encode([item], tokenizer)
+        item = scoring.Item(1, "", given["context"], given["choices"], {})
+        sequences = sequences_of(scoring.encode([item], tokenizer))
         expected = [oracle(model, s) for s in sequences]
         assert found["logprobs"] == pytest.approx([logprob for logprob, _ in expected], abs=1e-4)
         assert found["greedy"] == [greedy for _, greedy in expected]
@@ -100,6 +108,16 @@ def test_score_folds_by_default(model_folder, questions, capsys):
     assert rows < tokens / 2
 
 
+def test_score_runs_a_qwen3_on_our_model(questions, tmp_path, capsys, monkeypatch):
+    model = tiny_model("Qwen3", max_position_embeddings=256)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer(True).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(loading, "TransformersRunner", lambda *arguments: pytest.fail("ran on transformers"))
+    for options in ([], ["--plain"], ["--token-budget", 50]):
+        assert score(tmp_path / "model", *options, questions) == 0
+        check_results([json.loads(line) for line in capsys.readouterr().out.splitlines()], model=model)
+
+
 def test_score_puts_the_finished_file_into_input_order(model_folder, questions, tmp_path):
     output = tmp_path / "scores.jsonl"
     assert score(model_folder, "--plain", "--token-budget", 60, "--output", output, questions) == 0
@@ -109,7 +127,7 @@ def test_score_puts_the_finished_file_into_input_order(model_folder, questions, 
 
 def interrupted_run(monkeypatch, model, output, questions, batches):
     """Stop a plain run after some batches; returns the lines that a kill at that moment would have left."""
-    inner, on_disk = scoring._score_batch, []
+    inner, on_disk = TransformersRunner.states, []
 
     def stopping(*arguments):
         on_disk.append(output.read_bytes())
@@ -118,7 +136,7 @@ def interrupted_run(monkeypatch, model, output, questions, batches):
         return inner(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "_score_batch", stopping)
+        patch.setattr(TransformersRunner, "states", stopping)
         assert score(model, "--plain", "--token-budget", 1, "--output", output, questions) == 130
     return on_disk[-1]
 
@@ -131,10 +149,10 @@ def test_score_continues_an_interrupted_run(model_folder, questions, tmp_path, m
 
     output.write_bytes(left + b'{"line": 2, "id": "sho')
     scored = []
-    inner = scoring._score_batch
-    monkeypatch.setattr(scoring, "_score_batch", lambda *a: scored.extend(s.item for s in a[2]) or inner(*a))
+    inner = TransformersRunner.states
+    monkeypatch.setattr(TransformersRunner, "states", lambda self, sent: scored.extend(sent) or inner(self, sent))
     assert score(model_folder, "--plain", "--output", output, questions) == 0
-    assert set(scored) == {1, 2}
+    assert len(scored) == len(QUESTIONS[1]["choices"]) + len(QUESTIONS[2]["choices"])
     check_results(read_jsonl(output))
     assert set(left.splitlines()) <= set(output.read_bytes().splitlines())
     assert "holds 2 of 4 results already" in capsys.readouterr().err
@@ -190,27 +208,24 @@ def test_score_refuses_to_continue_what_is_not_its_own(model_folder, questions, 
     check_results(read_jsonl(output))
 
 
-def test_result_keys_know_changed_weights_and_tokens():
-    tokenizer, model = tiny_tokenizer(True), tiny_model()
-    items = [scoring.Item(1, "", "the sea ", ["yes"], {}, b"raw")]
-    sequences = scoring.encode(items, tokenizer)
-    key = results.result_keys(model, "plain", items, sequences)
-    assert results.result_keys(tiny_model(), "plain", items, sequences) == key
-    others = [
-        results.result_keys(model, "folded", items, sequences),
-        results.result_keys(model, "plain", items, scoring.encode(items, tiny_tokenizer(False))),
-        results.result_keys(
-            tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 5.0}), "plain", items, sequences
-        ),
-    ]
+def test_keys_know_changed_weights_configs_modes_and_tokens(tmp_path):
+    model = tiny_model()
+    records = scoring_records(write_jsonl(tmp_path / "q.jsonl", [{"context": "the sea ", "choices": ["yes"]}]))
+
+    def key(model=model, adds_bos=True, mode="plain"):
+        choices = scoring.encode(records, tiny_tokenizer(adds_bos))
+        return score_command._key_of(results.fingerprint(TransformersRunner(model), mode), records, choices, 0)
+
+    assert key() == key(tiny_model())
+    keys = [key(), key(mode="folded"), key(adds_bos=False)]
+    keys.append(key(tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 5.0})))
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(1.001)
-    others.append(results.result_keys(model, "plain", items, sequences))
-    assert len({*key, *(k for other in others for k in other)}) == 5
+    assert len({*keys, key()}) == 5
 
 
 def test_score_refuses_bad_input_before_it_loads_a_model(model_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "load_model", lambda *arguments: pytest.fail("loaded the weights"))
+    monkeypatch.setattr(score_command, "load_runner", lambda *arguments: pytest.fail("loaded the weights"))
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"context": "a", "choices": ["b"]}\n{"context": "a"}\n')
     assert 'bad.jsonl, line 2 has no "choices"' in failing(capsys, model_folder, bad)
@@ -237,7 +252,8 @@ def test_score_names_a_model_that_cannot_be_loaded(questions, tmp_path, capsys, 
     assert "is a file; it must be a model's folder" in failing(capsys, questions, questions)
     assert f"the config of {tmp_path} could not be loaded: " in failing(capsys, tmp_path, questions)
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in ("gguf", "accelerate") else find(n))
     assert "needs gguf and accelerate: pip install gguf acc" in failing(capsys, tmp_path / "m.gguf", questions)
 
 
@@ -269,10 +285,10 @@ def test_compare_reports_both_runs(model_folder, questions, tmp_path, capsys):
 
 
 def test_comparison_table_is_computed_from_the_runs():
-    plain = scoring.RunStats(tokens=40_000, rows=41_000, head_rows=300, batches=9, seconds=80.0)
-    folded = scoring.RunStats(tokens=40_000, rows=5_000, head_rows=280, batches=3, seconds=10.5)
+    plain = RunStats(tokens=40_000, rows=41_000, head_rows=300, batches=9, seconds=80.0)
+    folded = RunStats(tokens=40_000, rows=5_000, head_rows=280, batches=3, seconds=10.5)
     assert_expected_inline(
-        cli.comparison_table(plain, folded),
+        running.comparison_table(plain, folded),
         """\
                            plain    folded
 tokens                    40,000    40,000
@@ -356,21 +372,20 @@ def test_compare_refuses_what_is_not_finite(model_folder, questions, tmp_path, c
     assert "line 1: choices[0] got the log-probability nan" in capsys.readouterr().err
 
 
-def test_result_keys_see_every_weight():
-    items = [scoring.Item(1, "f, line 1", "a", ["b"], {}, b"{}")]
-    sequences = scoring.encode(items, tiny_tokenizer(False))
+def test_fingerprints_see_every_weight():
     model = tiny_model()
-    keys = {results.result_keys(model, "plain", items, sequences)[0]}
+    runner = TransformersRunner(model)
+    found = {results.fingerprint(runner).hexdigest()}
     generator = torch.Generator().manual_seed(0)
     parameters = list(model.parameters())
     for _ in range(30):
         parameter = parameters[int(torch.randint(len(parameters), (1,), generator=generator))].data.flatten()
         parameter[int(torch.randint(len(parameter), (1,), generator=generator))] += 0.5
-        keys.add(results.result_keys(model, "plain", items, sequences)[0])
+        found.add(results.fingerprint(runner).hexdigest())
     embedding = model.get_input_embeddings().weight.data
     embedding[[3, 4]] = embedding[[4, 3]]
-    keys.add(results.result_keys(model, "plain", items, sequences)[0])
-    assert len(keys) == 32
+    found.add(results.fingerprint(runner).hexdigest())
+    assert len(found) == 32
 
 
 @pytest.mark.parametrize(

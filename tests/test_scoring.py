@@ -1,15 +1,17 @@
 """Scoring: reading, tokenising, planning, and log-probabilities against transformers one sequence at a time."""
 
-import itertools
 import random
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from radix_ops import plan, scoring
-from radix_ops.scoring import ScoreError, Sequence
+from radix_ops import scoring
+from radix_ops._budget import Budget
+from radix_ops.records import Records, UserError
+from radix_ops.runner import TransformersRunner, plan_batches
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -56,6 +58,41 @@ def tiny_model(kind: str = "Llama", **changes):
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
+class Sequence(NamedTuple):
+    """One choice behind its context, as token ids."""
+
+    item: int
+    context: np.ndarray
+    continuation: np.ndarray
+
+    @property
+    def inputs(self) -> np.ndarray:
+        return np.concatenate([self.context, self.continuation[:-1]])
+
+
+def choices_of(sequences: list[Sequence]) -> scoring.Choices:
+    choices = scoring.Choices()
+    for item in sorted({s.item for s in sequences}):
+        choices.append([(s.context, s.continuation) for s in sequences if s.item == item])
+    return choices
+
+
+def sequences_of(choices: scoring.Choices) -> list[Sequence]:
+    return [Sequence(item, *pair) for item in range(len(choices)) for pair in choices[item]]
+
+
+def run(model, sequences: list[Sequence], budget: int, folded: bool, **options):
+    """All scores as (log-probabilities, greedy flags), and the run's counts."""
+    choices, runner = choices_of(sequences), TransformersRunner(model)
+    logprobs, greedy = np.full(len(sequences), np.nan), np.zeros(len(sequences), bool)
+
+    def on_batch(indices, found):
+        logprobs[indices], greedy[indices] = found
+
+    stats = scoring.score(runner, choices, Budget(budget), folded, on_batch, **options)
+    return logprobs, greedy, stats
+
+
 def random_sequences(seed: int, num_items: int, vocab: int = 340) -> list[Sequence]:
     """Items in three groups with a group prefix each, two to five choices of one to six tokens that may start alike."""
     rng = np.random.default_rng(seed)
@@ -67,7 +104,7 @@ def random_sequences(seed: int, num_items: int, vocab: int = 340) -> list[Sequen
         head = rng.integers(2, vocab, 2).astype(np.int32)
         for choice in range(rng.integers(2, 6)):
             tail = rng.integers(2, vocab, rng.integers(1, 5)).astype(np.int32)
-            sequences.append(Sequence(item, choice, context, np.concatenate([head[: choice % 3], tail])))
+            sequences.append(Sequence(item, context, np.concatenate([head[: choice % 3], tail])))
     return sequences
 
 
@@ -87,7 +124,11 @@ def distinct_prefixes(token_lists) -> int:
 
 
 def items_of(*pairs) -> list[scoring.Item]:
-    return [scoring.Item(n, f"q.jsonl, line {n}", c, list(choices), {}, b"") for n, (c, choices) in enumerate(pairs, 1)]
+    return [scoring.Item(n, f"q.jsonl, line {n}", c, list(choices), {}) for n, (c, choices) in enumerate(pairs, 1)]
+
+
+def read_items(path) -> list[scoring.Item]:
+    return list(Records(path, scoring.parse_item, shape=scoring.SHAPE))
 
 
 GOOD = b'{"context": "a", "choices": ["b"]}'
@@ -119,25 +160,25 @@ GOOD = b'{"context": "a", "choices": ["b"]}'
 def test_read_items_names_file_line_and_fault(tmp_path, line, message):
     path = tmp_path / "questions.jsonl"
     path.write_bytes(GOOD + b"\n" + line + b"\n" + GOOD + b"\n")
-    with pytest.raises(ScoreError, match=f"questions.jsonl, {message}"):
-        scoring.read_items(path)
+    with pytest.raises(UserError, match=f"questions.jsonl, {message}"):
+        read_items(path)
 
 
 def test_read_items_refuses_missing_and_empty_files(tmp_path):
-    with pytest.raises(ScoreError, match=r"absent.jsonl can't be read: No such file"):
-        scoring.read_items(tmp_path / "absent.jsonl")
-    with pytest.raises(ScoreError, match="can't be read: Is a directory"):
-        scoring.read_items(tmp_path)
+    with pytest.raises(UserError, match=r"absent.jsonl can't be read: No such file"):
+        read_items(tmp_path / "absent.jsonl")
+    with pytest.raises(UserError, match="can't be read: Is a directory"):
+        read_items(tmp_path)
     (tmp_path / "empty.jsonl").write_bytes(b"")
-    with pytest.raises(ScoreError, match=r"empty.jsonl is empty"):
-        scoring.read_items(tmp_path / "empty.jsonl")
+    with pytest.raises(UserError, match=r"empty.jsonl is empty"):
+        read_items(tmp_path / "empty.jsonl")
 
 
 def test_read_items_takes_what_editors_write(tmp_path):
     path = tmp_path / "q.jsonl"
     second = '{"context": "\u2028\u00e9", "choices": ["x", "y"], "id": {"a": 1}, "gold": 1}'.encode()
     path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\r\n" + second)
-    first, other = scoring.read_items(path)
+    first, other = read_items(path)
     assert (first.line, first.context, first.choices, first.extra) == (1, "a", ["b"], {})
     assert (other.line, other.context, other.choices) == (2, "\u2028\u00e9", ["x", "y"])
     assert other.extra == {"id": {"a": 1}, "gold": 1}
@@ -154,8 +195,8 @@ PAIRS = [
 ]
 
 
-def encoded_ids(sequences):
-    return [(s.context.tolist(), s.continuation.tolist()) for s in sequences]
+def encoded_ids(choices):
+    return [(s.context.tolist(), s.continuation.tolist()) for s in sequences_of(choices)]
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
@@ -186,8 +227,8 @@ def test_encode_splits_as_written_down():
     tokenizer = tiny_tokenizer(adds_bos=True)
 
     def split(context, choice):
-        (sequence,) = scoring.encode(items_of((context, [choice])), tokenizer)
-        return [tokenizer.convert_ids_to_tokens(part.tolist()) for part in (sequence.context, sequence.continuation)]
+        ((pair,),) = scoring.encode(items_of((context, [choice])), tokenizer)
+        return [tokenizer.convert_ids_to_tokens(part.tolist()) for part in pair]
 
     # Expected values are lm-evaluation-harness 0.4.13's, printed once.
     assert split("the sea ", "or") == [["<s>", "th", "e", "\u0120sea"], ["\u0120", "or"]]
@@ -198,91 +239,32 @@ def test_encode_splits_as_written_down():
     assert split(" \n", "the") == [["<s>"], ["\u0120", "\u010a", "th", "e"]]
 
 
-def test_encode_shares_one_context_among_choices():
-    first, second = scoring.encode(items_of(("the sea", [" yes", " no"])), tiny_tokenizer(True))
-    assert first.context is second.context
-    assert (first.item, first.choice, second.item, second.choice) == (0, 0, 0, 1)
-
-
 def test_encode_refuses_what_the_model_cannot_read():
     tokenizer = tiny_tokenizer(True)
     items = items_of(("the", [" sea"]), ("the river " * 20, [" sea", " the sea and the sea"]))
-    longest = max(s.length for s in scoring.encode(items, tokenizer))
+    longest = scoring.encode(items, tokenizer).lengths.max()
     assert scoring.encode(items, tokenizer, max_length=longest)
-    with pytest.raises(
-        ScoreError, match=rf"line 2: choices\[1\] needs {longest} tokens .* most {longest - 1}; --trunc"
-    ):
+    with pytest.raises(UserError, match=rf"line 2: choices\[1\] needs {longest} tokens .* most {longest - 1}; --trunc"):
         scoring.encode(items, tokenizer, max_length=longest - 1)
 
-    whole = scoring.encode(items, tokenizer)
-    for cut, full in zip(scoring.encode(items, tokenizer, max_length=12, truncate_left=True), whole, strict=True):
-        assert cut.length == min(12, full.length)
+    whole = sequences_of(scoring.encode(items, tokenizer))
+    truncated = sequences_of(scoring.encode(items, tokenizer, max_length=12, truncate_left=True))
+    for cut, full in zip(truncated, whole, strict=True):
+        assert len(cut.inputs) == min(12, len(full.inputs))
         assert cut.continuation.tolist() == full.continuation.tolist()
         assert cut.context.tolist() == full.context.tolist()[-len(cut.context) :]
     size = len(whole[2].continuation)
-    with pytest.raises(ScoreError, match=rf"line 2: choices\[1\] has {size} tokens .* at most {size - 1}"):
+    with pytest.raises(UserError, match=rf"line 2: choices\[1\] has {size} tokens .* at most {size - 1}"):
         scoring.encode(items, tokenizer, max_length=size - 1, truncate_left=True)
 
 
 def test_encode_refuses_choices_and_contexts_without_tokens():
     tokenizer = tiny_tokenizer(False)
-    with pytest.raises(ScoreError, match=r"line 1: choices\[1\] yields no token"):
+    with pytest.raises(UserError, match=r"line 1: choices\[1\] yields no token"):
         scoring.encode(items_of(("", ["sea", "<s>"])), tokenizer)
     tokenizer.bos_token = tokenizer.eos_token = None
-    with pytest.raises(ScoreError, match="line 2: the context yields no tokens"):
+    with pytest.raises(UserError, match="line 2: the context yields no tokens"):
         scoring.encode(items_of(("the", ["sea"]), ("", ["sea"])), tokenizer)
-
-
-@pytest.mark.parametrize("planner", [plan.plan_folded, plan.plan_plain])
-@pytest.mark.parametrize("budget", [1, 100, 700, 10**6])
-def test_plans_hold_each_sequence_once_within_the_budget(planner, budget):
-    sequences = random_sequences(seed=1, num_items=40)
-    batches = planner(sequences, budget)
-    assert sorted(itertools.chain(*batches)) == list(range(len(sequences)))
-    for batch in batches:
-        assert len(batch) == 1 or sum(sequences[i].length for i in batch) <= budget
-
-
-def test_plan_plain_pads_at_most_five_percent():
-    sequences = random_sequences(seed=2, num_items=200)
-    for batch in plan.plan_plain(sequences, 2000):
-        lengths = [sequences[i].length for i in batch]
-        assert len(batch) * max(lengths) - sum(lengths) <= 0.05 * sum(lengths)
-
-
-def test_plan_folded_shares_nearly_all_that_can_be_shared():
-    sequences = random_sequences(seed=3, num_items=90)
-    total = sum(s.length for s in sequences)
-    least = distinct_prefixes([s.inputs.tolist() for s in sequences])
-    rows = sum(
-        distinct_prefixes([sequences[i].inputs.tolist() for i in batch])
-        for batch in plan.plan_folded(sequences, total // 6)
-    )
-    # Each of the five cuts may cost one group prefix of at most 40 tokens.
-    assert rows <= least + 5 * 40
-    slices = np.array_split(np.arange(len(sequences)), 6)
-    unplanned = sum(distinct_prefixes([sequences[i].inputs.tolist() for i in part]) for part in slices)
-    assert rows < unplanned
-
-
-def test_plan_folded_cuts_between_groups_and_keeps_their_order():
-    def item(index, prefix, own):
-        context = np.array([prefix] * 50 + [own] * 10, dtype=np.int32)
-        return [Sequence(index, c, context, np.array([c + 2, 1], dtype=np.int32)) for c in range(4)]
-
-    groups = [item(0, 9, 1), item(1, 9, 2), item(2, 9, 3), item(3, 5, 1), item(4, 5, 2), item(5, 5, 3)]
-    sequences = list(itertools.chain(*groups))
-    # Four items fit the budget, but the fourth belongs with those behind it.
-    batches = plan.plan_folded(sequences, token_budget=4 * 4 * 61)
-    assert batches == [list(range(12)), list(range(12, 24))]
-
-
-def test_plan_folded_bounds_the_padded_batch():
-    lengths = [2000] + [9] * 200
-    one = np.array([1], dtype=np.int32)
-    sequences = [Sequence(i, 0, np.full(size, i, dtype=np.int32), one) for i, size in enumerate(lengths)]
-    for batch in plan.plan_folded(sequences, 4000):
-        assert len(batch) * max(sequences[i].length for i in batch) <= 4 * 4000
 
 
 def needs_hf():
@@ -296,17 +278,17 @@ def test_run_equals_transformers_one_sequence_at_a_time(folded, kind, budget):
     if folded:
         needs_hf()
     model, sequences = tiny_model(kind), random_sequences(seed=4, num_items=12)
-    scoring.check_model(model, sequences, folded)
-    scores, stats = scoring.run(model, sequences, budget, folded)
+    TransformersRunner(model).check(sequences[0].inputs, folded)
+    logprobs, found_greedy, stats = run(model, sequences, budget, folded)
     expected = [oracle(model, sequence) for sequence in sequences]
     torch.testing.assert_close(
-        torch.tensor([s.logprob for s in scores], dtype=torch.float64),
+        torch.from_numpy(logprobs),
         torch.tensor([logprob for logprob, _ in expected], dtype=torch.float64),
         rtol=1e-5,
         atol=1e-5,
     )
-    assert [s.is_greedy for s in scores] == [greedy for _, greedy in expected]
-    assert stats.tokens == sum(s.length for s in sequences)
+    assert found_greedy.tolist() == [greedy for _, greedy in expected]
+    assert stats.tokens == sum(len(s.inputs) for s in sequences)
     assert stats.seconds > 0
 
 
@@ -319,28 +301,27 @@ def test_run_knows_a_greedy_continuation():
     greedy = np.array(ids[-3:], dtype=np.int32)
     other = greedy.copy()
     other[2] = (other[2] + 1) % 340
-    sequences = [Sequence(0, 0, first.context, greedy), Sequence(0, 1, first.context, other)]
-    scores, _ = scoring.run(model, sequences, 1000, folded=False)
-    assert [s.is_greedy for s in scores] == [True, False]
+    sequences = [Sequence(0, first.context, greedy), Sequence(0, first.context, other)]
+    assert run(model, sequences, 1000, folded=False)[1].tolist() == [True, False]
 
 
 def test_run_computes_each_shared_row_once():
     needs_hf()
     model, sequences = tiny_model(), random_sequences(seed=6, num_items=12)
-    _, stats = scoring.run(model, sequences, 10**6, folded=True)
+    *_, stats = run(model, sequences, 10**6, folded=True, warm_up=True)
     assert stats.rows == distinct_prefixes([s.inputs.tolist() for s in sequences])
     assert stats.batches == 1
-    _, plain = scoring.run(model, sequences, 10**6, folded=False)
+    *_, plain = run(model, sequences, 10**6, folded=False)
     assert plain.rows >= plain.tokens == stats.tokens > stats.rows
 
 
 def test_run_leaves_the_model_as_it_was():
     needs_hf()
     model, sequences = tiny_model(), random_sequences(seed=7, num_items=3)
-    before, _ = scoring.run(model, sequences, 10**6, folded=False)
-    scoring.run(model, sequences, 10**6, folded=True)
-    after, _ = scoring.run(model, sequences, 10**6, folded=False)
-    assert before == after
+    before, *_ = run(model, sequences, 10**6, folded=False)
+    run(model, sequences, 10**6, folded=True)
+    after, *_ = run(model, sequences, 10**6, folded=False)
+    assert before.tolist() == after.tolist()
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 10**6])
@@ -349,67 +330,47 @@ def test_run_sends_only_distinct_scored_rows_through_the_head(monkeypatch, chunk
     model, sequences = tiny_model(), random_sequences(seed=8, num_items=6)
     seen = []
     model.lm_head.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
-    scores, stats = scoring.run(model, sequences, 10**6, folded=False)
+    logprobs, _, stats = run(model, sequences, 10**6, folded=False)
+    batches = plan_batches(TransformersRunner(model), choices_of(sequences), Budget(10**6), False)
     needed = {
         (number, sequences[i].item, *sequences[i].continuation[:end])
-        for number, batch in enumerate(plan.plan_plain(sequences, 10**6))
+        for number, batch in enumerate(batches)
         for i in batch
         for end in range(len(sequences[i].continuation))
     }
     assert sum(seen) == stats.head_rows == len(needed) < sum(len(s.continuation) for s in sequences)
     assert max(seen) <= chunk_rows
-    for score, sequence in zip(scores, sequences, strict=True):
-        assert score.logprob == pytest.approx(oracle(model, sequence)[0], abs=1e-4)
-
-
-def test_run_reports_batches_and_warms_up_outside_of_them():
-    model, sequences = tiny_model(), random_sequences(seed=9, num_items=10)
-    reported = {}
-    scores, stats = scoring.run(
-        model, sequences, 200, False, lambda batch, found: reported.update(zip(batch, found, strict=True)), warm_up=True
-    )
-    assert [reported[i] for i in range(len(sequences))] == scores
-    assert stats.tokens == sum(s.length for s in sequences)
-    assert stats.batches == len(plan.plan_plain(sequences, 200))
+    assert logprobs == pytest.approx([oracle(model, sequence)[0] for sequence in sequences], abs=1e-4)
 
 
 def test_run_handles_contexts_cut_to_different_lengths():
     tokenizer, model = tiny_tokenizer(True), tiny_model()
     items = items_of(("the river flows and the sea " * 8, [" the", " the sea and the river", " the sea"]))
-    sequences = scoring.encode(items, tokenizer, max_length=20, truncate_left=True)
+    sequences = sequences_of(scoring.encode(items, tokenizer, max_length=20, truncate_left=True))
     assert len({len(s.context) for s in sequences}) > 1
-    scores, _ = scoring.run(model, sequences, 10**6, folded=False)
-    for score, sequence in zip(scores, sequences, strict=True):
-        assert score.logprob == pytest.approx(oracle(model, sequence)[0], abs=1e-4)
+    logprobs, *_ = run(model, sequences, 10**6, folded=False)
+    assert logprobs == pytest.approx([oracle(model, sequence)[0] for sequence in sequences], abs=1e-4)
 
 
-def test_check_model_refuses_logits_that_are_more_than_the_head():
-    sequences = random_sequences(seed=10, num_items=1)
-    scoring.check_model(tiny_model("Granite", logits_scaling=1.0), sequences, folded=False)
-    with pytest.raises(ScoreError, match="GraniteForCausalLM does more to its logits"):
-        scoring.check_model(tiny_model("Granite", logits_scaling=8.0), sequences, folded=False)
+def test_check_refuses_logits_that_are_more_than_the_head():
+    probe = random_sequences(seed=10, num_items=1)[0].inputs
+    TransformersRunner(tiny_model("Granite", logits_scaling=1.0)).check(probe, folded=False)
+    with pytest.raises(UserError, match="GraniteForCausalLM does more to its logits"):
+        TransformersRunner(tiny_model("Granite", logits_scaling=8.0)).check(probe, folded=False)
 
 
-def test_check_model_refuses_token_ids_past_the_embedding():
-    sequences = random_sequences(seed=11, num_items=1)
-    largest = max(max(s.context.max(), s.continuation.max()) for s in sequences)
-    with pytest.raises(ScoreError, match=f"yields token {largest} and the model embeds {largest}"):
-        scoring.check_model(tiny_model(vocab_size=int(largest)), sequences, folded=False)
-
-
-def test_check_model_names_a_type_that_cannot_be_folded():
+def test_check_names_a_type_that_cannot_be_folded():
     needs_hf()
     config = transformers.BloomConfig(vocab_size=340, hidden_size=32, n_layer=1, n_head=4)
-    model = transformers.BloomForCausalLM(config).eval()
-    with pytest.raises(ScoreError, match=r"(?i)bloom.*--plain scores without folding"):
-        scoring.check_model(model, random_sequences(seed=12, num_items=1), folded=True)
+    runner = TransformersRunner(transformers.BloomForCausalLM(config).eval())
+    with pytest.raises(UserError, match=r"(?i)bloom.*--plain runs without folding"):
+        runner.check(random_sequences(seed=12, num_items=1)[0].inputs, folded=True)
 
 
 def test_result_picks_the_best_by_sum_and_per_character():
     (item,) = items_of(("the", ["   sea", "river", "  sea"]))
-    sequences = [Sequence(0, c, np.array([1]), np.arange(c + 1)) for c in range(3)]
-    found = [scoring.ChoiceScore(value, value == -3.0) for value in (-3.0, -4.5, -3.0)]
-    assert scoring.result(item, sequences, found) == {
+    found = scoring.result(item, [1, 2, 3], np.array([-3.0, -4.5, -3.0]), np.array([True, False, True]))
+    assert found == {
         "line": 1,
         "logprobs": [-3.0, -4.5, -3.0],
         "tokens": [1, 2, 3],
@@ -422,13 +383,5 @@ def test_result_picks_the_best_by_sum_and_per_character():
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_result_refuses_log_probabilities_that_are_not_finite(value):
     (item,) = items_of(("the", [" sea", " river"]))
-    with pytest.raises(ScoreError, match=r"line 1: choices\[1\] got the log-probability"):
-        scoring.result(item, [], [scoring.ChoiceScore(-1.0, False), scoring.ChoiceScore(value, False)])
-
-
-def test_differences_counts_equal_answers():
-    items = items_of(("a", ["b", "c"]), ("a", ["b", "c", "d"]))
-    one = [scoring.ChoiceScore(v, False) for v in (-1.0, -2.0, -3.0, -2.0, -1.0)]
-    two = [scoring.ChoiceScore(v, False) for v in (-1.5, -2.0, -3.0, -0.5, -1.0)]
-    assert scoring.differences(items, one, one) == (2, 0.0)
-    assert scoring.differences(items, one, two) == (1, 1.5)
+    with pytest.raises(UserError, match=r"line 1: choices\[1\] got the log-probability"):
+        scoring.result(item, [1, 1], np.array([-1.0, value]), np.array([False, False]))

@@ -1,0 +1,104 @@
+"""How large a batch may be: a token budget from the memory that is free and the model's shape."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+# Rows of a batch. Fewer than the least leave a device idle; more than the most make a batch no faster, and a stop loses
+# what the current batch did.
+LEAST_ROWS = 1024
+MOST_ROWS = {"cpu": 16_384, "cuda": 65_536}
+# Tokens that a batch may unfold, and positions that its padded result may have, for each row.
+UNFOLDED_PER_ROW = 8
+_SHARE_OF_FREE_MEMORY = 0.5
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits of a batch: `max_rows` that the model computes, `max_tokens` of attention's keys and values."""
+
+    max_rows: int
+
+    @property
+    def max_tokens(self) -> int:
+        return UNFOLDED_PER_ROW * self.max_rows
+
+
+def find_budget(config, dtype: torch.dtype, device: torch.device, longest: int) -> Budget:
+    """The budget for the memory that is free on `device` now; `config` is transformers', `longest` in tokens.
+
+    Half of the free memory over the bytes of a row, from 1,024 to 16,384 rows on the CPU and 65,536 on CUDA. A row
+    takes, in elements of `dtype`, what a layer holds at its peak without gradients,
+
+        4 hidden_size + 2 (heads + kv_heads) head_dim + 3 intermediate_size
+
+    and its share of what is unfolded, for each of 8 tokens 2 kv_heads head_dim (keys and values) and 2 hidden_size (a
+    padded result). Attention masks, or scores where the model's own attention computes them in full, add 8 bytes for
+    each of `longest`, times the heads for scores.
+    """
+    per_row = dtype.itemsize * (_layer_numbers(config) + UNFOLDED_PER_ROW * _token_numbers(config))
+    per_row += 8 * longest * (_heads(config) if has_own_attention(config) else 1)
+    rows = int(_SHARE_OF_FREE_MEMORY * free_memory(device) / per_row)
+    return Budget(min(max(rows, LEAST_ROWS), MOST_ROWS[device.type]))
+
+
+def has_own_attention(config) -> bool:
+    """Whether attention scores have a cap or sinks, which only the model's own attention on padded batches computes."""
+    config = config.get_text_config()
+    return getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss"
+
+
+def _layer_numbers(config) -> int:
+    config = config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    if getattr(config, "moe_intermediate_size", None):
+        inner = max(inner, config.moe_intermediate_size * (getattr(config, "num_experts_per_tok", None) or 1))
+    return 4 * config.hidden_size + 2 * (_heads(config) + _kv_heads(config)) * _head_dim(config) + 3 * inner
+
+
+def _token_numbers(config) -> int:
+    config = config.get_text_config()
+    return 2 * _kv_heads(config) * _head_dim(config) + 2 * config.hidden_size
+
+
+def _heads(config) -> int:
+    return config.get_text_config().num_attention_heads
+
+
+def _kv_heads(config) -> int:
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def _head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated; on the CPU the least of what the system and the process's control group leave."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    found = [_available_in_meminfo(), _left_in_control_group()]
+    if found[0] is None and "SC_PHYS_PAGES" in os.sysconf_names:
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    return min((size for size in found if size is not None), default=2**62)
+
+
+def _available_in_meminfo() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+
+
+def _left_in_control_group() -> int | None:
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+    except OSError:
+        return None
+    return None if limit == "max" else max(0, int(limit) - int(used))

@@ -1,0 +1,141 @@
+"""What the subcommands that run a model share: its arguments, the device, checks, progress, and the comparison."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from .._budget import Budget, find_budget
+from ..items import Items
+from ..records import UserError
+from ..runner import RunStats
+from .common import positive_int, progress_bar
+
+MODEL_HELP = """\
+Qwen3 models (safetensors) run on radix_ops.models.qwen3, others on transformers through radix_ops.hf.enable, which
+refuses by name what it isn't known to be right for. Without --dtype the model computes in float32 on the CPU and in
+its own dtype on CUDA, where one of float32 computes in bfloat16.
+"""
+RESUME_HELP = """\
+An interrupted run leaves complete lines in --output, in the order in which they were finished. The same command
+then continues behind them: a torn last line is dropped, and a line whose key is not that of this input, model,
+dtype and mode (folded or --plain) is an error. The finished file is put into the input's order.
+"""
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, results: str) -> None:
+    """The arguments of every command that runs a model; `results` says what goes to --output."""
+    parser.add_argument("--model", required=True, metavar="M", help="a local folder, a hub id or a .gguf file")
+    parser.add_argument("--output", metavar="PATH", help=results)
+    parser.add_argument("--overwrite", action="store_true", help="replace what --output holds")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--plain", action="store_true", help="don't fold: batches sorted by length")
+    mode.add_argument(
+        "--compare",
+        action="store_true",
+        help="run plain and folded and print both times; results (the folded run's) go to --output only",
+    )
+    parser.add_argument(
+        "--token-budget",
+        type=positive_int,
+        metavar="N",
+        help="rows of a batch at most, that is tokens that are computed; a batch may unfold 8 times as many, and a "
+        "longer sequence is a batch of its own (default: found from the free memory, at most 16,384 on the CPU and "
+        "65,536 on CUDA)",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of weights and computation (default: see above)"
+    )
+    parser.add_argument("--device", help="as torch names it (default: cuda where there is one, else cpu)")
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: torch's)")
+
+
+def find_device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name!r} can't be used: it must be cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name!r} can't be used: torch finds {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def check_compare(args: argparse.Namespace) -> None:
+    if args.compare and args.output and os.path.exists(args.output) and not args.overwrite:
+        raise UserError(f"--output {args.output} exists and --compare times whole runs; --overwrite replaces it")
+
+
+def check_runner(args: argparse.Namespace, runner, items: Items) -> None:
+    """UserError unless the model has the items' tokens, and can be run as the command wants it to."""
+    largest = int(items.store.input_ids.max())
+    if largest >= runner.vocab_size:
+        raise UserError(
+            f"the tokenizer yields token {largest} and the model embeds {runner.vocab_size}: they don't fit together"
+        )
+    runner.check(items.store[0], folded=not args.plain)
+
+
+def budget_of(args: argparse.Namespace, runner, items: Items) -> Budget:
+    if args.token_budget:
+        return Budget(args.token_budget)
+    dtype = next(runner.model.parameters()).dtype
+    return find_budget(runner.hf_config, dtype, runner.device, int(items.lengths.max()))
+
+
+def with_progress(lines, desc: str) -> Iterator:
+    """The lines, with a progress bar where they take long."""
+    with progress_bar(len(lines), desc, " lines", delay=2) as bar:
+        for line in lines:
+            yield line
+            bar.update()
+
+
+@contextlib.contextmanager
+def reporting(items: Items, folded: bool, on_batch=None) -> Iterator:
+    """An `on_batch` that moves a progress bar of tokens, too."""
+    lengths = items.lengths
+    with progress_bar(int(lengths.sum()), "folded" if folded else "plain", " tokens") as bar:
+
+        def report(indices: np.ndarray, result) -> None:
+            if on_batch:
+                on_batch(indices, result)
+            bar.update(int(lengths[indices].sum()))
+
+        yield report
+
+
+def summary(verb: str, stats: RunStats) -> str:
+    return (
+        f"{verb} {stats.tokens:,} tokens as {stats.rows:,} rows in {stats.seconds:.1f} s "
+        f"({stats.tokens / stats.seconds:,.0f} tokens a second)"
+    )
+
+
+def comparison_table(plain: RunStats, folded: RunStats) -> str:
+    """The two runs side by side, then the speed-up and what share of tokens / rows it is."""
+    speed_up, sharing = plain.seconds / folded.seconds, folded.tokens / folded.rows
+    counts = {
+        "tokens": (plain.tokens, folded.tokens),
+        "rows computed": (plain.rows, folded.rows),
+        "rows through the head": (plain.head_rows, folded.head_rows),
+        "batches": (plain.batches, folded.batches),
+    }
+    lines = [f"{'':<22}{'plain':>10}{'folded':>10}"]
+    lines += [f"{name:<22}{a:>10,}{b:>10,}" for name, (a, b) in counts.items() if a or b]
+    lines += [
+        f"{'seconds':<22}{plain.seconds:>10.2f}{folded.seconds:>10.2f}",
+        f"{'tokens a second':<22}{plain.tokens / plain.seconds:>10,.0f}{folded.tokens / folded.seconds:>10,.0f}",
+        "",
+        f"padding of the plain run: {plain.rows / plain.tokens - 1:.1%} of its tokens",
+        f"speed-up: {speed_up:.2f} times, {speed_up / sharing:.2f} of tokens / rows ({sharing:.2f})",
+    ]
+    return "\n".join(lines)
