@@ -1,0 +1,245 @@
+"""lm-evaluation-harness with shared prefixes computed once: `--model radix`, its `hf` class folded and planned.
+
+    python -m radix_ops.lm_eval run --model radix --model_args pretrained=FOLDER_OR_HUB_ID --tasks TASK --batch_size 8
+
+takes the arguments of `lm-eval`. In Python, importing this module registers the class:
+
+    import lm_eval
+    import radix_ops.lm_eval
+
+    results = lm_eval.simple_evaluate(model="radix", model_args={"pretrained": "FOLDER_OR_HUB_ID"}, tasks=["TASK"])
+
+Needs lm-eval >= 0.4.10 and what `radix_ops.hf` needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+
+from . import _hf_verify
+from ._budget import find_budget
+from ._hf_logits import RowLogits
+from .batch import FoldedBatch
+from .hf import RadixStats
+from .plan import TokenStore, plan_folded
+
+__all__ = ["RadixLM"]
+
+# Of a batch, tokens for each row: bounds its index arrays where very much is shared.
+_MAX_TOKENS_PER_ROW = 64
+_MAX_LOGIT_BYTES = 64 * 2**20  # of logits in float32 at a time
+_PROBE_LENGTH = 8
+
+_logger = logging.getLogger(__name__)
+
+
+@register_model("radix")
+class RadixLM(HFLM):
+    """The harness' `hf` class, whose loglikelihood requests (multiple choice, perplexity) run folded.
+
+    It takes the arguments of `hf` and gives its answers up to rounding. All requests of a call are planned together, so
+    that shots, contexts and choices that they share meet in one batch and are computed once, and logits are made of
+    scored tokens alone, in the dtype that `hf` makes them in. Texts are generated as `hf` does.
+
+    batch_size: "auto", with or without a schedule, goes by the memory that is free: a batch computes at most 16,384
+        rows on the CPU and 65,536 on CUDA. N bounds the rows by those of N sequences of max_length; where that is
+        more than "auto" finds, by the larger of what it finds and N times the longest sequence at hand, which is the
+        largest batch of `hf`. A batch that a GPU's memory doesn't hold is planned anew at half its rows. Generated
+        texts take batches as `hf` does.
+    logits_cache: without effect; the plan knows all that it would find.
+
+    Raises ValueError on construction for a model that folding isn't known to be right for (docs/models.md), for
+    encoder-decoders and for models on several devices: `hf` evaluates those. Processes of `accelerate launch` score
+    their shares of the requests each by itself. `radix_stats` counts the tokens that came in and the rows that were
+    computed, which results["config"] repeats as radix_tokens and radix_rows.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.batch_size_per_gpu != "auto" and self.batch_size_per_gpu < 1:
+            raise ValueError(f'batch_size must be at least 1 or "auto", got {self.batch_size_per_gpu}')
+        self.radix_stats = RadixStats()
+        self._is_rolling = False
+        try:
+            self._rows = RowLogits(self.model)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{error}; --model hf evaluates it unfolded") from error
+        self._check_logits()
+
+    def _get_backend(self, *args, **kwargs) -> None:
+        super()._get_backend(*args, **kwargs)
+        if self.backend != "causal":
+            raise ValueError(f"--model radix evaluates causal models; the backend is {self.backend!r}")
+
+    def _check_logits(self) -> None:
+        """ValueError unless the model, called as `hf` does, gives the logits that folding gives."""
+        vocabulary = self._rows.stack.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(2 * _PROBE_LENGTH).view(2, _PROBE_LENGTH) % vocabulary
+        ids[1, : _PROBE_LENGTH // 2] = ids[0, : _PROBE_LENGTH // 2]
+        ids = ids[:, : self.max_length]
+        batch = FoldedBatch.from_sequences(list(ids), device=self.device)
+        with self._computing():
+            plain = self._model_call(ids.to(self.device))  # [2, L, V]
+            logits = self._rows.logits(self._rows.run(batch), batch.unfold_index)  # [2 * L, V]
+            is_exact = _hf_verify.is_exact(self._rows.stack)
+        is_equal = logits.numel() == plain.numel()
+        if is_equal:
+            is_real = torch.ones(ids.shape, dtype=torch.bool, device=plain.device)
+            is_equal = _hf_verify.difference(logits.view_as(plain), plain, is_real, is_exact) is None
+        if not is_equal:
+            raise ValueError(
+                f"{type(self.model).__name__} gives other logits than its decoder stack and head do when folded, as a "
+                "model with virtual tokens would; --model hf evaluates it unfolded"
+            )
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        dtype = self.mixed_precision_dtype
+        with torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            yield
+
+    @property
+    def batch_size(self):
+        # The harness cuts rolling windows into batches of so many before it scores them, and they are planned together.
+        return sys.maxsize if self._is_rolling else super().batch_size
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        self._is_rolling = True
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self._is_rolling = False
+
+    def get_model_info(self) -> dict:
+        return super().get_model_info() | {"radix_tokens": self.radix_stats.tokens, "radix_rows": self.radix_stats.rows}
+
+    def _loglikelihood_tokens(
+        self, requests, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """The harness' (key, context ids, continuation ids) -> (log-probability, whether greedy decoding would say it).
+
+        `override_bs` is without effect. Raises ValueError for a request that can't be scored and RuntimeError where
+        something done to the model since makes folding wrong, before anything is computed.
+        """
+        if not requests:
+            return []
+        self._check_requests(requests)
+        if obstacle := self._rows.obstacle():
+            raise RuntimeError(f"{type(self.model).__name__} can't be folded any more: {obstacle}")
+        longest = self.max_length + 1
+        inputs = TokenStore.from_sequences(
+            (context + continuation)[-longest:][:-1] for _, context, continuation in requests
+        )
+        num_cut = sum(len(context) + len(continuation) > longest for _, context, continuation in requests)
+        if num_cut:
+            _logger.warning(
+                f"{num_cut} of {len(requests)} requests are longer than max_length ({longest - 1}) and lose tokens on "
+                "their left"
+            )
+        answers = [None] * len(requests)
+        is_quiet = disable_tqdm or self.rank != 0
+        with tqdm(total=len(requests), disable=is_quiet, desc="Running loglikelihood requests") as bar:
+            for indices, found in self._batches(inputs, [continuation for *_, continuation in requests]):
+                for index, answer in zip(indices, found, strict=True):
+                    answers[index] = answer
+                    # Windows of rolling requests have no key of their own.
+                    if requests[index][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
+                bar.update(len(indices))
+        return answers
+
+    def _check_requests(self, requests) -> None:
+        vocabulary, max_length = self._rows.stack.get_input_embeddings().weight.shape[0], self.max_length
+        for number, (key, context, continuation) in enumerate(requests):
+            where = f"request {number}" + (f" ({key[0]!r:.80}, {key[1]!r:.80})" if key else "")
+            if not context or not continuation:
+                raise ValueError(f"{where} has a {'continuation' if context else 'context'} of no tokens")
+            if len(continuation) > max_length:
+                raise ValueError(
+                    f"{where} has a continuation of {len(continuation)} tokens, and max_length is {max_length}"
+                )
+            largest = max(max(context), max(continuation))
+            if largest >= vocabulary:
+                raise ValueError(f"{where} holds token {largest}, and the model embeds {vocabulary}")
+
+    def _max_rows(self, longest: int) -> int:
+        count = self.batch_size_per_gpu
+        found = find_budget(self._rows.owner.config, self._rows.owner.dtype, self.device, longest).max_rows
+        return found if count == "auto" else max(count * longest, min(count * self.max_length, found))
+
+    def _batches(self, inputs: TokenStore, continuations: list[list[int]]) -> Iterator[tuple[np.ndarray, list]]:
+        """Indices of each batch's sequences, and their answers."""
+        max_rows = self._max_rows(int(inputs.lengths.max()))
+        pending = np.arange(len(inputs))
+        while len(pending):
+            plan = plan_folded(
+                TokenStore.from_sequences(inputs[i] for i in pending),
+                max_rows=max_rows,
+                max_tokens=_MAX_TOKENS_PER_ROW * max_rows,
+                max_positions=max_rows if self._rows.has_own_attention else None,
+            )
+            is_done = np.zeros(len(pending), dtype=bool)
+            for chosen, rows in zip(plan, plan.rows.tolist(), strict=True):
+                indices = pending[chosen]
+                try:
+                    found = self._score([inputs[i] for i in indices], [continuations[i] for i in indices])
+                except torch.OutOfMemoryError:
+                    if len(indices) == 1:
+                        raise
+                    max_rows = max(1, rows // 2)
+                    _logger.warning(f"{rows} rows don't fit into memory; batches have at most {max_rows} from here on")
+                    break
+                is_done[chosen] = True
+                yield indices, found
+            pending = pending[~is_done]
+
+    def _score(self, sequences: list[np.ndarray], continuations: list[list[int]]) -> list[tuple[float, bool]]:
+        """What the harness wants of each continuation, the last tokens of its sequence and one more."""
+        batch = FoldedBatch.from_sequences(sequences)
+        counts = np.array([len(continuation) for continuation in continuations])
+        starts = np.cumsum(counts) - counts  # of each continuation among all scored tokens
+        ends = np.cumsum([len(sequence) for sequence in sequences])
+        positions = np.repeat(ends - counts - starts, counts) + np.arange(counts.sum())  # packed, that predict them
+        rows = batch.unfold_index.numpy()[positions]
+        with self._computing():
+            outputs = self._rows.run(batch.to(self.device, non_blocking=True))
+            logprobs, is_likeliest = self._score_tokens(outputs, rows, np.concatenate(continuations))
+        # The harness adds up, and so rounds, in the dtype of its log-probabilities.
+        sums = torch.from_numpy(np.add.reduceat(logprobs.double().numpy(), starts)).to(logprobs.dtype)
+        self.radix_stats.tokens += batch.num_tokens
+        self.radix_stats.rows += batch.num_rows
+        self.radix_stats.folded += 1
+        return list(zip(sums.tolist(), np.logical_and.reduceat(is_likeliest.numpy(), starts).tolist(), strict=True))
+
+    def _score_tokens(self, outputs, rows: np.ndarray, targets: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T] each target's log-probability behind its row, and whether none is larger, on the CPU."""
+        wanted, which = np.unique(rows, return_inverse=True)
+        order = np.argsort(which, kind="stable")
+        logprobs, is_likeliest = [], []
+        size = max(1, _MAX_LOGIT_BYTES // (4 * self._rows.owner.config.vocab_size))
+        for first in range(0, len(wanted), size):
+            chunk = torch.from_numpy(wanted[first : first + size]).to(self.device)
+            begin, end = np.searchsorted(which[order], [first, first + size])
+            chosen = order[begin:end]
+            row = torch.from_numpy(which[chosen] - first).to(self.device)
+            target = torch.from_numpy(targets[chosen]).to(self.device)
+            scores = torch.log_softmax(self._rows.logits(outputs, chunk), dim=-1, dtype=self.softmax_dtype)
+            logprobs.append(scores[row, target])
+            is_likeliest.append(scores.argmax(-1)[row] == target)
+        back = torch.from_numpy(np.argsort(order, kind="stable"))
+        return torch.cat(logprobs).cpu()[back], torch.cat(is_likeliest).cpu()[back]
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
