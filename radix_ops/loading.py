@@ -104,3 +104,17 @@ def context_length(config, tokenizer) -> int | None:
             return int(getattr(config, name))
     length = getattr(tokenizer, "model_max_length", None)
     return int(length) if length is not None and length < 10**9 else None
+
+
+def hub_file(name: str, file: str) -> Path | None:
+    """A file of a local folder or of a model on the hub; None where it has none, and for a .gguf file."""
+    if name.endswith(".gguf"):
+        return None
+    if Path(name).is_dir():
+        return path if (path := Path(name) / file).is_file() else None
+    _source(name, "--model")
+    with loading(file, name):
+        from transformers.utils import cached_file
+
+        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        return None if found is None else Path(found)

@@ -1,0 +1,97 @@
+"""Embeddings of texts by a causal model: token ids, pooling, normalisation."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from torch.nn import functional as F
+
+from .items import Items
+from .recipes import Recipe
+from .records import Record, UserError
+
+RESERVED_KEYS = ("line", "key", "embedding")
+_TEXTS_AT_ONCE = 1024  # given to the tokenizer
+
+
+@dataclass(frozen=True)
+class Text:
+    """One input line; `where` names file and line for messages, `extra` holds all other keys."""
+
+    line: int
+    where: str
+    text: str
+    extra: dict
+
+
+def parse_text(key: str) -> Callable[[Record], Text]:
+    """A parser of {key: str, ...}."""
+
+    def parse(record: Record) -> Text:
+        return Text(record.line, record.where, record.text(key), record.others((key,), RESERVED_KEYS))
+
+    return parse
+
+
+def encode(texts: Iterable[Text], tokenizer, recipe: Recipe, truncate_right: bool) -> Items:
+    """Token ids of prompt and text, with the special tokens that the tokenizer puts around a text.
+
+    A text of more than `recipe.max_length` tokens is a UserError or, with `truncate_right`, loses its end; special
+    tokens behind it stay. So is one of no tokens, and one that leaves a mean nothing behind its prompt.
+    """
+    num_special = tokenizer.num_special_tokens_to_add()
+    if recipe.max_length is not None and recipe.max_length <= num_special:
+        raise UserError(f"--max-length {recipe.max_length} leaves no room beside {num_special} special tokens")
+    options = {"verbose": False}
+    if truncate_right and recipe.max_length is not None:
+        tokenizer.truncation_side = "right"
+        options |= {"truncation": True, "max_length": recipe.max_length}
+    skip = tokens_to_skip(tokenizer, recipe)
+    encoded, texts = Items(), iter(texts)
+    while part := list(itertools.islice(texts, _TEXTS_AT_ONCE)):
+        batch = tokenizer([recipe.prompt + text.text for text in part], **options)
+        for text, ids in zip(part, batch["input_ids"], strict=True):
+            if not ids:
+                raise UserError(f"{text.where} yields no tokens, so it has no embedding")
+            if recipe.max_length is not None and len(ids) > recipe.max_length:
+                raise UserError(
+                    f"{text.where} has {len(ids)} tokens and the most are {recipe.max_length}; "
+                    "--truncate-right drops tokens from its end"
+                )
+            if len(ids) <= skip:
+                raise UserError(
+                    f"{text.where} has no tokens behind the prompt, and the model's mean leaves the prompt out"
+                )
+            encoded.append([ids])
+    return encoded
+
+
+def tokens_to_skip(tokenizer, recipe: Recipe) -> int:
+    """The tokens of the prompt that a mean leaves out, counted as sentence-transformers does."""
+    if recipe.pools_prompt or recipe.pooling != "mean" or not recipe.prompt:
+        return 0
+    ids = tokenizer(recipe.prompt)["input_ids"]
+    return len(ids) - (bool(ids) and ids[-1] in tokenizer.all_special_ids)
+
+
+def embedder(runner, recipe: Recipe, skip: int) -> Callable[[np.ndarray, list[np.ndarray]], np.ndarray]:
+    """A function of (indices, sequences) that returns their embeddings, float32 [len(sequences), dim].
+
+    Pooled states are cut to `recipe.dim` numbers in fp32, then normalised.
+    """
+
+    def compute(indices: np.ndarray, sequences: list[np.ndarray]) -> np.ndarray:
+        states = runner.states(sequences)
+        pooled = states.last() if recipe.pooling == "last" else states.mean(skip)
+        pooled = pooled.float()[:, : recipe.dim]
+        return (F.normalize(pooled, dim=-1) if recipe.normalize else pooled).cpu().numpy()
+
+    return compute
+
+
+def numbers(row: np.ndarray) -> list[float]:
+    """float32 numbers as the shortest decimals that read back as them."""
+    return [float(text) for text in row.astype("U")]
