@@ -42,6 +42,18 @@ trie_attention(q, k [num_rows, H_kv, D], v, enter, leave, depth, row_of, path, k
     unfolded. In every floating dtype; on CUDA in bfloat16 and float16 by Triton kernels, otherwise it waits there for
     the host and is slow. Nothing looks at the values of the index tensors, which must be a fold's and trie_order's.
 
+What `radix_ops.plan` calls, on the CPU (sequence i is input_ids[starts[i]:starts[i] + lengths[i]], ids not negative):
+
+lexicographic_order(input_ids [N], starts [B], lengths [B])
+    -> int64 [B], the sequences sorted by their tokens, a prefix before what goes on from it, equal ones in their order.
+common_prefix_lengths(input_ids, starts, lengths, order [K])
+    -> int64 [K]: how many tokens sequence order[i] shares with order[i - 1] before they part; 0 for i = 0. In
+    lexicographic order, all tokens minus these are the rows of the trie.
+cut_batches(lengths [B], shared [B], max_rows, max_tokens, max_positions, max_sequences, batch_cost=0)
+    -> int64, the ends of batches of sequences in a row, whose lengths and shared tokens these are: those that lose the
+    fewest shared tokens plus batch_cost for each batch. Rows, tokens, sequences and sequences times longest of a batch
+    stay within the limits; a sequence beyond them is a batch of its own.
+
 Two packed tokens share a row exactly when the (token, position) paths to them from the start of their sequences are
 equal. Rows come in order of first occurrence; padding rows behind them hold token 0, position 0 and `fold_index` 0.
 ids keep their dtype, int32 or int64; index outputs are int32; index arguments are int32 or int64. The fold is
@@ -95,6 +107,9 @@ _ALL_OPS = (
     "trie_order",
     "trie_attention",
     "trie_attention_backward",
+    "lexicographic_order",
+    "common_prefix_lengths",
+    "cut_batches",
 )
 
 
@@ -208,6 +223,25 @@ def _flash_attention_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, *rest):
     check_index_like("flash_attention", q.device, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_devices("flash_attention", q.device, k=k, v=v)
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), _logsumexp_like(q, torch.float32)
+
+
+@torch.library.register_fake("radix::lexicographic_order")
+def _lexicographic_order_fake(input_ids, starts, lengths):
+    check_index_like("lexicographic_order", input_ids.device, input_ids=input_ids, starts=starts, lengths=lengths)
+    return starts.new_empty(starts.shape[0], dtype=torch.int64)
+
+
+@torch.library.register_fake("radix::common_prefix_lengths")
+def _common_prefix_lengths_fake(input_ids, starts, lengths, order):
+    given = {"input_ids": input_ids, "starts": starts, "lengths": lengths, "order": order}
+    check_index_like("common_prefix_lengths", input_ids.device, **given)
+    return order.new_empty(order.shape[0], dtype=torch.int64)
+
+
+@torch.library.register_fake("radix::cut_batches")
+def _cut_batches_fake(lengths, shared, max_rows, max_tokens, max_positions, max_sequences, batch_cost=0):
+    check_index_like("cut_batches", lengths.device, lengths=lengths, shared=shared)
+    return lengths.new_empty(_new_size(), dtype=torch.int64)
 
 
 @torch.library.register_fake("radix::trie_order")
@@ -390,8 +424,17 @@ def _on_cuda_only(name: str):
     return kernel
 
 
+def _on_cpu_only(name: str):
+    def kernel(*args):
+        raise RuntimeError(f"radix::{name}: tensors must be on the CPU; batches are planned there")
+
+    return kernel
+
+
 for _name in ("flash_attention", "flash_attention_backward"):
     _library.impl(_name, _on_cuda_only(_name), "CPU")
+for _name in ("lexicographic_order", "common_prefix_lengths", "cut_batches"):
+    _library.impl(_name, _on_cpu_only(_name), "CUDA")
 for _op in _ALL_OPS:
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"radix::{_op}", "CUDA"):
         _library.impl(_op, _no_cuda_kernel(_op), "CUDA")

@@ -1,101 +1,179 @@
-"""Which sequences go into which batch, so that shared prefixes meet (folded) or padding stays small (plain)."""
+"""Which sequences go into which batch, so that shared prefixes meet (folded) or padding stays small (padded).
+
+    store = TokenStore.from_sequences(token_lists)
+    plan = plan_folded(store, max_rows=16384)
+    for indices in plan:  # of the sequences of a batch
+        batch = radix_ops.FoldedBatch.from_sequences([store[i] for i in indices])
+
+Sorted by their tokens, sequences stand beside those that they share most with, and a batch is a stretch of that order:
+its trie has as many rows as tokens less what neighbours share. What is left to choose is where to cut, and the cuts
+that lose the fewest shared tokens are found exactly, in one pass.
+"""
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-MAX_PADDING = 0.05  # of a plain batch's tokens
-MAX_PADDED_AREA = 4  # times the token budget: bounds the padded hidden states that a folded batch returns
-NEGLIGIBLE_SHARE = 16  # tokens: sharing counts in steps of this size where a batch is cut
-MIN_SORT_GAIN = 0.02  # of the tokens: less is not worth leaving the input's order
+from ._store import TokenStore
+
+__all__ = ["Plan", "TokenStore", "plan_folded", "plan_padded"]
+
+_LEAST_GAIN = 0.02  # of the rows: for less "auto" doesn't leave the caller's order
+_BATCH_COST = 0.01  # of max_rows: what a batch more may cost in rows, which keeps batches from being cut small
+_NO_LIMIT = 2**62
+_ORDERS = ("auto", "sorted", "given")
 
 
-@dataclass(frozen=True)
-class Sequence:
-    """One choice behind its context, as int32 token ids; the model reads all tokens but the last."""
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Batches of sequences. Iterating gives the indices of each batch's sequences, int64 arrays."""
 
-    item: int
-    choice: int
-    context: np.ndarray  # [context_len], one array shared by all choices of an item
-    continuation: np.ndarray  # [continuation_len], the scored tokens
+    order: np.ndarray  # int64 [B] the sequences, batch after batch
+    ends: np.ndarray  # int64 [len(plan)] where each batch ends in `order`
+    rows: np.ndarray  # int64 [len(plan)] the trie rows of each batch; of a padded plan its positions
+    num_tokens: int  # of all sequences
+    given_rows: int | None = None  # of a folded plan: all rows of batches in the caller's order, within the same limits
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(np.split(self.order, self.ends[:-1]) if len(self.ends) else [])
 
     @property
-    def length(self) -> int:
-        return len(self.context) + len(self.continuation) - 1
+    def num_rows(self) -> int:
+        """The rows of all batches."""
+        return int(self.rows.sum())
 
     @property
-    def inputs(self) -> np.ndarray:
-        return np.concatenate([self.context, self.continuation[:-1]])  # [length]
+    def compact_ratio(self) -> float:
+        """Rows over tokens; 1.0 means that nothing is shared (or that there are no tokens)."""
+        return self.num_rows / self.num_tokens if self.num_tokens else 1.0
 
 
-def plan_folded(sequences: list[Sequence], token_budget: int) -> list[list[int]]:
-    """Batches of sequence indices that keep what shares a prefix together, each at most `token_budget` packed tokens.
+def plan_folded(
+    store: TokenStore,
+    *,
+    max_rows: int,
+    max_tokens: int | None = None,
+    max_positions: int | None = None,
+    max_sequences: int | None = None,
+    lengths: np.ndarray | None = None,
+    order: str = "auto",
+) -> Plan:
+    """Batches in which shared prefixes meet.
 
-    The input's order stays unless sorting items by their tokens shares clearly more. A batch ends in the second half
-    of what fits, where neighbours share least: between items rather than between an item's choices, between groups
-    rather than between their items. A sequence longer than the budget is a batch of its own.
+    Args:
+        store: the B sequences.
+        max_rows: of a batch, at most so many rows of its trie: what the model computes.
+        max_tokens: of a batch, at most so many packed tokens: what attention in the "compact" layout unfolds.
+        max_positions: sequences of a batch times the longest: what a padded result takes.
+        max_sequences: of a batch.
+        lengths: int [B]: of each sequence only so many tokens count, counted from its start. All by default.
+        order: "sorted": by tokens, which shares most; equal sequences stay in their order. "given": the caller's.
+            "auto": sorted where that makes at least 2% fewer rows.
+
+    A sequence beyond a limit is a batch of its own. Of all cuts of the order into batches within the limits, those are
+    taken that lose the fewest shared tokens, each batch counted as 1% of max_rows (in the caller's order, tokens shared
+    with the sequence just before). Rows are exact. Takes O(tokens + B log B) time, about 100 bytes a sequence besides
+    the store, and reads of a sequence what it shares with its neighbours. Raises ValueError and TypeError for
+    limits below 1 and lengths that don't fit.
     """
-    order = _group_order(sequences)
-    shared = [0] + [_shared_len(sequences[a], sequences[b]) for a, b in itertools.pairwise(order)]
+    if not isinstance(store, TokenStore):
+        raise TypeError(f"store must be a TokenStore, got {type(store).__name__}; TokenStore.from_sequences makes one")
+    limits = {"max_rows": max_rows, "max_tokens": max_tokens, "max_positions": max_positions}
+    limits["max_sequences"] = max_sequences
+    for name, limit in limits.items():
+        _check_limit(name, limit, optional=name != "max_rows")
+    if order not in _ORDERS:
+        raise ValueError(f"order must be one of {', '.join(map(repr, _ORDERS))}, got {order!r}")
+    lengths = _checked_lengths(lengths, store)
+    limits = {name: _NO_LIMIT if limit is None else limit for name, limit in limits.items()}
+    sequences = torch.from_numpy(store.input_ids), torch.from_numpy(store.starts), torch.from_numpy(lengths)
 
-    def cost(cut):
-        before, after = sequences[order[cut - 1]], sequences[order[cut]]
-        return before.item == after.item, shared[cut] // NEGLIGIBLE_SHARE
-
-    batches, start = [], 0
-    while start < len(order):
-        end, packed, longest = start, 0, 0
-        while end < len(order):
-            length = sequences[order[end]].length
-            packed, longest = packed + length, max(longest, length)
-            full = packed > token_budget or (end + 1 - start) * longest > MAX_PADDED_AREA * token_budget
-            if full and end > start:
-                break
-            end += 1
-        if end < len(order):
-            end = min(range(end, (start + end) // 2, -1), key=cost)
-        batches.append(order[start:end])
-        start = end
-    return batches
+    ranked = torch.ops.radix.lexicographic_order(*sequences).numpy()
+    given = _cut(sequences, np.arange(len(store)), limits, ranked)
+    if order == "given":
+        return given
+    best = _cut(sequences, ranked, limits, ranked, given.num_rows)
+    gains = best.num_rows <= (1 - _LEAST_GAIN) * given.num_rows
+    return best if gains or order == "sorted" else given
 
 
-def _group_order(sequences: list[Sequence]) -> list[int]:
-    groups: dict[int, list[int]] = {}
-    for index, sequence in enumerate(sequences):
-        groups.setdefault(sequence.item, []).append(index)
-    given = list(groups.values())
-    # Big-endian bytes compare as the token lists do, at memcmp's speed.
-    by_tokens = sorted(given, key=lambda group: sequences[group[0]].inputs.astype(">i4").tobytes())
-
-    def neighbours_share(order):
-        return sum(_shared_len(sequences[a[0]], sequences[b[0]]) for a, b in itertools.pairwise(order))
-
-    gain = neighbours_share(by_tokens) - neighbours_share(given)
-    best = by_tokens if gain > MIN_SORT_GAIN * sum(sequences[group[0]].length for group in given) else given
-    return [index for group in best for index in group]
-
-
-def _shared_len(a: Sequence, b: Sequence) -> int:
-    skip = len(a.context) if a.context is b.context else 0
-    left, right = (a.continuation[:-1], b.continuation[:-1]) if skip else (a.inputs, b.inputs)
-    size = min(len(left), len(right))
-    differing = np.flatnonzero(left[:size] != right[:size])
-    return skip + int(differing[0] if len(differing) else size)
+def _cut(sequences, order: np.ndarray, limits: dict[str, int], ranked: np.ndarray, given_rows=None) -> Plan:
+    """The plan of `order`, whose rows are counted in the sorted order, `ranked`."""
+    lengths = sequences[2].numpy()[order]
+    shared = torch.ops.radix.common_prefix_lengths(*sequences, torch.from_numpy(order))
+    cost = max(1, int(_BATCH_COST * limits["max_rows"]))
+    ends = torch.ops.radix.cut_batches(torch.from_numpy(lengths), shared, **limits, batch_cost=cost).numpy()
+    starts = np.concatenate([ends[:0], [0], ends[:-1]]) if len(ends) else ends
+    shared = shared.numpy()
+    if order is not ranked:
+        batch_of = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
+        rank = np.empty_like(ranked)
+        rank[ranked] = np.arange(len(ranked))
+        by_rank = order[np.lexsort((rank[order], batch_of))]
+        shared = torch.ops.radix.common_prefix_lengths(*sequences, torch.from_numpy(by_rank)).numpy()
+    shared[starts] = 0
+    rows = np.add.reduceat(lengths - shared, starts) if len(ends) else ends
+    total = int(rows.sum())
+    return Plan(order, ends, rows, int(lengths.sum()), total if given_rows is None else given_rows)
 
 
-def plan_plain(sequences: list[Sequence], token_budget: int) -> list[list[int]]:
-    """Batches of sequence indices sorted by length, longest first, padding at most MAX_PADDING of a batch's tokens."""
-    batches: list[list[int]] = []
-    packed = longest = 0
-    for index in sorted(range(len(sequences)), key=lambda i: -sequences[i].length):
-        length = sequences[index].length
-        packed += length
-        padding = longest * (len(batches[-1]) + 1) - packed if batches else 0
-        if not batches or packed > token_budget or padding > MAX_PADDING * packed:
-            batches.append([])
-            packed = longest = length
-        batches[-1].append(index)
-    return batches
+def plan_padded(lengths: np.ndarray, *, max_positions: int, max_padding: float = 0.05) -> Plan:
+    """Batches of sequences of similar length [B], longest first.
+
+    A batch has at most `max_positions` positions (sequences times longest), of which at most `max_padding` of its
+    tokens are padding. A sequence longer than that is a batch of its own.
+    """
+    _check_limit("max_positions", max_positions, optional=False)
+    if not max_padding >= 0:
+        raise ValueError(f"max_padding must not be negative, got {max_padding}")
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if lengths.ndim != 1 or (lengths < 0).any():
+        raise ValueError(f"lengths must be a flat array of lengths, none negative, got shape {lengths.shape}")
+    order = np.argsort(-lengths, kind="stable")
+    ends, rows, first, longest, packed = [], [], 0, 0, 0
+    for at, length in enumerate(lengths[order].tolist()):
+        if at == first:
+            longest = length
+        positions, tokens = longest * (at + 1 - first), packed + length
+        if at > first and (positions > max_positions or positions - tokens > max_padding * tokens):
+            ends.append(at)
+            rows.append(longest * (at - first))
+            first, longest, tokens = at, length, length
+        packed = tokens
+    if len(lengths):
+        ends.append(len(lengths))
+        rows.append(longest * (len(lengths) - first))
+    return Plan(order, np.array(ends, np.int64), np.array(rows, np.int64), int(lengths.sum()))
+
+
+def _check_limit(name: str, value, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
+    if not 1 <= value <= _NO_LIMIT:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _checked_lengths(lengths, store: TokenStore) -> np.ndarray:
+    if lengths is None:
+        return store.lengths
+    lengths = np.asarray(lengths)
+    if lengths.shape != (len(store),) or lengths.dtype.kind not in "iu":
+        raise ValueError(
+            f"lengths must hold one whole number for each of {len(store)} sequences, "
+            f"got {lengths.dtype} of shape {lengths.shape}"
+        )
+    lengths = lengths.astype(np.int64)
+    wrong = np.flatnonzero((lengths < 0) | (lengths > store.lengths))
+    if len(wrong):
+        i = int(wrong[0])
+        raise ValueError(f"lengths[{i}] must be from 0 to the sequence's {store.lengths[i]} tokens, got {lengths[i]}")
+    return lengths

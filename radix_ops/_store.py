@@ -1,0 +1,135 @@
+"""TokenStore: many token sequences end to end, in memory or, past a bound, in a temporary file."""
+
+from __future__ import annotations
+
+import array
+import tempfile
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+_LEAST_CAPACITY = 4096
+_MAX_ID = 2**31 - 1
+
+
+class TokenStore:
+    """Sequences of token ids as one int32 array, 4 bytes a token.
+
+    Past `max_memory` bytes the tokens stand in a temporary file that is mapped into memory, where the system keeps what
+    is being read; the file goes when the store does. Sequences can be appended at any time.
+    """
+
+    def __init__(self, max_memory: int = 2**30):
+        if max_memory < 0:
+            raise ValueError(f"max_memory must not be negative, got {max_memory}")
+        self.max_memory = max_memory
+        self._ends = array.array("q")
+        self._waiting = np.empty(_LEAST_CAPACITY, np.int32)  # in memory, behind those in the file
+        self._num_waiting = 0
+        self._file = None
+        self._mapped: np.ndarray | None = None
+
+    @classmethod
+    def from_sequences(cls, sequences: Iterable[Iterable[int]]) -> TokenStore:
+        """A store of lists, arrays or tensors of token ids; errors are those of `append`."""
+        store = cls()
+        for sequence in sequences:
+            store.append(sequence)
+        return store
+
+    @classmethod
+    def from_packed(cls, input_ids, cu_seqlens) -> TokenStore:
+        """A store of packed sequences: ids [N] end to end and the cumulative lengths [B + 1], 0 first.
+
+        Raises ValueError where cu_seqlens does not start at 0, decreases or does not end at N; otherwise as `append`.
+        """
+        ends = np.asarray(cu_seqlens, dtype=np.int64)
+        if ends.ndim != 1 or not len(ends) or ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] != len(input_ids):
+            raise ValueError(f"cu_seqlens must start at 0, not decrease and end at the {len(input_ids)} tokens")
+        store = cls()
+        store.append(input_ids)
+        store._ends = array.array("q", ends[1:].tobytes())
+        return store
+
+    def append(self, ids) -> None:
+        """Adds a sequence: a list, array or tensor of token ids, which may be empty.
+
+        Raises TypeError for anything but integers, ValueError for more than one dimension and for ids that are negative
+        or larger than int32 holds.
+        """
+        if isinstance(ids, torch.Tensor):
+            ids = ids.detach().cpu()
+        found = np.asarray(ids)
+        if found.ndim != 1:
+            raise ValueError(f"sequence {len(self)} must be a flat list of token ids, got shape {found.shape}")
+        if len(found):
+            if found.dtype.kind not in "iu":
+                raise TypeError(f"sequence {len(self)} must hold integers, got {found.dtype}")
+            # Without its sign a negative id is a large one.
+            unsigned = found.view(f"u{found.dtype.itemsize}") if found.dtype.itemsize >= 4 else found.astype(np.uint32)
+            if unsigned.max() > _MAX_ID:
+                raise ValueError(
+                    f"sequence {len(self)} must hold token ids from 0 to {_MAX_ID}, got {found.min()} to {found.max()}"
+                )
+        self._reserve(len(found))
+        self._waiting[self._num_waiting : self._num_waiting + len(found)] = found
+        self._num_waiting += len(found)
+        self._ends.append(self.num_tokens + len(found))
+
+    def _reserve(self, length: int) -> None:
+        # Once there is a file, what waits for it is kept small.
+        most = self.max_memory // 4 if self._file is None else min(self.max_memory // 4, 2**22)
+        if self._num_waiting + length > max(_LEAST_CAPACITY, most):
+            self._write()
+        if self._num_waiting + length > len(self._waiting):
+            larger = np.empty(max(2 * len(self._waiting), self._num_waiting + length), np.int32)
+            larger[: self._num_waiting] = self._waiting[: self._num_waiting]
+            self._waiting = larger
+
+    def _write(self) -> None:
+        """Moves what is in memory behind what is in the file."""
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="radix_ops-")  # noqa: SIM115
+        self._file.seek(0, 2)
+        self._waiting[: self._num_waiting].tofile(self._file)
+        self._file.flush()
+        self._waiting, self._num_waiting = np.empty(_LEAST_CAPACITY, np.int32), 0
+        self._mapped = None
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """The ids of a sequence, int32; a view, not to be written to."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"the store holds {len(self)} sequences, asked for {index}")
+        index = int(index) % len(self)
+        start = self._ends[index - 1] if index else 0
+        return self.input_ids[start : self._ends[index]]
+
+    @property
+    def num_tokens(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        """All tokens, int32 [num_tokens]; a view, not to be written to. Of a store on disk a mapped file."""
+        if self._file is None:
+            return self._waiting[: self._num_waiting]
+        if self._num_waiting:
+            self._write()
+        if self._mapped is None:
+            # Copy on write: torch takes no read-only arrays, and nobody writes.
+            self._mapped = np.memmap(self._file, np.int32, "c", shape=(self.num_tokens,))
+        return self._mapped
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence, int64 [len(store)]."""
+        return np.diff(np.array(self._ends, np.int64), prepend=0)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Where each sequence starts in `input_ids`, int64 [len(store)]."""
+        return np.array(self._ends, np.int64) - self.lengths
