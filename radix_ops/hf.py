@@ -13,11 +13,13 @@ from several threads, and forwards that wait for their backward with gradient ch
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from . import _hf_guards, _hf_proofs
+from . import _hf_encode, _hf_guards, _hf_proofs, _hf_sentences
 from ._hf_forward import VERIFY, Options, RadixStats, StackForward
 from .attention import LAYOUTS
 
@@ -68,25 +70,31 @@ def enable(model: nn.Module, threshold: float | None = None, layout: str = "auto
     options = _check_options(threshold, layout, verify)
     if isinstance(model, nn.DataParallel):
         raise ValueError("DataParallel can't be folded: it calls copies of the model; DistributedDataParallel can")
-    owner = _hf_proofs.find_model(model)
+    encoder = _hf_sentences.find_encoder(_hf_proofs.check_module(model, "enable"))
+    owners = [_hf_proofs.find_model(model)] if encoder is None else _hf_sentences.owners_to_fold(encoder)
+    stacks = [_foldable_stack(owner) for owner in owners]  # all, before the first is changed
+    states = [_state_of(stack) or StackForward(stack) for stack in stacks]
+    for owner, state in zip(owners, states, strict=True):
+        state.module.forward = state
+        state.options, state.verified, state.stats = options, None, states[0].stats
+        state.add_owner(owner)
+    if encoder is not None:
+        _hf_encode.install(encoder, states)
+    for outer in (encoder, model):
+        if outer is not None and not any(outer is owner for owner in owners):
+            outer.radix_stats = states[0].stats
+    return model
+
+
+def _foldable_stack(owner: PreTrainedModel) -> PreTrainedModel:
+    """The decoder stack of a transformers model. Raises ValueError where it can't be folded."""
     stack = _hf_proofs.find_stack(owner)
     reason = _hf_guards.elsewhere(owner, stack) or _hf_guards.unfoldable(stack)
+    if reason is None and _state_of(stack) is None and "forward" in vars(stack):
+        reason = f"the forward of its decoder stack was replaced{_hf_guards.replacer(stack)}"
     if reason is not None:
         raise ValueError(f"{type(owner).__name__} can't be folded: {reason}")
-    state = _state_of(stack)
-    if state is None:
-        if "forward" in vars(stack):
-            raise ValueError(
-                f"{type(owner).__name__} can't be folded: the forward of its decoder stack was replaced"
-                f"{_hf_guards.replacer(stack)}"
-            )
-        state = stack.forward = StackForward(stack)
-    state.options = options
-    state.verified = None
-    state.add_owner(owner)
-    if model is not owner:
-        model.radix_stats = state.stats
-    return model
+    return stack
 
 
 def disable(model: nn.Module) -> None:
@@ -95,13 +103,17 @@ def disable(model: nn.Module) -> None:
     Backward passes of folded forwards may still be run. Raises RuntimeError where a forward was replaced since by
     another: put back the one that stood there, or delete the attribute, and disable again.
     """
-    state = _state_in(_hf_proofs.check_module(model, "disable"))
-    if state is None:
-        if "radix_stats" in vars(model):
-            raise RuntimeError("the forward of the decoder stack was replaced after enable; undo that before disable")
-        return
-    state.check_in_place()
-    state.remove()
+    encoder = _hf_sentences.find_encoder(_hf_proofs.check_module(model, "disable"))
+    states = _states_in(model, encoder)
+    if not states and _has_stats(model, encoder):
+        raise RuntimeError("the forward of the decoder stack was replaced after enable; undo that before disable")
+    for state in states:
+        state.check_in_place()
+    for state in states:
+        state.remove()
+    if encoder is not None:
+        _hf_sentences.remove(encoder)
+        vars(encoder).pop("radix_stats", None)
     vars(model).pop("radix_stats", None)
 
 
@@ -110,22 +122,33 @@ def folded(
     model: nn.Module, threshold: float | None = None, layout: str = "auto", verify: str = "first"
 ) -> Iterator[nn.Module]:
     """`enable` on entry, and on exit the state before: disabled, or enabled with its former options."""
-    state = _state_in(_hf_proofs.check_module(model, "folded"))
-    owner = _hf_proofs.find_model(model)
-    before = None if state is None else (state.options, state.verified, state.is_owner(owner))
-    had_stats = "radix_stats" in vars(model)
+    encoder = _hf_sentences.find_encoder(_hf_proofs.check_module(model, "folded"))
+    before = [(state, state.options, state.verified, [*state.owners]) for state in _states_in(model, encoder)]
+    was_installed = encoder is not None and _hf_sentences.is_installed(encoder)
+    outer = [module for module in (encoder, model) if module is not None]
+    had_no_stats = [module for module in outer if "radix_stats" not in vars(module)]
     enable(model, threshold, layout, verify)
     try:
         yield model
     finally:
-        if state is None:
+        if not before:
             disable(model)
         else:
-            state.options, state.verified, was_owner = before
-            if not was_owner:
-                state.remove_owner(owner)
-            if not had_stats:
-                vars(model).pop("radix_stats", None)
+            _restore(before, _states_in(model, encoder))
+            if encoder is not None and not was_installed:
+                _hf_sentences.remove(encoder)
+            for module in had_no_stats:
+                vars(module).pop("radix_stats", None)
+
+
+def _restore(before: list[tuple], states: list[StackForward]) -> None:
+    for state, options, verified, owners in before:
+        state.options, state.verified = options, verified
+        for owner in [owner for owner in state.owners if not any(owner is other for other in owners)]:
+            state.remove_owner(owner)
+    for state in states:
+        if not any(state is known for known, *_ in before):
+            state.remove()
 
 
 def _check_options(threshold: float | None, layout: str, verify: str) -> Options:
@@ -144,6 +167,12 @@ def _state_of(stack: nn.Module) -> StackForward | None:
     return forward if isinstance(forward, StackForward) else None
 
 
-def _state_in(model: nn.Module) -> StackForward | None:
-    """The state of the enabled stack inside `model`, if there is one."""
-    return next(filter(None, map(_state_of, model.modules())), None)
+def _states_in(model: nn.Module, encoder: nn.Module | None) -> list[StackForward]:
+    """The states of the enabled stacks inside `model`: all those of an encoder, otherwise that of the first."""
+    states = filter(None, map(_state_of, (model if encoder is None else encoder).modules()))
+    return list(states if encoder is not None else itertools.islice(states, 1))
+
+
+def _has_stats(model: nn.Module, encoder: nn.Module | None) -> bool:
+    models = [model] if encoder is None else [part for part in encoder.modules() if isinstance(part, PreTrainedModel)]
+    return any("radix_stats" in vars(model) for model in models)
