@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from radix_ops import hf
 
-if Version(sentence_transformers.__version__) >= Version("5.4"):
+VERSION = Version(sentence_transformers.__version__)
+if Version("5.4") <= VERSION:
     from sentence_transformers.base.modules import Dense, Router, Transformer
     from sentence_transformers.sentence_transformer import losses
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding
