@@ -47,7 +47,7 @@ def main() -> None:
         for folded, collector in found.items():
 
             def collect(indices, scores, collector=collector):
-                collector.add(indices, logprobs=scores[0], greedy=scores[1])
+                collector.add(indices, *scores)
 
             budget = Budget(MOST_ROWS["cpu"])
             runs[folded].append(scoring.score(runner, choices, budget, folded, collect, warm_up=True))

@@ -68,10 +68,10 @@ class Collector:
         self.values = {name: np.zeros(ends[-1] if len(ends) else 0, dtype) for name, dtype in dtypes.items()}
         self._missing = np.diff(ends, prepend=0)
 
-    def add(self, indices: np.ndarray, **values: np.ndarray) -> np.ndarray:
-        """Takes the numbers of sequences `indices`; returns the items that are complete by them, ascending."""
-        for name, found in values.items():
-            self.values[name][indices] = found
+    def add(self, indices: np.ndarray, *found: np.ndarray) -> np.ndarray:
+        """Takes an array of each kind for the sequences `indices`; returns the items that are complete by them."""
+        for values, numbers in zip(self.values.values(), found, strict=True):
+            values[indices] = numbers
         items, counts = np.unique(np.searchsorted(self.ends, indices, "right"), return_counts=True)
         self._missing[items] -= counts
         return items[self._missing[items] == 0]

@@ -115,3 +115,15 @@ def _read_json(name: str, file: str):
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
+
+
+def check_cross_encoder(name: str) -> None:
+    """UserError where a sentence-transformers folder asks for more than the model's own classification head."""
+    kinds = [module["type"].rpartition(".")[2] for module in _read_json(name, "modules.json") or []]
+    if kinds not in ([], ["Transformer"]):
+        raise UserError(
+            f"--model {name} has the modules {', '.join(kinds)}; radix-ops rerank computes Transformer alone"
+        )
+    settings = _read_json(name, "config_sentence_transformers.json") or {}
+    if (settings.get("prompts") or {}).get(settings.get("default_prompt_name")):
+        raise UserError(f"--model {name} has a default prompt, which radix-ops rerank can't put before its pairs")

@@ -101,7 +101,7 @@ class Records(Generic[T]):
         except OSError as error:
             raise UserError(f"{path} can't be read: {error.strerror or error}") from error
         if not len(self):
-            raise UserError(f"{path} is empty; it must hold {'one text' if self.format == 'text' else shape}")
+            raise UserError(f"{path} is empty; it must hold {'one text a line' if self.format == 'text' else shape}")
 
     def __len__(self) -> int:
         return len(self._starts) - 1

@@ -290,4 +290,4 @@ def _in_memory(plan: Plan, compute: Callable[[np.ndarray], object]) -> Iterator[
             torch.cuda.empty_cache()
             num_parts *= 2
             print("out of memory: going on with batches of half the size", file=sys.stderr)
-            waiting = [*np.array_split(part, 2), *waiting]
+            waiting = [half for part in (part, *waiting) for half in np.array_split(part, min(2, len(part)))]

@@ -61,9 +61,13 @@ def score(model, *arguments):
 
 
 def failing(capsys, *arguments) -> str:
+    return failing_command(capsys, "score", "--device", "cpu", "--model", *arguments)
+
+
+def failing_command(capsys, *arguments) -> str:
     """Run a command that must fail; returns its one-sentence message."""
     capsys.readouterr()
-    assert score(*arguments) == 1
+    assert cli.main([str(argument) for argument in arguments]) == 1
     out, err = capsys.readouterr()
     assert out == ""
     message = err.splitlines()[-1]

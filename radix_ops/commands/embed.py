@@ -11,7 +11,7 @@ import torch
 
 from .. import embedding
 from ..items import Items
-from ..loading import context_length, load_config, load_runner, load_tokenizer
+from ..loading import load_config, load_runner, load_tokenizer
 from ..matrix import MatrixFile, scratch_matrix
 from ..recipes import POOLINGS, Recipe, find_recipe
 from ..records import Records, UserError
@@ -41,8 +41,8 @@ model, and normalises after that.
       --prompt "Instruct: Given a web search query, retrieve relevant passages that answer the query
   Query:"
 
-{running.RESUME_HELP}A .npy is made as PATH.npy.part, with a side file PATH.npy.rows that says which rows are done; both go when
-it is finished.
+{running.RESUME_HELP}A .npy is made as PATH.npy.part, and a side file, PATH.npy.rows, says which rows are done; both go
+when it is finished.
 
 It does not pay where texts start differently: documents without a prompt, or with one that is short beside them.
 `radix-ops inspect` says how much a file shares, --compare how much time that saves.
@@ -73,23 +73,14 @@ def run(args: argparse.Namespace) -> None:
 
 def _complete(args: argparse.Namespace, recipe: Recipe, config, tokenizer) -> Recipe:
     """The recipe with the options that were given, each checked, and what was left open."""
-    given = {
-        "pooling": args.pooling,
-        "prompt": args.prompt,
-        "normalize": False if args.no_normalize else None,
-        "dim": args.dim,
-        "max_length": args.max_length,
-    }
+    given = {"pooling": args.pooling, "prompt": args.prompt, "dim": args.dim}
+    given["normalize"] = False if args.no_normalize else None
+    given["max_length"] = running.max_length_of(args, config, tokenizer, recipe.max_length)
     recipe = dataclasses.replace(recipe, **{name: value for name, value in given.items() if value is not None})
     hidden_size = config.get_text_config().hidden_size
     if recipe.dim is not None and recipe.dim > hidden_size:
         raise UserError(f"--dim {recipe.dim} is more than the model has, {hidden_size}")
-    longest = context_length(config, tokenizer)
-    if args.max_length and longest and args.max_length > longest:
-        raise UserError(f"--max-length {args.max_length} is more than the model reads, {longest}")
-    limits = [recipe.max_length or tokenizer.model_max_length, longest]
-    max_length = min(limit for limit in limits if limit is not None)
-    return dataclasses.replace(recipe, dim=recipe.dim or hidden_size, max_length=max_length)
+    return dataclasses.replace(recipe, dim=recipe.dim or hidden_size)
 
 
 @dataclasses.dataclass
@@ -106,10 +97,7 @@ class _Job:
 
     def run_remaining(self) -> None:
         results = self._results()
-        remaining = np.flatnonzero(~results.done)
-        if len(remaining) < len(self.records):
-            held = len(self.records) - len(remaining)
-            print(f"{self.args.output} holds {held:,} of {len(self.records):,} results already", file=sys.stderr)
+        remaining = running.remaining_of(self.args, results)
         if len(remaining):
 
             def on_batch(indices, rows) -> None:
@@ -144,8 +132,8 @@ class _Job:
         folded = self._run(self.items, True, check, warm_up=True)
         if results:
             results.finish()
-        print(running.comparison_table(plain, folded))
-        print(f"\nlargest difference of a number: {largest:.1e}")
+        print(running.comparison_table(plain, folded), end="\n\n")
+        print(f"largest difference of a number: {largest:.1e}")
         print(f"least cosine of two embeddings of one text: {least_cosine:.7f}")
 
     def _results(self) -> MatrixFile | _Lines:
@@ -205,14 +193,4 @@ def add_parser(commands) -> None:
     )
     command.add_argument("--dim", type=positive_int, metavar="N", help="keep the first N numbers (default: all)")
     command.add_argument("--no-normalize", action="store_true", help="leave embeddings at the length that they have")
-    command.add_argument(
-        "--max-length",
-        type=positive_int,
-        metavar="N",
-        help="tokens of a text at most, special tokens included (default: as the model's folder says)",
-    )
-    command.add_argument(
-        "--truncate-right",
-        action="store_true",
-        help="cut texts that are too long at their end, as sentence-transformers does",
-    )
+    running.add_length_arguments(command, "text", "texts")

@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from .._budget import Budget, find_budget
-from ..items import Items
+from ..items import Collector, Items
+from ..loading import context_length
 from ..records import UserError
+from ..results import ResultFile, ResultStream
 from ..runner import RunStats
 from .common import positive_int, progress_bar
 
@@ -53,6 +57,25 @@ def add_model_arguments(parser: argparse.ArgumentParser, results: str) -> None:
     )
     parser.add_argument("--device", help="as torch names it (default: cuda where there is one, else cpu)")
     parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: torch's)")
+
+
+def add_length_arguments(parser: argparse.ArgumentParser, what: str, cut: str) -> None:
+    parser.add_argument(
+        "--max-length",
+        type=positive_int,
+        metavar="N",
+        help=f"tokens of a {what} at most, special tokens included (default: as the model and its tokenizer say)",
+    )
+    parser.add_argument("--truncate-right", action="store_true", help=f"cut {cut} at their end where that is too long")
+
+
+def max_length_of(args: argparse.Namespace, config, tokenizer, recommended: int | None = None) -> int | None:
+    """--max-length, or the least of what the model reads and what its tokenizer, or `recommended`, says."""
+    longest = context_length(config, tokenizer)
+    if args.max_length and longest and args.max_length > longest:
+        raise UserError(f"--max-length {args.max_length} is more than the model reads, {longest}")
+    limit = min(recommended or tokenizer.model_max_length, longest or 2**31 - 1)
+    return args.max_length or (int(limit) if limit < 2**31 - 1 else None)
 
 
 def find_device(name: str | None) -> torch.device:
@@ -111,6 +134,76 @@ def reporting(items: Items, folded: bool, on_batch=None) -> Iterator:
             bar.update(int(lengths[indices].sum()))
 
         yield report
+
+
+@dataclass
+class ItemJob:
+    """A run of items whose results are JSON lines, made of the numbers that are found for an item's sequences.
+
+    `execute(items, budget, folded, on_batch, warm_up)` runs items and gives `on_batch(indices, arrays)` one array for
+    each of `dtypes`; `fields_of(item, *arrays)` makes the line of an item of them.
+    """
+
+    args: argparse.Namespace
+    runner: object
+    items: Items
+    key_of: Callable[[int], str]
+    execute: Callable
+    dtypes: dict[str, type]
+    fields_of: Callable[..., dict]
+    done: str  # to the items, for the summary
+
+    def run_remaining(self) -> None:
+        results = self._results()
+        remaining = remaining_of(self.args, results)
+        if len(remaining):
+            chosen = self.items.subset(remaining)
+            collector = Collector(chosen.ends, **self.dtypes)
+
+            def on_batch(indices, found) -> None:
+                for index in collector.add(indices, *found):
+                    item = int(remaining[index])
+                    results.add(item, self.fields_of(item, *collector.of(index)))
+                results.flush()
+
+            print(summary(self.done, self._run(chosen, not self.args.plain, on_batch)), file=sys.stderr)
+        results.finish()
+
+    def compare(self, look: Callable[[dict, dict], None]) -> None:
+        """Runs all items plain and folded and prints the table; `look` gets both results of each item."""
+        found = {folded: Collector(self.items.ends, **self.dtypes) for folded in (False, True)}
+        plain, folded = (
+            self._run(self.items, folded, lambda indices, arrays, c=collector: c.add(indices, *arrays), warm_up=True)
+            for folded, collector in found.items()
+        )
+        results = self._results() if self.args.output else None
+        for item in range(len(self.items)):
+            pair = [self.fields_of(item, *collector.of(item)) for collector in found.values()]
+            look(*pair)
+            if results:
+                results.add(item, pair[1])
+        if results:
+            results.finish()
+        print(comparison_table(plain, folded), end="\n\n")
+
+    def _run(self, items: Items, folded: bool, on_batch, warm_up: bool = False) -> RunStats:
+        budget = budget_of(self.args, self.runner, items)
+        with reporting(items, folded, on_batch) as report:
+            return self.execute(items, budget, folded, report, warm_up)
+
+    def _results(self) -> ResultFile | ResultStream:
+        if self.args.output:
+            return ResultFile(self.args.output, len(self.items), self.key_of, self.args.overwrite)
+        return ResultStream(len(self.items), self.key_of)
+
+
+def remaining_of(args: argparse.Namespace, results) -> np.ndarray:
+    """The items that are not done yet; says how many are."""
+    remaining = np.flatnonzero(~results.done)
+    if len(remaining) < len(results.done):
+        held = len(results.done) - len(remaining)
+        print(f"{args.output} holds {held:,} of {len(results.done):,} results already", file=sys.stderr)
+    return remaining
 
 
 def summary(verb: str, stats: RunStats) -> str:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 
 import numpy as np
 import torch
 
 from .. import scoring
-from ..items import Collector
 from ..loading import context_length, load_config, load_runner, load_tokenizer
 from ..records import Records
-from ..results import ResultFile, ResultStream, fingerprint, key_of_parts
+from ..results import fingerprint, key_of_parts
 from . import running
 from .common import add_command, check_output, read_records
 
@@ -55,77 +53,36 @@ def run(args: argparse.Namespace) -> None:
     runner = load_runner(args.model, config, "AutoModelForCausalLM", args.dtype, device)
     running.check_runner(args, runner, choices)
     base = fingerprint(runner, "score", "plain" if args.plain else "folded")
+
     key_of = functools.partial(_key_of, base, records, choices)
+
+    def fields_of(item: int, logprobs: np.ndarray, greedy: np.ndarray) -> dict:
+        return scoring.result(records[item], [len(choice) for _, choice in choices[item]], logprobs, greedy)
+
+    execute = functools.partial(scoring.score, runner)
+    dtypes = {"logprobs": np.float64, "greedy": bool}
+    job = running.ItemJob(args, runner, choices, key_of, execute, dtypes, fields_of, "scored")
     if args.compare:
-        _compare(args, runner, records, choices, key_of)
+        _compare(job)
     else:
-        _score_remaining(args, runner, records, choices, key_of)
+        job.run_remaining()
 
 
 def _key_of(base, records: Records, choices: scoring.Choices, item: int) -> str:
     return key_of_parts(base, records.raw(item), *(ids.tobytes() for pair in choices[item] for ids in pair))
 
 
-def _results_of(args, records, key_of) -> ResultFile | ResultStream:
-    if args.output:
-        return ResultFile(args.output, len(records), key_of, args.overwrite)
-    return ResultStream(len(records), key_of)
-
-
-def _result(records: Records, choices: scoring.Choices, item: int, logprobs: np.ndarray, greedy: np.ndarray) -> dict:
-    num_tokens = [len(choice) for _, choice in choices[item]]
-    return scoring.result(records[item], num_tokens, logprobs, greedy)
-
-
-def _score_remaining(args, runner, records, choices, key_of) -> None:
-    results = _results_of(args, records, key_of)
-    remaining = np.flatnonzero(~results.done)
-    if len(remaining) < len(records):
-        held = len(records) - len(remaining)
-        print(f"{args.output} holds {held:,} of {len(records):,} results already", file=sys.stderr)
-    if len(remaining):
-        chosen = choices.subset(remaining)
-        collector = Collector(chosen.ends, logprobs=np.float64, greedy=bool)
-
-        def on_batch(indices, found) -> None:
-            for index in collector.add(indices, logprobs=found[0], greedy=found[1]):
-                item = int(remaining[index])
-                results.add(item, _result(records, choices, item, *collector.of(index)))
-            results.flush()
-
-        stats, _ = _run(args, runner, chosen, not args.plain, on_batch)
-        print(running.summary("scored", stats), file=sys.stderr)
-    results.finish()
-
-
-def _compare(args, runner, records, choices, key_of) -> None:
-    plain, plain_scores = _run(args, runner, choices, False, warm_up=True)
-    folded, scores = _run(args, runner, choices, True, warm_up=True)
-    results = _results_of(args, records, key_of) if args.output else None
+def _compare(job: running.ItemJob) -> None:
     agree, largest = 0, 0.0
-    for item in range(len(records)):
-        found = [_result(records, choices, item, *of.of(item)) for of in (plain_scores, scores)]
-        agree += found[0]["best"] == found[1]["best"]
-        largest = max(largest, np.abs(np.subtract(*(fields["logprobs"] for fields in found))).max())
-        if results:
-            results.add(item, found[1])
-    if results:
-        results.finish()
-    print(running.comparison_table(plain, folded))
-    print(f"\nanswers that agree: {agree:,} of {len(records):,}")
+
+    def look(plain: dict, folded: dict) -> None:
+        nonlocal agree, largest
+        agree += plain["best"] == folded["best"]
+        largest = max(largest, *np.abs(np.subtract(plain["logprobs"], folded["logprobs"])))
+
+    job.compare(look)
+    print(f"answers that agree: {agree:,} of {len(job.items):,}")
     print(f"largest difference of a choice's log-probability: {largest:.1e}")
-
-
-def _run(args, runner, choices, folded: bool, on_batch=None, warm_up: bool = False):
-    """(RunStats, Collector of all scores, which is filled where nothing else takes them)."""
-    collector = Collector(choices.ends, logprobs=np.float64, greedy=bool)
-
-    def collect(indices, found) -> None:
-        collector.add(indices, logprobs=found[0], greedy=found[1])
-
-    budget = running.budget_of(args, runner, choices)
-    with running.reporting(choices, folded, on_batch or collect) as report:
-        return scoring.score(runner, choices, budget, folded, report, warm_up), collector
 
 
 def add_parser(commands) -> None:

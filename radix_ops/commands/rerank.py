@@ -1,0 +1,150 @@
+"""`radix-ops rerank`: documents ordered by relevance to their query, with shared prefixes computed once."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+import numpy as np
+import torch
+
+from .. import reranking
+from ..loading import load_config, load_runner, load_tokenizer
+from ..recipes import check_cross_encoder
+from ..records import UserError
+from ..results import fingerprint, key_of_parts
+from ..runner import run as run_batches
+from ..templates import TEMPLATES, Template, find_template
+from . import running
+from .common import add_command, check_output, read_records
+
+HELP = f"""\
+Scores each document of each line by its relevance to the line's query. The query and what stands before it are
+computed once for all its documents.
+
+FILE holds one JSON object a line: {{"query": "...", "documents": ["...", "..."]}}, perhaps with an "instruction".
+Other keys are copied to the output, which holds one object a line in the input's order:
+  line    the input line, counted from 1, then the input's other keys
+  scores  of each document, from 0 to 1
+  order   the documents by score, the best first, counted from 0
+  key     a hash of input line, tokens, model, dtype, mode and template
+
+A language model reads query and document in a template and answers yes or no: the score is P(yes) against P(no) as its
+next token. The template qwen3-reranker is that of Qwen3-Reranker, and the default for Qwen3 models. Others come in a
+JSON file:
+  {{"text": "Query: {{query}}\\nDocument: {{document}}\\nRelevant:", "yes": " yes", "no": " no"}}
+whose text may hold {{instruction}}, too; "instruction" is then the default for lines without one. yes and no are single
+tokens, as text or as ids. What stands behind {{document}} is tokenised apart, so that a document that is cut leaves it
+whole; the text brings all special tokens along.
+
+A model with a classification head of one label (a cross-encoder) reads query and document as the pair that its
+tokenizer makes, or in a template if one is given; its score is the sigmoid of its logit.
+
+A document that is too long with its query is an error, unless --truncate-right; nothing else is ever cut.
+
+  radix-ops rerank --model Qwen/Qwen3-Reranker-0.6B --output ranked.jsonl queries.jsonl
+
+{running.RESUME_HELP}
+It does not pay where a line has one document, or documents that are long beside template and query.
+`radix-ops inspect` says how much a file shares, --compare how much time that saves.
+
+{running.MODEL_HELP}"""
+
+
+def run(args: argparse.Namespace) -> None:
+    check_output(args.output, args.file)
+    device = running.find_device(args.device)
+    running.check_compare(args)
+    config = load_config(args.model)
+    classifies = (getattr(config, "architectures", None) or [""])[0].endswith("ForSequenceClassification")
+    template = _template_of(args, config, classifies)
+
+    def parse(record):
+        return reranking.check_instruction(reranking.parse_query(record), template)
+
+    records = read_records(args.file, parse, reranking.SHAPE)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    tokenizer = load_tokenizer(args.model)
+    pad_token_id = _check_head(args.model, config) if classifies else 0
+    yes_and_no = None if classifies else template.token_ids(tokenizer)
+    max_length = running.max_length_of(args, config, tokenizer)
+    lines = running.with_progress(records, "tokenising")
+    items = reranking.encode(lines, tokenizer, template, max_length, args.truncate_right)
+    auto_class = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
+    runner = load_runner(args.model, config, auto_class, args.dtype, device, pad_token_id)
+    running.check_runner(args, runner, items)
+    how = template and dataclasses.astuple(template)
+    base = fingerprint(runner, "rerank", "plain" if args.plain else "folded", how, yes_and_no)
+
+    def key_of(item: int) -> str:
+        return key_of_parts(base, records.raw(item), *(ids.tobytes() for ids in items[item]))
+
+    def fields_of(item: int, scores: np.ndarray) -> dict:
+        return reranking.result(records[item], scores)
+
+    def execute(chosen, budget, folded, on_batch, warm_up):
+        return run_batches(
+            runner, chosen, budget, folded, score, lambda indices, found: on_batch(indices, [found]), warm_up
+        )
+
+    score = reranking.scorer(runner, yes_and_no)
+    job = running.ItemJob(args, runner, items, key_of, execute, {"scores": np.float32}, fields_of, "reranked")
+    if args.compare:
+        _compare(job)
+    else:
+        job.run_remaining()
+
+
+def _template_of(args: argparse.Namespace, config, classifies: bool) -> Template | None:
+    if args.template is not None:
+        return find_template(args.template)
+    if classifies:
+        return None
+    if config.model_type == "qwen3":
+        return TEMPLATES["qwen3-reranker"]
+    raise UserError(
+        f"--model {args.model} is a language model of type {config.model_type}, which has no template of its own: "
+        f"name one by --template, {' or '.join(TEMPLATES)} or a JSON file"
+    )
+
+
+def _check_head(name: str, config) -> int:
+    """The token that a cross-encoder's batches are padded with."""
+    if config.num_labels != 1:
+        raise UserError(
+            f"--model {name} has a classification head of {config.num_labels} labels; rerank needs one of 1"
+        )
+    pad_token_id = config.get_text_config().pad_token_id
+    if pad_token_id is None:
+        raise UserError(
+            f"--model {name}: its config has no pad_token_id, by which the head finds the last token of each text of a "
+            "batch"
+        )
+    check_cross_encoder(name)
+    return pad_token_id
+
+
+def _compare(job: running.ItemJob) -> None:
+    agree, largest = 0, 0.0
+
+    def look(plain: dict, folded: dict) -> None:
+        nonlocal agree, largest
+        agree += plain["order"] == folded["order"]
+        largest = max(largest, *np.abs(np.subtract(plain["scores"], folded["scores"])))
+
+    job.compare(look)
+    print(f"orders that agree: {agree:,} of {len(job.items):,}")
+    print(f"largest difference of a score: {largest:.1e}")
+
+
+def add_parser(commands) -> None:
+    command = add_command(commands, "rerank", "order documents by relevance to their query", HELP, run)
+    command.add_argument("file", metavar="FILE", help="the queries with their documents, JSONL")
+    running.add_model_arguments(command, "where the results go (default: standard output)")
+    command.add_argument(
+        "--template",
+        metavar="T",
+        help=f"{' or '.join(TEMPLATES)}, or a JSON file (default: qwen3-reranker for Qwen3 language models)",
+    )
+    running.add_length_arguments(command, "query with its document", "documents")
