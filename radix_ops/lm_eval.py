@@ -56,6 +56,10 @@ class RadixLM(HFLM):
         largest batch of `hf`. A batch that a GPU's memory doesn't hold is planned anew at half its rows. Generated
         texts take batches as `hf` does.
     logits_cache: without effect; the plan knows all that it would find.
+    dtype: on CUDA attention is slow in float32; bfloat16 and float16 are what it is fast in.
+
+    One answer differs: where requests of a call are one text cut at several places, `hf` (0.4.13, with logits_cache)
+    adds up log-probabilities at the wrong places for all but the longest continuation. Here they are right.
 
     Raises ValueError on construction for a model that folding isn't known to be right for (docs/models.md), for
     encoder-decoders and for models on several devices: `hf` evaluates those. Processes of `accelerate launch` score

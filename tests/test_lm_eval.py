@@ -205,7 +205,7 @@ def test_requests_alone_and_of_hf(batch_size, max_length):
     assert max_length == 20 or sum(flag for _, flag in answers) >= 5
 
 
-def test_rows_are_computed_once_and_within_the_batch_size():
+def test_rows_are_computed_once():
     requests = random_requests(2, 60, longest=90)
     inputs = [context + continuation[:-1] for _, context, continuation in requests]
     folded = make(radix.RadixLM, batch_size="auto")
@@ -214,12 +214,19 @@ def test_rows_are_computed_once_and_within_the_batch_size():
     assert folded.radix_stats.rows == distinct_prefixes(inputs)
     assert folded.radix_stats.folded == 1
 
-    small, seen = make(radix.RadixLM, batch_size=1, max_length=100), []
-    run = small._rows.run
-    small._rows.run = lambda batch: seen.append(batch.num_rows) or run(batch)
-    small._loglikelihood_tokens(requests, disable_tqdm=True)
+
+@pytest.mark.parametrize(
+    ("batch_size", "found", "allowed"), [("auto", 120, 120), (1, 10**6, 128), (2, 120, 2 * 96), (2, 200, 200)]
+)
+def test_batches_have_as_many_rows_as_the_batch_size_allows(monkeypatch, batch_size, found, allowed):
+    monkeypatch.setattr(radix, "find_budget", lambda *args: SimpleNamespace(max_rows=found))
+    requests = random_requests(2, 60, longest=90) + [(("", ""), [5] * 90, [6] * 7)]
+    folded, seen = make(radix.RadixLM, batch_size=batch_size), []
+    run = folded._rows.run
+    folded._rows.run = lambda batch: seen.append(batch.num_rows) or run(batch)
+    folded._loglikelihood_tokens(requests, disable_tqdm=True)
     assert len(seen) > 1
-    assert max(seen) <= 100
+    assert allowed / 2 < max(seen) <= allowed
 
 
 @pytest.mark.parametrize("max_length", [16, 128])
@@ -283,10 +290,13 @@ def test_half_precision_rounds_as_hf_does(options):
 def test_heads_and_attention_of_their_own(kind, changes):
     model = tiny_model(kind, pad_token_id=1, **changes)
     plain, folded = make_both(model, batch_size=3)
-    requests = random_requests(4, 30)
+    requests, positions, run = random_requests(4, 30), [], folded._rows.run
+    folded._rows.run = lambda batch: positions.append(batch.num_sequences * batch.max_seqlen_k) or run(batch)
     answers = folded._loglikelihood_tokens(requests, disable_tqdm=True)
     check_answers(answers, plain._loglikelihood_tokens(requests, disable_tqdm=True))
     assert folded.radix_stats.rows < folded.radix_stats.tokens / 2
+    # Where attention runs on the padded batch, that is no larger than three sequences of 128 tokens.
+    assert (max(positions) <= 3 * 128) == (kind in ("Gemma2", "GptOss"))
 
 
 def test_lora_is_applied():
