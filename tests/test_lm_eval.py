@@ -220,7 +220,7 @@ def test_rows_are_computed_once():
 )
 def test_batches_have_as_many_rows_as_the_batch_size_allows(monkeypatch, batch_size, found, allowed):
     monkeypatch.setattr(radix, "find_budget", lambda *args: SimpleNamespace(max_rows=found))
-    requests = random_requests(2, 60, longest=90) + [(("", ""), [5] * 90, [6] * 7)]
+    requests = [*random_requests(2, 60, longest=90), (("", ""), [5] * 90, [6] * 7)]
     folded, seen = make(radix.RadixLM, batch_size=batch_size), []
     run = folded._rows.run
     folded._rows.run = lambda batch: seen.append(batch.num_rows) or run(batch)
