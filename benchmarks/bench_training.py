@@ -1,0 +1,197 @@
+"""A training step's forward and backward on groups that share a prompt, Qwen3 at its real shapes, random weights.
+
+Groups are those of GRPO (one prompt, 8 or 16 sampled answers) and of DPO (pairs behind prompts of their own). The loss
+is a policy gradient, a weight for each answer token times its log-probability, by `radix_ops.losses.token_logprobs`;
+prompts have no loss, so the head runs on answer rows alone. "packed" is the same model and the same loss on
+`radix_ops.pack`: nothing folded, varlen attention. Every time is from ids on the device to gradients there, the fold
+and all steps of the host included. Memory is the peak beyond the parameters and the gradients, which stand before the
+step begins. The FLOP ratio is packed's products over folded's: layers, attention and head.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+
+import bench_qwen3
+import harness
+import torch
+
+import radix_ops
+from radix_ops.losses import token_logprobs
+
+LAYOUTS = ("compact", "trie")
+ROLLOUTS = [(1, 16, 2048, 512)]
+ROLLOUTS += [
+    (1, count, prompt, answer) for prompt in (1024, 2048, 4096) for answer in (256, 512, 1024) for count in (8, 16)
+]
+PAIRS = [(groups, 2, prompt, answer) for groups, prompt, answer in ((16, 256, 256), (8, 512, 512), (8, 1024, 256))]
+GRID = {
+    "0.6B": list(dict.fromkeys(ROLLOUTS + PAIRS)),
+    "4B": [
+        (1, 8, 1024, 256),
+        (1, 16, 1024, 256),
+        (1, 8, 2048, 256),
+        (1, 8, 2048, 512),
+        (1, 8, 4096, 256),
+        (8, 2, 512, 256),
+    ],
+    "small": [(1, 8, 128, 32), (4, 2, 64, 32)],
+}
+
+
+class Groups:
+    """`groups` prompts, each with `count` answers: packed ids, labels of the answers, a weight for each token."""
+
+    def __init__(self, groups: int, count: int, prompt: int, answer: int, device: str):
+        generator = torch.Generator().manual_seed(prompt + answer)
+        length, sequences = prompt + answer, groups * count
+        ids = torch.randint(bench_qwen3.VOCABULARY, (groups, count, length), generator=generator)
+        ids[:, :, :prompt] = ids[:, :1, :prompt]
+        labels = ids.clone()
+        labels[:, :, :prompt] = -100
+        self.name = f"{groups} x {count} x ({prompt} + {answer})" if groups > 1 else f"{count} x ({prompt} + {answer})"
+        self.ids, self.labels = ids.flatten().to(device), labels.flatten().to(device)
+        self.cu_seqlens = (torch.arange(sequences + 1) * length).to(device)
+        self.advantages = torch.randn(ids.numel(), generator=generator).to(device)
+        folded = radix_ops.fold(ids.flatten(), torch.arange(sequences + 1) * length)
+        self.tokens, self.rows = folded.num_tokens, folded.num_nodes
+        self.depths = int((folded.position_ids.long() + 1).sum())
+        self.packed_depths = sequences * length * (length + 1) // 2
+        # The last prompt token, shared, predicts the first token of each answer.
+        self.head_rows, self.packed_head_rows = groups + sequences * (answer - 1), sequences * answer
+
+    def flop_ratio(self, config) -> float:
+        heads, dim = config.num_attention_heads, config.head_dim
+        weights = config.hidden_size * (2 * heads + 2 * config.num_key_value_heads) * dim
+        weights += 3 * config.hidden_size * config.intermediate_size
+
+        def flops(rows, depths, head_rows):
+            layer = 2 * weights * rows + 4 * heads * dim * depths
+            return config.num_hidden_layers * layer + 2 * config.hidden_size * config.vocab_size * head_rows
+
+        packed = flops(self.tokens, self.packed_depths, self.packed_head_rows)
+        return packed / flops(self.rows, self.depths, self.head_rows)
+
+
+def step_functions(model, weight, batch: Groups) -> dict:
+    def of(make, layout):
+        def run():
+            made = make(batch.ids, batch.cu_seqlens)
+            at = time.perf_counter()
+            logprobs = token_logprobs(model(made, layout), made, batch.labels, weight=weight)
+            loss = -(batch.advantages * logprobs).sum() / batch.packed_head_rows
+            loss.backward()
+            return at, loss.detach()
+
+        return run
+
+    return {"packed": of(radix_ops.pack, "compact")} | {layout: of(radix_ops.fold, layout) for layout in LAYOUTS}
+
+
+def zero_gradients(parameters) -> None:
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.zero_()
+
+
+def row_of(name: str, model, weight, batch: Groups, args) -> dict[str, object]:
+    row = {"model": name, "batch": batch.name, "N": batch.tokens, "M": batch.rows, "N/M": batch.tokens / batch.rows}
+    row["FLOP ratio"] = batch.flop_ratio(model.config)
+    parameters = [*model.parameters(), weight]
+    fitting, gradients = {}, {}
+    for key, function in step_functions(model, weight, batch).items():
+        try:
+            function()
+            zero_gradients(parameters)
+            bench_qwen3.synchronize()
+            if batch.ids.is_cuda:
+                torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated()
+            loss = function()[1]
+            if batch.ids.is_cuda:
+                row[f"{key} GiB"] = (torch.cuda.max_memory_allocated() - held) / 2**30
+            gradients[key] = (
+                float(loss),
+                [p.grad.float().norm().item() for p in (weight, *list(model.parameters())[:12])],
+            )
+            fitting[key] = function
+        except torch.cuda.OutOfMemoryError:
+            row[f"{key} GiB"] = None
+            torch.cuda.empty_cache()
+    if "packed" in gradients:
+        for key, (loss, norms) in gradients.items():
+            off = max(abs(a / b - 1) for a, b in zip(norms, gradients["packed"][1], strict=True))
+            assert abs(loss - gradients["packed"][0]) < 0.02, (batch.name, key, gradients)
+            assert off < 0.05, f"{batch.name}: norms of {key}'s gradients differ by {off} from packed's"
+    seconds = bench_qwen3.measure(fitting, args.rounds, args.budget)
+    row |= {f"{key} ms": seconds[key][0] * 1e3 if key in seconds else None for key in ("packed", *LAYOUTS)}
+    for key in LAYOUTS:
+        both = {"packed", key} <= seconds.keys()
+        row[f"packed / {key}"] = seconds["packed"][0] / seconds[key][0] if both else None
+    best = max((row[f"packed / {key}"] or 0 for key in LAYOUTS), default=0)
+    row["best of FLOP ratio"] = best / row["FLOP ratio"] if best else None
+    ratio = [row.get(f"{key} GiB") for key in ("trie", "packed")]
+    row["memory, trie / packed"] = ratio[0] / ratio[1] if all(ratio) else None
+    return row
+
+
+def loss_memory(weight, tokens: int = 16_384) -> dict[str, object]:
+    """Of the loss alone, with every token a target: the peak beyond hidden states, their gradient and the head's."""
+    vocabulary, hidden_size = weight.shape
+    ids = torch.randint(vocabulary, (tokens,), device=weight.device)
+    batch = radix_ops.pack(ids, torch.arange(0, tokens + 1, 512, device=weight.device))
+    hidden = torch.randn(tokens, hidden_size, device=weight.device, dtype=weight.dtype, requires_grad=True)
+    zero_gradients([weight])
+    peak = {}
+    for attempt in ("warm-up", "measured"):
+        weight.grad = hidden.grad = None
+        bench_qwen3.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        start = time.perf_counter()
+        token_logprobs(hidden, batch, weight=weight).sum().backward()
+        bench_qwen3.synchronize()
+        peak[attempt] = torch.cuda.max_memory_allocated() - held, time.perf_counter() - start
+    results = (weight.numel() + hidden.numel()) * weight.element_size()
+    return {
+        "vocabulary": vocabulary,
+        "hidden_size": hidden_size,
+        "packed tokens": tokens,
+        "peak GiB": peak["measured"][0] / 2**30,
+        "beyond the gradients GiB": (peak["measured"][0] - results) / 2**30,
+        "ms": peak["measured"][1] * 1e3,
+    }
+
+
+def main() -> None:
+    parser = harness.make_parser(__doc__, rounds=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--models", nargs="+", choices=list(GRID), help="default: 0.6B and 4B on CUDA, else small")
+    parser.add_argument("--budget", type=float, default=4.0, help="seconds after which a line has rounds enough")
+    args = harness.parse(parser)
+    device = args.device
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    torch._dynamo.config.recompile_limit = 64
+    for name in args.models or (["small"] if device == "cpu" else ["0.6B", "4B"]):
+        model, rows = bench_qwen3.make_model(name, device, dtype), []
+        weight = torch.nn.Parameter(
+            torch.randn(bench_qwen3.VOCABULARY, model.config.hidden_size, device=device, dtype=dtype) * 0.02
+        )
+        zero_gradients([*model.parameters(), weight])
+        for shape in GRID[name]:
+            rows.append(row_of(name, model, weight, Groups(*shape, device), args))
+            print(json.dumps(rows[-1]), flush=True)
+        harness.report(f"training_{name}_{device}", rows, args.save)
+        if device == "cuda":
+            harness.report(f"training_loss_memory_{name}_cuda", [loss_memory(weight)], args.save)
+        del model, weight
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
