@@ -19,6 +19,8 @@ _FOLDABLE_ARGUMENTS = HARMLESS_ARGUMENTS | {
 # What heads pass on to the stack in every call.
 _SAYING_NOTHING = {"output_router_logits": False, "logits_to_keep": 0}
 _HARMLESS_IN_A_STACK = {"output_hidden_states", "return_dict"}
+# Where packed sequences begin, as position_ids say, too: for kernels other than those of the supported attention.
+_BOUNDS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
 def obstacle_of(stack: PreTrainedModel, arguments: dict[str, Any]) -> str | None:
@@ -37,7 +39,11 @@ def obstacle_of(stack: PreTrainedModel, arguments: dict[str, Any]) -> str | None
     if arguments.get("output_attentions", getattr(stack.config, "output_attentions", False)):
         return "attention weights are asked for"
     # Harmless are those that only pass through; what the stack itself names may mean anything to it.
-    meant = _hf_heads.named_arguments(_hf_proofs.class_of(stack).forward) & (HARMLESS_ARGUMENTS - _HARMLESS_IN_A_STACK)
+    named = _hf_heads.named_arguments(_hf_proofs.class_of(stack).forward)
+    meant = named & (HARMLESS_ARGUMENTS - _HARMLESS_IN_A_STACK)
+    is_packed = arguments.get("attention_mask") is None and arguments.get("position_ids") is not None
+    if is_packed:
+        given -= _BOUNDS - named
     unknown = sorted(given - _FOLDABLE_ARGUMENTS | given & meant)
     if unknown:
         return f"{unknown[0]} was given"
@@ -53,7 +59,6 @@ def obstacle_of(stack: PreTrainedModel, arguments: dict[str, Any]) -> str | None
     chunk = getattr(stack.config, "attention_chunk_size", None)
     if chunk and "chunked_attention" in (stack.config.layer_types or ()) and input_ids.shape[1] > chunk:
         return f"rows of {input_ids.shape[1]} positions are longer than config.attention_chunk_size={chunk}"
-    is_packed = arguments.get("attention_mask") is None and arguments.get("position_ids") is not None
     if is_packed and _is_checkpointing(stack) and not torch.is_grad_enabled():
         # transformers makes a cache then, and sees one sequence, from 5.24 on.
         return "position_ids without a mask are read in several ways with gradient checkpointing without gradients"

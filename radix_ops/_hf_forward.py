@@ -7,7 +7,7 @@ import dataclasses
 import threading
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -188,9 +188,9 @@ class StackForward(_Forward):
         if padded is not None:
             # These look at every module, so they come last.
             obstacle = _hf_guards.unfoldable(stack) or _hf_guards.interference(stack) or self._lost_head()
+            padded = padded if obstacle is None else None
         if obstacle:
             self._warn(f"a batch runs unfolded because {obstacle}")
-            padded = None
         if padded is None and must_fold.get():
             raise Unfolded
         if padded is None:
@@ -246,10 +246,17 @@ class StackForward(_Forward):
             warnings.warn(f"radix_ops: {text}", stacklevel=4)
 
     def _lost_head(self) -> str | None:
-        """The model around the stack whose forward is no longer ours, nor calls it: nobody knows what it reads."""
+        """The model around the stack whose forward is no longer ours, nor calls it: nobody knows what it reads.
+
+        Empty for the forward that TRL's trainers put there, which is wrapped here and seen from the next call on.
+        """
         for owner in self.owners:
-            if owner is not self.module and not _leads_to_ours(vars(owner).get("forward")):
+            if owner is self.module or _leads_to_ours(forward := vars(owner).get("forward")):
+                continue
+            if not _is_of_trl(forward):
                 return f"the forward of {type(owner).__name__} was replaced after enable; enable it again"
+            owner.forward = _HeadForward(owner, self)
+            return ""
         return None
 
     def is_owner(self, model: PreTrainedModel) -> bool:
@@ -285,9 +292,22 @@ class StackForward(_Forward):
 
 def _leads_to_ours(forward) -> bool:
     """Whether it is a forward of ours, or something that says to wrap one."""
-    while forward is not None and not isinstance(forward, _Forward):
+    return any(isinstance(inner, _Forward) for inner in _chain(forward))
+
+
+def _is_of_trl(forward) -> bool:
+    """Whether it is the forward of TRL's add_fused_lm_head, or something that says to wrap it.
+
+    That one calls the stack itself, and reads hidden states where the next token has a label.
+    """
+    return any(getattr(inner, "__globals__", {}).get("__name__") == "trl.trainer.utils" for inner in _chain(forward))
+
+
+def _chain(forward) -> Iterator[Any]:
+    """A forward and what it says to wrap."""
+    while forward is not None:
+        yield forward
         forward = getattr(forward, "__wrapped__", None)
-    return forward is not None
 
 
 def _windows_at_work(config, longest: int) -> int:
