@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
     running.check_compare(args)
     config = load_config(args.model)
     classifies = (getattr(config, "architectures", None) or [""])[0].endswith("ForSequenceClassification")
+    pad_token_id = _check_head(args.model, config) if classifies else 0
     template = _template_of(args, config, classifies)
 
     def parse(record):
@@ -66,7 +67,6 @@ def run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     tokenizer = load_tokenizer(args.model)
-    pad_token_id = _check_head(args.model, config) if classifies else 0
     yes_and_no = None if classifies else template.token_ids(tokenizer)
     max_length = running.max_length_of(args, config, tokenizer)
     lines = running.with_progress(records, "tokenising")
