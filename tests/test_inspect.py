@@ -1,0 +1,614 @@
+"""radix-ops inspect: statistics against brute force over sets of prefixes, input formats, verdicts, the picture."""
+
+import importlib.util
+import itertools
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from test_plan import random_sequences, rows_of
+
+from radix_ops import cli, flops, sharing_plot
+from radix_ops.plan import TokenStore, plan_folded
+from radix_ops.records import UserError
+from radix_ops.sharing import Sharing, sharing_from_end
+
+pytest.importorskip("transformers")
+import transformers
+from test_scoring import TEXT, tiny_tokenizer
+
+SEEDS = range(30)
+
+
+def sharing_of(sequences):
+    return Sharing(TokenStore.from_sequences(sequences))
+
+
+def parts_of(order, ends):
+    return np.split(order, ends[:-1]) if len(order) else []
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_counts_against_brute_force(seed):
+    sequences = random_sequences(random.Random(seed))
+    found, real = sharing_of(sequences), [tuple(s) for s in sequences if s]
+    assert found.num_tokens == sum(map(len, sequences))
+    assert found.num_rows == rows_of(sequences)
+    common = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False))
+    assert found.num_common == (len(list(common)) if len(sequences) > 1 else 0)
+    assert found.num_empty == len(sequences) - len(real)
+    assert found.num_duplicates == len(real) - len(set(real))
+    assert found.num_strict_prefixes == sum(any(t != s and t[: len(s)] == s for t in real) for s in set(real))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_shared_prefixes_against_brute_force(seed):
+    sequences = random_sequences(random.Random(seed))
+    found = sharing_of(sequences)
+    sharers = {}
+    for index, sequence in enumerate(sequences):
+        for size in range(1, len(sequence) + 1):
+            sharers.setdefault(tuple(sequence[:size]), set()).add(index)
+    expected = {}  # of all prefixes that the same two or more sequences share, the shortest and the longest
+    for prefix, indices in sharers.items():
+        if len(indices) > 1:
+            lengths = expected.setdefault(frozenset(indices), [len(prefix), len(prefix)])
+            lengths[:] = min(lengths[0], len(prefix)), max(lengths[1], len(prefix))
+    prefixes = found.prefixes()
+    columns = zip(prefixes.first, prefixes.last, prefixes.start, prefixes.stop, strict=True)
+    assert {frozenset(found.order[a : b + 1]): [start + 1, stop] for a, b, start, stop in columns} == expected
+    assert len(prefixes) == len(expected)
+    assert prefixes.num_saved.sum() == found.num_tokens - found.num_rows
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_batches_against_brute_force(seed, window):
+    rng = random.Random(seed)
+    sequences, size = random_sequences(rng), rng.randint(1, 5)
+    found = sharing_of(sequences)
+    for order in (found.given(), found.shuffled(), found.order):
+        for limit in ({"max_sequences": size}, {"max_rows": 12}):
+            batches = found.batches(order, **limit)
+            parts = [[sequences[i] for i in part] for part in parts_of(order, batches.ends)]
+            assert batches.num_rows == sum(map(rows_of, parts))
+            if "max_sequences" in limit:
+                assert all(len(part) <= size for part in parts)
+                assert order is found.order or all(len(part) == size for part in parts[:-1])
+            else:
+                assert all(len(part) == 1 or rows_of(part) <= 12 for part in parts)
+            depths = [len(p) for part in parts for p in {tuple(s[:i]) for s in part for i in range(1, len(s) + 1)}]
+            assert batches.num_keys(window) == sum(min(depth, window or depth) for depth in depths)
+            longest = [len(part) * [max(map(len, part))] for part in parts]
+            assert batches.num_padded_keys(window) == sum(
+                min(depth, window or depth) for n in itertools.chain(*longest) for depth in range(1, n + 1)
+            )
+    assert sorted(found.shuffled()) == list(range(len(sequences)))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_batches_of_so_many_rows_are_the_planners(seed):
+    store = TokenStore.from_sequences(random_sequences(random.Random(seed), most=30))
+    found = Sharing(store)
+    plan = plan_folded(store, max_rows=20, max_tokens=160, order="sorted")
+    planned = found.batches(found.order, max_rows=20)
+    assert (planned.ends.tolist(), planned.num_rows) == (plan.ends.tolist(), plan.num_rows)
+    assert found.batches(found.given(), max_rows=20).num_rows == plan.given_rows
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_padded_batches_against_brute_force(seed):
+    rng = random.Random(seed)
+    sequences, size = random_sequences(rng), rng.randint(1, 5)
+    found, lengths = sharing_of(sequences), sorted(map(len, sequences), reverse=True)
+    padded = found.padded(max_sequences=size)
+    batches = [lengths[i : i + size] for i in range(0, len(lengths), size)]
+    assert len(padded) == len(batches)
+    assert padded.num_rows == sum(len(batch) * max(batch) for batch in batches)
+    assert padded.num_keys(2) == sum(len(batch) * sum(min(i, 2) for i in range(1, max(batch) + 1)) for batch in batches)
+    assert found.packed().num_rows == sum(lengths)
+    assert found.packed().num_keys() == sum(length * (length + 1) // 2 for length in lengths)
+
+
+def test_tokens_behind_the_given_lengths_do_not_count():
+    store = TokenStore.from_sequences([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 9, 9]])
+    found = Sharing(store, np.array([3, 3, 2]))
+    assert (found.num_tokens, found.num_rows, found.num_duplicates, found.num_strict_prefixes) == (8, 3, 1, 1)
+
+
+def test_a_store_on_disk_is_counted_as_one_in_memory():
+    sequences = random_sequences(random.Random(0), most=2000, longest=40, vocabulary=2)
+    store = TokenStore(max_memory=1000)
+    for sequence in sequences:
+        store.append(sequence)
+    assert isinstance(store.input_ids, np.memmap)
+    assert Sharing(store).num_rows == rows_of(sequences)
+
+
+def test_sharing_from_the_end_reads_sequences_backwards():
+    sequences = [[i, 7, 7, 7] for i in range(10)]
+    store = TokenStore.from_sequences([[*s, 99 - s[0]] for s in sequences])
+    sample = sharing_from_end(store, store.lengths - 1)
+    assert sample == {"sequences": 10, "from_start": 1.0, "from_end": 40 / 13}
+
+
+# The formats, through the command.
+
+
+def write_jsonl(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = tiny_tokenizer(adds_bos=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+        "<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def inspect_json(capsys, *arguments) -> dict:
+    capsys.readouterr()
+    assert cli.main(["inspect", "--json", *map(str, arguments)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def failing(capsys, *arguments) -> str:
+    """Runs a command that must fail; returns its one-sentence message."""
+    capsys.readouterr()
+    assert cli.main(["inspect", *map(str, arguments)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return err.splitlines()[-1]
+
+
+def check_sequences(summary, sequences):
+    lengths = sorted(map(len, sequences))
+    assert summary["sequences"] == len(sequences)
+    assert summary["tokens"] == sum(lengths)
+    assert summary["rows"] == rows_of(sequences)
+    assert (summary["lengths"]["min"], summary["lengths"]["max"]) == (lengths[0], lengths[-1])
+    assert sum(group["saved"] for group in summary["saved_by_sharers"]) == summary["tokens"] - summary["rows"]
+
+
+CHAT = [{"role": "user", "content": TEXT[0]}, {"role": "assistant", "content": "yes"}]
+OTHER_CHAT = [{"role": "user", "content": TEXT[0]}, {"role": "assistant", "content": "no, the sea"}]
+
+
+def test_texts_with_the_tokenizers_special_tokens(capsys, tmp_path, tokenizer, tokenizer_folder):
+    texts = [*TEXT, TEXT[0] + " And more.", ""]
+    jsonl = write_jsonl(tmp_path / "texts.jsonl", [{"text": text, "other": 1} for text in texts])
+    plain = tmp_path / "texts.txt"
+    plain.write_text("\n".join(texts) + "\n")
+    for file in (jsonl, plain):
+        summary = inspect_json(capsys, file, "--tokenizer", tokenizer_folder)
+        check_sequences(summary, tokenizer(texts)["input_ids"])
+        assert summary["lengths"]["min"] == 1
+    summary = inspect_json(
+        capsys, jsonl, "--tokenizer", tokenizer_folder, "--prompt", "Question: ", "--text-key", "text"
+    )
+    check_sequences(summary, tokenizer(["Question: " + text for text in texts])["input_ids"])
+    assert summary["common_prefix"] == len(tokenizer("Question: ")["input_ids"]) - 1
+    assert [p["text"] for p in summary["prefixes"] if p["start"] == 0] == ['"<s>Question:"']
+
+
+def test_questions_are_read_as_score_reads_them(capsys, tmp_path, tokenizer, tokenizer_folder):
+    questions = [{"context": TEXT[1], "choices": [" yes", " no", " the sea"]}, {"context": "the", "choices": [" sea"]}]
+    file = write_jsonl(tmp_path / "questions.jsonl", questions)
+    summary = inspect_json(capsys, file, "--tokenizer", tokenizer_folder)
+    pairs = [q["context"] + choice for q in questions for choice in q["choices"]]
+    check_sequences(summary, [ids[:-1] for ids in tokenizer(pairs)["input_ids"]])
+    assert "`radix-ops score`" in summary["meaning"]
+
+
+def test_queries_need_a_template(capsys, tmp_path, tokenizer, tokenizer_folder):
+    queries = [{"query": "Which river?", "documents": [TEXT[1], TEXT[2]]}, {"query": "sea", "documents": ["the sea"]}]
+    file = write_jsonl(tmp_path / "queries.jsonl", queries)
+    message = failing(capsys, file, "--tokenizer", tokenizer_folder)
+    assert "queries.jsonl, line 1 holds a query and documents: --template must say" in message
+    template = tmp_path / "template.json"
+    template.write_text(json.dumps({"text": "Query: {query}\nText: {document}\nRelevant:"}))
+    summary = inspect_json(capsys, file, "--tokenizer", tokenizer_folder, "--template", template)
+    pairs = [(q["query"], document) for q in queries for document in q["documents"]]
+    heads = [f"Query: {query}\nText: {document}" for query, document in pairs]
+    tail = tokenizer("\nRelevant:", add_special_tokens=False)["input_ids"]
+    check_sequences(summary, [ids + tail for ids in tokenizer(heads, add_special_tokens=False)["input_ids"]])
+    summary = inspect_json(capsys, file, "--tokenizer", tokenizer_folder, "--template", "pairs")
+    check_sequences(summary, [tokenizer(query, document)["input_ids"] for query, document in pairs])
+
+
+def test_conversations_and_training_data(capsys, tmp_path, tokenizer, tokenizer_folder):
+    def rendered(chat):
+        return tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+
+    cases = [
+        ([{"messages": CHAT}, {"messages": OTHER_CHAT}], [rendered(CHAT), rendered(OTHER_CHAT)]),
+        (
+            [{"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": OTHER_CHAT[1:]}],
+            [rendered(CHAT), rendered(OTHER_CHAT)],
+        ),
+        (
+            [{"prompt": "the sea", "chosen": " yes", "rejected": " no"}],
+            tokenizer(["the sea yes", "the sea no"])["input_ids"],
+        ),
+        # Texts and messages may take turns.
+        (
+            [
+                {"prompt": "the sea", "completion": " yes"},
+                {"prompt": CHAT[:1], "completion": CHAT[1:]},
+                {"prompt": "the sea", "completion": ""},
+            ],
+            [tokenizer("the sea yes")["input_ids"], rendered(CHAT), tokenizer("the sea")["input_ids"]],
+        ),
+    ]
+    for lines, sequences in cases:
+        file = write_jsonl(tmp_path / "data.jsonl", lines)
+        check_sequences(inspect_json(capsys, file, "--tokenizer", tokenizer_folder), sequences)
+
+
+def test_token_ids_need_no_tokenizer(capsys, tmp_path):
+    sequences = [[5, 6, 7], [5, 6, 8], [], [2**31 - 1]]
+    file = write_jsonl(tmp_path / "ids.jsonl", [{"input_ids": ids} for ids in sequences])
+    summary = inspect_json(capsys, file)
+    check_sequences(summary, sequences)
+    assert summary["prefixes"] == [{"sequences": 2, "start": 0, "stop": 2, "saved": 2, "text": "[5, 6]"}]
+    packed = tmp_path / "ids.npz"
+    np.savez(packed, input_ids=np.concatenate(sequences).astype(np.int32), cu_seqlens=[0, 3, 6, 6, 7])
+    assert inspect_json(capsys, packed) | {"file": 0, "meaning": 0} == summary | {"file": 0, "meaning": 0}
+
+
+GOOD_LINES = {
+    "input_ids": {"input_ids": [1]},
+    "text": {"text": "a"},
+    "messages": {"messages": CHAT},
+    "prompt": {"prompt": "a", "completion": "b"},
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ("text", {"txt": "a"}, 'line 2 has no "text" (a string); it has "txt"'),
+        ("text", {"text": 3}, 'line 2: "text" is a number'),
+        ("input_ids", {"text": "a"}, 'line 2: "input_ids" is missing; it must be an array of token ids'),
+        ("input_ids", {"input_ids": "1 2"}, 'line 2: "input_ids" is a string'),
+        ("input_ids", {"input_ids": [1, True]}, 'line 2: "input_ids"[1] is not a token id but a boolean'),
+        ("input_ids", {"input_ids": [[1, 2]]}, 'line 2: "input_ids"[0] is not a token id but an array'),
+        ("input_ids", {"input_ids": [1, -1]}, 'line 2: "input_ids"[1] is -1; a token id is from 0 to 2147483647'),
+        ("input_ids", {"input_ids": [2**31]}, 'line 2: "input_ids"[0] is 2147483648; a token id is from 0'),
+        ("messages", {"messages": []}, 'line 2: "messages" is an empty array; it must be an array of messages'),
+        ("messages", {"messages": ["a"]}, 'line 2: "messages"[0] must be an object with a "role"'),
+        ("messages", {"messages": CHAT, "tools": "x"}, 'line 2: "tools" is a string; it must be an array of tools'),
+        (
+            "messages",
+            {"messages": [{"role": "tool", "content": ""}]},
+            "line 2: the chat template can't render the messages: no tools here",
+        ),
+        ("prompt", {"prompt": "a"}, 'line 2 has no "completion" (a string); it has "prompt"'),
+        ("prompt", {"prompt": CHAT, "completion": "b"}, 'line 2: "completion" is a string; it must be an array of'),
+        ("text", "{", "line 2 is not JSON"),
+    ],
+)
+def test_errors_name_the_line(capsys, tmp_path, tokenizer_folder, first, second, message):
+    file = tmp_path / "data.jsonl"
+    second = second if isinstance(second, str) else json.dumps(second)
+    file.write_text(f"{json.dumps(GOOD_LINES[first])}\n{second}\n")
+    assert message in failing(capsys, file, "--tokenizer", tokenizer_folder)
+
+
+def test_errors_of_files_and_options(capsys, tmp_path, tokenizer_folder):
+    unknown = write_jsonl(tmp_path / "unknown.jsonl", [{"question": "a", "answer": "b"}])
+    message = failing(capsys, unknown, "--tokenizer", tokenizer_folder)
+    assert 'unknown.jsonl, line 1 has "question", "answer"; a line may have {"input_ids"}, {"context", "choices"}' in (
+        message
+    )
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "a"}])
+    assert "texts.jsonl holds text: --tokenizer must name the tokenizer" in failing(capsys, texts)
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "empty.jsonl is empty; it must hold one JSON object a line" in failing(capsys, tmp_path / "empty.jsonl")
+    bare = tiny_tokenizer(adds_bos=True)
+    bare.save_pretrained(tmp_path / "bare")
+    chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": CHAT}])
+    message = failing(capsys, chats, "--tokenizer", tmp_path / "bare")
+    assert "chats.jsonl, line 1 holds messages, and the tokenizer has no chat template" in message
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"input_ids": [1]}, "has no array cu_seqlens; it must hold input_ids and cu_seqlens"),
+        ({"input_ids": [1], "cu_seqlens": [0, 2]}, "cu_seqlens must start at 0, not decrease and end at the 1 tokens"),
+        ({"input_ids": [1], "cu_seqlens": [0.0, 1.0]}, "cu_seqlens holds float64; it must hold whole numbers"),
+        ({"input_ids": [-1], "cu_seqlens": [0, 1]}, "must hold token ids from 0 to 2147483647, got -1"),
+        ({"input_ids": np.array([], np.int32), "cu_seqlens": [0]}, "holds no sequences"),
+    ],
+)
+def test_errors_of_packed_arrays(capsys, tmp_path, arrays, message):
+    np.savez(tmp_path / "ids.npz", **arrays)
+    assert message in failing(capsys, tmp_path / "ids.npz")
+    (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
+    assert "torn.npz can't be used" in failing(capsys, tmp_path / "torn.npz")
+
+
+# What is said.
+
+
+def report(capsys, tmp_path, sequences, *arguments) -> str:
+    file = write_jsonl(tmp_path / "ids.jsonl", [{"input_ids": ids} for ids in sequences])
+    capsys.readouterr()
+    assert cli.main(["inspect", str(file), *map(str, arguments)]) == 0
+    return capsys.readouterr().out.replace(f"{tmp_path}/", "")
+
+
+def verdict_of(text: str) -> str:
+    return " ".join(text.split("\n\n")[-1].split())
+
+
+def test_report(capsys, tmp_path):
+    groups = [[g, *range(100, 110), question, choice] for question in (50, 60) for g in (1, 2) for choice in (7, 8, 9)]
+    text = report(capsys, tmp_path, [*groups, [1]], "--batch-sizes", "2,6")
+    assert_expected_inline(
+        text,
+        """\
+ids.jsonl: 13 lines of {"input_ids"}
+token ids
+
+sequences          13
+tokens            157  a sequence has 1 to 13, median 13, 90% at most 13
+rows of one trie   38  4.13 times fewer: the most that sharing could save, in one batch of all
+strict prefixes     1  sequences that another goes on from, which need none either
+
+The shared prefixes that save most, each counted beyond the next shorter one that is shared:
+sequences     their tokens         saved
+        6          1 to 11     55  35.0%  [2, 100, 101, 102, 103, ..., 108, 109]
+        6          2 to 11     50  31.8%  [100, 101, 102, 103, 104, ..., 108, 109]
+        7                1      6   3.8%  [1]
+        3               12      2   1.3%  [50]
+        3               12      2   1.3%  [60]
+        3               12      2   1.3%  [50]
+        3               12      2   1.3%  [60]
+
+Saved tokens by how many sequences share them, so how many have to meet in a batch:
+      shared by   prefixes         saved
+         2 to 4          4      8   5.1%
+        5 to 16          3    111  70.7%
+
+Rows of all batches (and tokens / rows) by their size and order; speed-up of the planned ones, at most:
+a batch has                   as given          shuffled           planned      over      over
+at most                                                                       packed    padded
+2 sequences                109  (1.44)       157  (1.00)        87  (1.80)      1.80      1.80
+6 sequences                 61  (2.57)        76  (2.07)        39  (4.03)      4.03      4.03
+16,384 rows                 38  (4.13)        38  (4.13)        38  (4.13)      4.13      4.13
+all sequences               38  (4.13)        38  (4.13)        38  (4.13)      4.13
+Packed batches have no padding, padded ones hold sequences of similar length. Speed-ups compare rows;
+attention and overheads take some, and --model counts attention.
+
+It pays: planned batches of at most 16,384 rows compute 38 rows for 157 tokens, at most 4.13 times faster than
+packed batches and 4.13 times faster than batches padded by length.
+""",
+    )
+
+
+def test_one_sequence_has_none_to_share_with(capsys, tmp_path):
+    assert verdict_of(report(capsys, tmp_path, [[1, 2, 3]])) == (
+        "It does not pay: a single sequence has none to share with."
+    )
+
+
+def test_no_tokens(capsys, tmp_path):
+    assert verdict_of(report(capsys, tmp_path, [[], []])) == "It does not pay: there are no tokens."
+
+
+def test_all_equal(capsys, tmp_path):
+    text = report(capsys, tmp_path, [[1, 2, 3]] * 40)
+    assert "duplicates         39  sequences equal to another" in text
+    assert "It pays: planned batches of at most 16,384 rows compute 3 rows for 120 tokens, at most 40.00" in text
+
+
+def test_nothing_is_shared(capsys, tmp_path):
+    text = report(capsys, tmp_path, [[i, 500 - i] for i in range(100)])
+    assert "No two sequences share their first token." in text
+    assert (
+        "It does not pay: even one trie of all sequences would have only 1.00 times fewer rows than tokens, since"
+        in (verdict_of(text))
+    )
+
+
+def test_a_short_instruction_before_long_texts(capsys, tmp_path):
+    text = report(capsys, tmp_path, [[1, 2, 3, *range(i, i + 100)] for i in range(100, 8100, 100)])
+    assert "All start with the same 3 tokens, which is short beside the 103 tokens that a sequence has" in (
+        verdict_of(text)
+    )
+
+
+def test_what_is_shared_at_the_ends_is_named(capsys, tmp_path):
+    text = report(capsys, tmp_path, [[i, *range(200, 250)] for i in range(100)])
+    assert "It does not pay" in verdict_of(text)
+    assert "Read from their ends, the first 100 sequences would have 34.00 times fewer rows" in verdict_of(text)
+
+
+def test_shuffled_groups_are_told_to_meet(capsys, tmp_path):
+    groups = [[g, *range(1000), 2000 + i] for i in range(4) for g in range(100)]
+    text = verdict_of(report(capsys, tmp_path, groups))
+    assert "planned batches of at most 16,384 rows compute 100,500 rows for 400,800 tokens, at most 3.9" in text
+    assert "In the order given it is at most 1.00 times: put sequences that share a prefix into one batch" in text
+
+
+def test_text_of_a_prefix_is_printed_on_one_line_without_control_characters(
+    capsys, tmp_path, tokenizer, tokenizer_folder
+):
+    texts = [f"a\n\x1b[2J\u202eb {'the river ' * 40}end{i}" for i in range(4)]
+    file = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    shown = inspect_json(capsys, file, "--tokenizer", tokenizer_folder)["prefixes"][0]["text"]
+    assert shown.startswith('"<s>a\\n\\x1b[2J\\u202eb the river the river')
+    assert shown.endswith('the river end"')
+    assert " ... " in shown
+    assert len(shown) < 110
+
+
+# FLOPs.
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+MODELS = {
+    "llama": {},
+    "qwen3": {"head_dim": 16},
+    "gpt2": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "deepseek_v3": {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 12,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+    },
+}
+
+
+def config_of(kind, **changes):
+    return transformers.AutoConfig.for_model(kind, **{**SIZES, **MODELS.get(kind, {}), **changes})
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_flops_are_those_that_torch_counts(tmp_path, kind):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = config_of(kind)
+    config.save_pretrained(tmp_path)
+    cost = flops.forward_cost(str(tmp_path))
+    model = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
+    model.set_experts_implementation("eager") if "experts" in str(config) else None
+    for length in (5, 12):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(input_ids=torch.arange(2, 2 + length)[None], use_cache=False)
+        # Eager attention computes all pairs, the causal half and the masked one.
+        assert counter.get_total_flops() == cost.linear * length + cost.attention[None] * length**2
+
+
+def test_flops_of_windows_and_of_the_cases_that_are_refused(tmp_path, capsys):
+    def cost_of(kind, **changes):
+        config_of(kind, **changes).save_pretrained(tmp_path)
+        return flops.forward_cost(str(tmp_path))
+
+    assert cost_of("mistral", sliding_window=8).attention == {8: 256}
+    assert cost_of("mistral", sliding_window=None).attention == {None: 256}
+    layers = ["sliding_attention", "full_attention"]
+    assert cost_of("gemma2", head_dim=8, sliding_window=8, layer_types=layers).attention == {8: 128, None: 128}
+    assert cost_of("qwen2", use_sliding_window=False, sliding_window=8).attention == {None: 256}
+    assert cost_of("gemma2", head_dim=8).folds_attention is False
+    assert cost_of("llama").folds_attention is True
+    with pytest.raises(UserError, match="is of model type 'bert'"):
+        cost_of("bert")
+
+
+def test_speed_ups_of_a_model_count_attention(capsys, tmp_path):
+    config_of("llama").save_pretrained(tmp_path / "model")
+    sequences = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 6, 7], [1, 2]]
+    file = write_jsonl(tmp_path / "ids.jsonl", [{"input_ids": ids} for ids in sequences])
+    # Loading a tokenizer is left out: the file needs none, and the folder has none.
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    heads_width, inner = config["hidden_size"], config["intermediate_size"]
+    linear = 2 * 2 * (2 * heads_width * heads_width + 2 * heads_width * heads_width // 2 + 3 * heads_width * inner)
+    attention = 2 * 2 * heads_width * 2
+
+    def total(depths):
+        return linear * len(depths) + attention * sum(depths)
+
+    packed = total([d for s in sequences for d in range(1, len(s) + 1)])
+    folded = total([1, 2, 3, 4, 5, 5, 6])
+    padded = total([*range(1, 7), *range(1, 6), 1, 2])
+    tiny_tokenizer(adds_bos=True).save_pretrained(tmp_path / "model")
+    summary = inspect_json(capsys, file, "--model", tmp_path / "model")
+    batches = next(batches for batches in summary["batches"] if "max_rows" in batches)
+    assert batches["planned"]["speed_up"] == pytest.approx(packed / folded)
+    assert batches["padded"]["positions"] == 13
+    assert batches["padded"]["speed_up"] == pytest.approx(padded / folded)
+
+
+# The picture.
+
+
+def test_icicle_against_brute_force():
+    sequences = random_sequences(random.Random(3), most=60, longest=12, vocabulary=2)
+    found = sharing_of(sequences)
+    depth = max(map(len, sequences))
+    image = sharing_plot._icicle(found, found.prefixes(), depth)
+    in_order = sorted(tuple(s) for s in sequences)
+    expected = [
+        [sum(t[: p + 1] == s[: p + 1] for t in in_order) if p < len(s) else 0 for s in in_order] for p in range(depth)
+    ]
+    assert image.tolist() == expected
+
+
+def test_icicle_of_many_sequences_is_a_sample():
+    sequences = [[i // 100, *([7] * 700)] for i in range(2000)]
+    found = sharing_of(sequences)
+    image = sharing_plot._icicle(found, found.prefixes(), 701)
+    assert image.shape == (600, 1200)
+    assert set(np.unique(image)) == {100}
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_picture(capsys, tmp_path, suffix):
+    matplotlib_image = pytest.importorskip("matplotlib.image")
+    picture = tmp_path / f"sharing.{suffix}"
+    text = report(capsys, tmp_path, [[1, 2, 3, i % 3, i] for i in range(20)] + [[]], "--plot", picture)
+    assert f"The picture is sharing.{suffix}." in text
+    assert picture.stat().st_size > 5000
+    if suffix == "png":
+        pixels = matplotlib_image.imread(picture)
+        counts = np.unique((pixels[..., :3] * 255).astype(int) @ [1, 256, 65536], return_counts=True)[1]
+        assert (counts > 2000).sum() >= 4  # background, and blocks of the trie in several colours
+        assert pixels.shape[1] > 1000
+
+
+@pytest.mark.parametrize("sequences", [[[1, 2]], [[], []], [[*range(500)], *[[3]] * 300]])
+def test_picture_of_extreme_data(capsys, tmp_path, sequences):
+    pytest.importorskip("matplotlib")
+    report(capsys, tmp_path, sequences, "--plot", tmp_path / "sharing.png")
+    assert (tmp_path / "sharing.png").stat().st_size > 5000
+
+
+def test_pictures_that_cannot_be_made(capsys, tmp_path, monkeypatch):
+    file = write_jsonl(tmp_path / "ids.jsonl", [{"input_ids": [1]}])
+    assert "must end in .png, .svg, .pdf" in failing(capsys, file, "--plot", tmp_path / "sharing.gif")
+    assert "its folder does not exist" in failing(capsys, file, "--plot", tmp_path / "no" / "sharing.png")
+    (tmp_path / "folder.png").mkdir()
+    assert "is not a regular file" in failing(capsys, file, "--plot", tmp_path / "folder.png")
+    same = write_jsonl(tmp_path / "ids.png", [{"input_ids": [1]}])
+    assert "is the input file itself" in failing(capsys, same, "--plot", same)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    assert failing(capsys, file, "--plot", tmp_path / "sharing.png") == (
+        "radix-ops: --plot needs matplotlib: pip install matplotlib"
+    )
