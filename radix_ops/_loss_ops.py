@@ -21,8 +21,8 @@ head_plan = torch.library.custom_op(
     "radix_losses::head_plan",
     lambda *arguments: tuple(plan_head(*arguments)),
     mutates_args=(),
-    schema="(Tensor labels, Tensor unfold_index, Tensor cu_seqlens, SymInt num_rows, SymInt vocabulary, int ignore_index, "
-    "int rows_per_chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor labels, Tensor unfold_index, Tensor cu_seqlens, SymInt num_rows, SymInt vocabulary, "
+    "int ignore_index, int rows_per_chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 head = torch.library.custom_op(
     "radix_losses::head",

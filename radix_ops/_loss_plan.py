@@ -7,6 +7,7 @@ labels, and a (row, label) pair several tokens: that of each duplicate of its se
 from __future__ import annotations
 
 import itertools
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,9 @@ from torch.nn import functional as F
 
 # Logits that exist at a time by default: 128 MiB of them in fp32.
 _BLOCK_LOGITS = 1 << 25
-# Blocks are at least so wide, where the vocabulary is, for their products to be fast.
+# About so many rows, in a block of the default size, give both products of the backward enough parts to be made at a
+# time: the gradients of the states, rows by width, and of the weight, columns by width.
+_BLOCK_ROWS = 4096
 _MIN_COLUMNS = 1024
 _ALIGNED_COLUMNS = 128
 # The key of tokens without a pair, behind all others.
@@ -60,13 +63,19 @@ def blocks_of(blocks: Tensor, num_rows: int, vocabulary: int) -> list[Block]:
 def block_shape(num_rows: int, vocabulary: int, rows_per_chunk: int) -> tuple[int, int]:
     """Rows and columns of a block of at most rows_per_chunk * vocabulary logits (0: by the default number of them).
 
-    As many rows as there are, in a part of the vocabulary: the products are the same, each weight's gradient is made
-    at once, and what is added up in memory is the gradient of the rows, which is smaller than that of the weight.
+    Many rows and a part of the vocabulary, not all of it for a few rows: so the gradient of a part of the weight is
+    summed at once, in little memory, and what is read and written for each part is the gradient of the rows, of which
+    there are fewer than words in the vocabulary.
     """
     logits = rows_per_chunk * vocabulary if rows_per_chunk else max(_BLOCK_LOGITS, vocabulary)
-    rows = max(1, min(num_rows, logits // min(vocabulary, _MIN_COLUMNS)))
+    num_rows = max(num_rows, 1)
+    most_rows = max(1, logits // min(vocabulary, _MIN_COLUMNS))
+    num_parts = max(math.ceil(num_rows / most_rows), round(num_rows / _BLOCK_ROWS))
+    rows = math.ceil(num_rows / num_parts)
     columns = min(vocabulary, logits // rows)
-    if _ALIGNED_COLUMNS <= columns < vocabulary:
+    if columns == vocabulary:
+        rows = min(num_rows, logits // columns)
+    elif columns > _ALIGNED_COLUMNS:
         columns -= columns % _ALIGNED_COLUMNS
     return rows, columns
 

@@ -72,8 +72,7 @@ def run(hidden, weight, bias, batch, **more):
     (logprobs + entropy).sum().backward()
 
 
-@pytest.mark.parametrize("rows_per_chunk", [1, 3, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows_per_chunk", "dtype"), [(1, torch.float32), (3, torch.bfloat16), (8, torch.float32)])
 def test_no_tensor_is_larger_than_a_block_of_logits(rows_per_chunk, dtype):
     """Nor are there more than a few of them at a time."""
     vocabulary = 5000
@@ -92,7 +91,6 @@ def test_no_tensor_is_larger_than_a_block_of_logits(rows_per_chunk, dtype):
 
 def test_the_default_block_has_128_mib_of_logits():
     rows, columns = _loss_plan.block_shape(16384, 151_936, 0)
-    assert rows == 16384
     assert 0.9 * 2**27 < rows * columns * 4 <= 2**27
 
 
@@ -183,11 +181,10 @@ def compiled_loss(hidden, batch, labels, weight, bias):
 def test_compiles_as_one_graph_for_batches_of_all_sizes():
     first = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6], [1, 2, 5, 7], [8, 9], [1, 2, 3], [1, 2, 5]]
     others = [[[1, 2, 3]] * 3, [[7] * 7, [7, 7, 7, 8]], [[1, 2, 3, 4, 5, 6], [1, 2, 3, 9], [], [1, 2, 3, 4]]]
-    small = [[[1]], []]
     torch._dynamo.reset()
     with torch.fx.experimental._config.patch(use_duck_shape=False):
         compiled = torch.compile(compiled_loss, backend="aot_eager", fullgraph=True, dynamic=True)
-        for i, sequences in enumerate([first, *others, *small]):
+        for i, sequences in enumerate([first, *others, []]):
             batch = FoldedBatch.from_sequences(sequences, pad_multiple_of=4)
             labels, inputs = random_labels(batch), tensors(batch, True)
             with torch._dynamo.config.patch(error_on_recompile=0 < i <= len(others)):
@@ -199,16 +196,15 @@ def test_compiles_as_one_graph_for_batches_of_all_sizes():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("extra", ["none", "entropy", "mean"])
-def test_opcheck(extra):
+def test_opcheck():
     batch = FoldedBatch.from_sequences(NAMED["nested"], pad_multiple_of=4)
     hidden, weight, bias = tensors(batch, True)
     arguments = (random_labels(batch), batch.unfold_index, batch.cu_seqlens, batch.num_rows, weight.shape[0], -100, 3)
     torch.library.opcheck(losses.head_plan, arguments)
     rows, ranks, labels, *_, blocks = losses.head_plan(*arguments)
-    options = (1.5, 2.0, 0.8, torch.float64, extra)
-    for some in ((hidden, weight, bias), (hidden, weight.detach(), None)):
-        torch.library.opcheck(losses.head, (*some, rows, ranks, labels, blocks, *options))
+    for inputs, extra in (((hidden, weight, bias), "mean"), ((hidden, weight.detach(), None), "entropy")):
+        options = (1.5, 2.0, 0.8, torch.float64, extra)
+        torch.library.opcheck(losses.head, (*inputs, rows, ranks, labels, blocks, *options))
 
 
 class Sharded(torch.Tensor):
