@@ -143,7 +143,7 @@ def test_forms_and_precisions_of_the_result(plain, form, precision):
 def test_embeddings_of_tokens_have_the_shapes_of_the_library_s_batches(folder, side, output_value):
     plain = encoder(folder(side=side))
     model = enable(copy.deepcopy(plain))
-    got, want = (m.encode(TEXTS, batch_size=8, output_value=output_value) for m in (model, plain))
+    got, want = (m.encode(TEXTS, batch_size=4, output_value=output_value) for m in (model, plain))
     for one, other in zip(got, want, strict=True):
         mask = torch.ones(len(other), dtype=torch.bool)
         if output_value is None:
@@ -174,18 +174,19 @@ def test_kinds_of_inputs(plain, kind):
     ids=str,
 )
 def test_bad_arguments_are_the_library_s_to_refuse(plain, options):
-    errors = []
-    for model in (copy.deepcopy(plain), enable(copy.deepcopy(plain))):
-        with pytest.raises((ValueError, RuntimeError), match=".") as raised:
-            model.encode(TEXTS, **options)
-        errors.append((raised.type, str(raised.value)))
-    assert errors[0] == errors[1]
+    def outcome(model):
+        try:
+            return model.encode(TEXTS, **options).shape
+        except (ValueError, RuntimeError) as error:
+            return type(error), str(error)
+
+    assert outcome(enable(copy.deepcopy(plain))) == outcome(plain)
 
 
 def test_a_batch_takes_no_more_rows_than_the_library_s_largest_has_positions(plain):
     model = enable(plain)
     shapes = []
-    model.register_forward_pre_hook(lambda module, args: shapes.append(args[0]["input_ids"].shape))
+    model[0].register_forward_pre_hook(lambda module, args: shapes.append(args[0]["input_ids"].shape))
     longest = max(map(len, tokens_of(plain)))
     for batch_size in (1, 3, 8):
         del shapes[:]
@@ -204,7 +205,7 @@ def test_without_anything_to_gain_the_library_s_batches_run(plain, options):
     model = hf.enable(copy.deepcopy(plain), **options)
     batches = {plain: [], model: []}
     for encoder_, seen in batches.items():
-        encoder_.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]["input_ids"].clone()))
+        encoder_[0].register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]["input_ids"].clone()))
     np.testing.assert_array_equal(model.encode(inputs, batch_size=8), plain.encode(inputs, batch_size=8))
     assert len(batches[model]) == 5
     assert all(one.equal(other) for one, other in zip(batches[model], batches[plain], strict=True))
