@@ -53,28 +53,34 @@ def has_own_attention(config) -> bool:
 
 
 def _layer_numbers(config) -> int:
-    config = config.get_text_config()
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
-    if getattr(config, "moe_intermediate_size", None):
-        inner = max(inner, config.moe_intermediate_size * (getattr(config, "num_experts_per_tok", None) or 1))
-    return 4 * config.hidden_size + 2 * (_heads(config) + _kv_heads(config)) * _head_dim(config) + 3 * inner
+    hidden = _number(config, "hidden_size")
+    inner = _number(config, "intermediate_size", "n_inner") or 4 * hidden
+    experts = _number(config, "moe_intermediate_size") * (_number(config, "num_experts_per_tok") or 1)
+    heads = _heads(config) + _kv_heads(config)
+    return 4 * hidden + 2 * heads * _head_dim(config) + 3 * max(inner, experts)
 
 
 def _token_numbers(config) -> int:
-    config = config.get_text_config()
-    return 2 * _kv_heads(config) * _head_dim(config) + 2 * config.hidden_size
+    return 2 * _kv_heads(config) * _head_dim(config) + 2 * _number(config, "hidden_size")
 
 
 def _heads(config) -> int:
-    return config.get_text_config().num_attention_heads
+    return _number(config, "num_attention_heads") or 1
 
 
 def _kv_heads(config) -> int:
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return _number(config, "num_key_value_heads") or _heads(config)
 
 
 def _head_dim(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return _number(config, "head_dim") or _number(config, "hidden_size") // _heads(config)
+
+
+def _number(config, *names: str) -> int:
+    """The first of these that the config says, the largest where it says one a layer, else 0."""
+    config = config.get_text_config()
+    values = (getattr(config, name, None) for name in names)
+    return next((max(value) if isinstance(value, (list, tuple)) else value for value in values if value), 0)
 
 
 def free_memory(device: torch.device) -> int:

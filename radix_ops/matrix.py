@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -11,6 +12,8 @@ import numpy as np
 from numpy.lib import format as npy
 
 from .records import UserError
+
+SIDE_SUFFIX = ".rows"
 
 
 def scratch_matrix(shape: tuple[int, int]) -> np.ndarray:
@@ -30,7 +33,7 @@ class MatrixFile:
 
     def __init__(self, path: str, shape: tuple[int, int], key: str, overwrite: bool):
         self.path = Path(path)
-        self._part, self._side = (self.path.with_name(self.path.name + suffix) for suffix in (".part", ".rows"))
+        self._part, self._side = (self.path.with_name(self.path.name + suffix) for suffix in (".part", SIDE_SUFFIX))
         self._header = json.dumps({"rows": shape[0], "columns": shape[1], "key": key}).encode() + b"\n"
         if overwrite or not self._side.exists():
             if self.path.exists() and not overwrite:
@@ -73,7 +76,10 @@ class MatrixFile:
 def _reserve(file, size: int) -> None:
     """Makes the file so long. A full disk is an OSError here, where a mapped file would kill the process later."""
     file.flush()
-    if hasattr(os, "posix_fallocate") and size:
+    try:
         os.posix_fallocate(file.fileno(), 0, size)
-    else:
+    except (AttributeError, OSError) as error:
+        # Neither every system nor every file system can.
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
         file.truncate(size)

@@ -153,9 +153,10 @@ def fingerprint(runner, *further):
     return base
 
 
-def key_of_parts(base, *parts: bytes) -> str:
+def key_of_parts(base, *parts: bytes | memoryview) -> str:
     """16 hex digits of `base`, a hash object, and the parts, whose borders count."""
     found = base.copy()
     for part in parts:
-        found.update(len(part).to_bytes(8, "little") + part)
+        found.update(len(part).to_bytes(8, "little"))
+        found.update(part)
     return found.hexdigest()[:16]

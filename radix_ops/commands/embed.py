@@ -38,8 +38,7 @@ model, and normalises after that.
 
   radix-ops embed --model Qwen/Qwen3-Embedding-0.6B --output documents.npy documents.txt
   radix-ops embed --model Qwen/Qwen3-Embedding-0.6B --output queries.npy queries.txt \\
-      --prompt "Instruct: Given a web search query, retrieve relevant passages that answer the query
-  Query:"
+      --prompt $'Instruct: Given a web search query, retrieve relevant passages that answer the query\\nQuery:'
 
 {running.RESUME_HELP}A .npy is made as PATH.npy.part, and a side file, PATH.npy.rows, says which rows are done; both go
 when it is finished.

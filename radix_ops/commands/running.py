@@ -15,6 +15,7 @@ import torch
 from .._budget import Budget, find_budget
 from ..items import Collector, Items
 from ..loading import context_length
+from ..matrix import SIDE_SUFFIX
 from ..records import UserError
 from ..results import ResultFile, ResultStream
 from ..runner import RunStats
@@ -93,7 +94,9 @@ def find_device(name: str | None) -> torch.device:
 
 
 def check_compare(args: argparse.Namespace) -> None:
-    if args.compare and args.output and os.path.exists(args.output) and not args.overwrite:
+    if not (args.compare and args.output) or args.overwrite:
+        return
+    if any(map(os.path.exists, (args.output, args.output + SIDE_SUFFIX))):
         raise UserError(f"--output {args.output} exists and --compare times whole runs; --overwrite replaces it")
 
 

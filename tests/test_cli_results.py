@@ -1,0 +1,140 @@
+"""Where the radix-ops command puts results, and how large it makes a batch."""
+
+import json
+import random
+import tracemalloc
+
+import pytest
+import torch
+from test_scoring import tiny_model
+
+from radix_ops import _budget, cli
+from radix_ops._budget import find_budget
+from radix_ops.records import UserError
+from radix_ops.results import ResultFile, ResultStream
+
+transformers = pytest.importorskip("transformers")
+CPU, NUM_ITEMS = torch.device("cpu"), 300
+
+
+def key_of(item):
+    return f"key{item}"
+
+
+def fields_of(item):
+    return {"line": item + 1, "text": "é" * (item % 7)}
+
+
+def added_in_random_order(results, flush_every):
+    order = random.Random(0).sample(range(NUM_ITEMS), NUM_ITEMS)
+    for count, item in enumerate(order, 1):
+        results.add(item, fields_of(item))
+        if count % flush_every == 0:
+            results.flush()
+        yield item
+    results.finish()
+
+
+def check_lines(lines):
+    assert [json.loads(line) for line in lines] == [{**fields_of(i), "key": key_of(i)} for i in range(NUM_ITEMS)]
+
+
+@pytest.mark.parametrize("flush_every", [1, 7, NUM_ITEMS])
+def test_a_stream_prints_in_order_and_as_soon_as_it_can(capsys, flush_every):
+    out, done = "", set()
+    for count, item in enumerate(added_in_random_order(ResultStream(NUM_ITEMS, key_of), flush_every), 1):
+        done.add(item)
+        out += capsys.readouterr().out
+        if count % flush_every == 0:
+            assert len(out.splitlines()) == next(i for i in range(NUM_ITEMS + 1) if i not in done)
+    check_lines((out + capsys.readouterr().out).splitlines())
+
+
+def test_a_file_is_put_in_order_and_continues_from_any_cut(tmp_path):
+    path = tmp_path / "r.jsonl"
+    for item in added_in_random_order(ResultFile(str(path), NUM_ITEMS, key_of, False), 1):
+        if item == 17:
+            content = path.read_bytes()
+    check_lines(path.read_text().splitlines())
+    assert [p.name for p in tmp_path.iterdir()] == ["r.jsonl"]
+    whole = content.count(b"\n")
+    for cut in (0, 1, 5, 30, 200):
+        path.write_bytes(content[: len(content) - cut])
+        results = ResultFile(str(path), NUM_ITEMS, key_of, False)
+        assert results.done.sum() == content[: len(content) - cut].count(b"\n") <= whole
+        for item in range(NUM_ITEMS):
+            if not results.done[item]:
+                results.add(item, fields_of(item))
+        results.finish()
+        check_lines(path.read_text().splitlines())
+
+
+def test_a_file_that_is_refused_stays_as_it_was(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"line": 1, "key": "key0"}\n{"line": 1, "key": "key0"}\n')
+    with pytest.raises(UserError, match="r.jsonl holds a result twice"):
+        ResultFile(str(path), NUM_ITEMS, key_of, False)
+    path.write_text('{"line": 1, "key": "key0"}\n{"line": 3, "key": "key0"}\n')
+    with pytest.raises(UserError, match="r.jsonl, line 2 is no result of this input"):
+        ResultFile(str(path), NUM_ITEMS, key_of, False)
+    assert path.read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_results_that_wait_take_no_memory(tmp_path, capsys, kind):
+    num_items, text = 4000, "x" * 5000
+    tracemalloc.start()
+    try:
+        if kind == "file":
+            results = ResultFile(str(tmp_path / "r.jsonl"), num_items, key_of, False)
+        else:
+            results = ResultStream(num_items, key_of)
+        for item in reversed(range(1, num_items)):
+            results.add(item, {"line": item + 1, "text": text})
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 64 * num_items + 2**18
+
+
+def test_a_budget_is_what_half_of_the_free_memory_holds(monkeypatch):
+    config = tiny_model("Qwen3", num_key_value_heads=2).config
+    # In elements: 4 hidden, 2 (heads + kv_heads) head_dim, 3 intermediate; for each of 8 tokens 2 kv_heads head_dim and
+    # 2 hidden. Besides 8 bytes for each of the longest sequence's tokens.
+    elements = 4 * 32 + 2 * (4 + 2) * 8 + 3 * 64 + 8 * (2 * 2 * 8 + 2 * 32)
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        a_row = size * elements + 8 * 100
+        for rows in (1500, 9999):
+            monkeypatch.setattr(_budget, "free_memory", lambda device, rows=rows, a_row=a_row: 2 * rows * a_row)
+            assert find_budget(config, dtype, CPU, 100).max_rows == rows
+    for free, rows in ((0, 1024), (2**50, 16_384)):
+        monkeypatch.setattr(_budget, "free_memory", lambda device, free=free: free)
+        assert find_budget(config, torch.float32, CPU, 100).max_rows == rows
+    assert find_budget(config, torch.float32, torch.device("cuda"), 100).max_rows == 65_536
+
+
+def test_a_budget_can_be_found_for_every_kind_of_config(monkeypatch):
+    configs = [transformers.GPT2Config(), transformers.MixtralConfig(), transformers.Gemma2Config()]
+    configs += [transformers.Gemma3Config(), transformers.Gemma3nTextConfig(), transformers.DeepseekV3Config()]
+    monkeypatch.setattr(_budget, "free_memory", lambda device: 2**31)
+    for config in configs:
+        assert 1024 <= find_budget(config, torch.float32, CPU, 1000).max_rows <= 16_384
+    capped, plain = transformers.Gemma2Config(), transformers.Gemma2Config(attn_logit_softcapping=None)
+    monkeypatch.setattr(_budget, "free_memory", lambda device: 2**33)
+    rows = [find_budget(config, torch.float32, CPU, 8192).max_rows for config in (capped, plain)]
+    assert rows[0] < rows[1]
+
+
+def test_free_memory_is_some_of_the_machines():
+    size = _budget.free_memory(CPU)
+    assert 2**20 < size < 2**50
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_teaches_by_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert f"\n  radix-ops {command} " in out
+    assert "does not pay" in out or command == "inspect"
