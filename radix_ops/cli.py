@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import os
 import sys
 
@@ -20,9 +19,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="radix-ops", description="Shared prefixes of a batch, computed once.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
-        module = f"radix_ops.commands.{name}"
-        if importlib.util.find_spec(module) is not None:
-            importlib.import_module(module).add_parser(commands)
+        importlib.import_module(f"radix_ops.commands.{name}").add_parser(commands)
     return parser
 
 
@@ -35,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         message, status = str(error), 1
     except torch.OutOfMemoryError:
-        message, status = "out of memory, even for one sequence at a time", 1
+        message, status = "out of memory", 1
     except BrokenPipeError:
         # What reads standard output has gone; closing it again at exit must not fail loudly.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
