@@ -138,34 +138,6 @@ def row_of(name: str, model, weight, batch: Groups, args) -> dict[str, object]:
     return row
 
 
-def loss_memory(weight, tokens: int = 16_384) -> dict[str, object]:
-    """Of the loss alone, with every token a target: the peak beyond hidden states, their gradient and the head's."""
-    vocabulary, hidden_size = weight.shape
-    ids = torch.randint(vocabulary, (tokens,), device=weight.device)
-    batch = radix_ops.pack(ids, torch.arange(0, tokens + 1, 512, device=weight.device))
-    hidden = torch.randn(tokens, hidden_size, device=weight.device, dtype=weight.dtype, requires_grad=True)
-    zero_gradients([weight])
-    peak = {}
-    for attempt in ("warm-up", "measured"):
-        weight.grad = hidden.grad = None
-        bench_qwen3.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        start = time.perf_counter()
-        token_logprobs(hidden, batch, weight=weight).sum().backward()
-        bench_qwen3.synchronize()
-        peak[attempt] = torch.cuda.max_memory_allocated() - held, time.perf_counter() - start
-    results = (weight.numel() + hidden.numel()) * weight.element_size()
-    return {
-        "vocabulary": vocabulary,
-        "hidden_size": hidden_size,
-        "packed tokens": tokens,
-        "peak GiB": peak["measured"][0] / 2**30,
-        "beyond the gradients GiB": (peak["measured"][0] - results) / 2**30,
-        "ms": peak["measured"][1] * 1e3,
-    }
-
-
 def main() -> None:
     parser = harness.make_parser(__doc__, rounds=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -185,8 +157,6 @@ def main() -> None:
             rows.append(row_of(name, model, weight, Groups(*shape, device), args))
             print(json.dumps(rows[-1]), flush=True)
         harness.report(f"training_{name}_{device}", rows, args.save)
-        if device == "cuda":
-            harness.report(f"training_loss_memory_{name}_cuda", [loss_memory(weight)], args.save)
         del model, weight
         torch._dynamo.reset()
         gc.collect()

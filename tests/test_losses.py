@@ -78,7 +78,7 @@ class Packed:
         return torch.stack(sums) if sums else values[:0]
 
     def counts(self):
-        return self.by_sequence(self.spread(torch.ones(len(self.places), dtype=torch.float64)))
+        return self.by_sequence(self.spread(torch.ones_like(self.targets, dtype=torch.float64)))
 
 
 def tensors(batch, with_bias, dtype=torch.float64, vocabulary=VOCABULARY, width=WIDTH, device="cpu"):

@@ -115,6 +115,9 @@ def interpret():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed, which no CPU needs")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="test_kernels runs them on the GPU; triton 3.6 can't interpret them"
+)
 def test_kernels_interpreted():
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
