@@ -72,6 +72,7 @@ def _draw_ratios(axes, summary: dict) -> None:
 
 def _draw_trie(figure, axes, sharing: Sharing) -> None:
     from matplotlib.colors import ListedColormap, LogNorm
+    from matplotlib.ticker import MaxNLocator
 
     depth, note = _shown_depth(sharing)
     image = _icicle(sharing, sharing.prefixes(), depth)
@@ -92,6 +93,9 @@ def _draw_trie(figure, axes, sharing: Sharing) -> None:
         ends = np.maximum(lengths[1:], lengths[:-1])
         axes.vlines(np.arange(1, len(sharing)), sharing.shared[1:], ends, color="white", linewidth=0.6)
         axes.set_ylim(depth, 0)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("sequences, sorted by their tokens")
     axes.set_ylabel("token position" + note)
     axes.set_title("the trie of all sequences", fontsize="medium")

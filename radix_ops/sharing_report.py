@@ -45,26 +45,36 @@ def _prefixes_text(summary: dict) -> str:
         return "No two sequences share their first token."
     lines = [
         "The shared prefixes that save most, each counted beyond the next shorter one that is shared:",
-        f"{'sequences':>9}  {'their tokens':>15}  {'saved':>12}",
+        f"{'sequences':>9}  {'their tokens':>15}  {'saved':>{_saved_width(summary)}}",
     ]
     for prefix in summary["prefixes"]:
         span = _span(prefix["start"] + 1, prefix["stop"])
-        saved = f"{prefix['saved']:,} {prefix['saved'] / summary['tokens']:>6.1%}"
-        lines.append(f"{prefix['sequences']:>9,}  {span:>15}  {saved:>12}  {prefix['text']}")
+        lines.append(f"{prefix['sequences']:>9,}  {span:>15}  {_saved(summary, prefix)}  {prefix['text']}")
     return "\n".join(lines)
 
 
 def _sharers_text(summary: dict) -> str:
     if not summary["prefixes"]:
         return ""
-    lines = ["Saved tokens by how many sequences share them, so how many have to meet in a batch:"]
-    lines.append(f"{'shared by':>15}  {'prefixes':>9}  {'saved':>12}")
+    lines = [
+        "Saved tokens by how many sequences share them, so how many have to meet in a batch:",
+        f"{'shared by':>15}  {'prefixes':>9}  {'saved':>{_saved_width(summary)}}",
+    ]
     for group in summary["saved_by_sharers"]:
         if group["prefixes"]:
             span = _span(group["least"], group["most"]) if group["most"] else f"{group['least']:,} or more"
-            saved = f"{group['saved']:,} {group['saved'] / summary['tokens']:>6.1%}"
-            lines.append(f"{span:>15}  {group['prefixes']:>9,}  {saved:>12}")
+            lines.append(f"{span:>15}  {group['prefixes']:>9,}  {_saved(summary, group)}")
     return "\n".join(lines)
+
+
+def _saved(summary: dict, part: dict) -> str:
+    """Tokens that a part of the prefixes saves, and their share of all tokens."""
+    share = f"({part['saved'] / summary['tokens']:.1%})"
+    return f"{part['saved']:>{_saved_width(summary) - 8},}{share:>8}"
+
+
+def _saved_width(summary: dict) -> int:
+    return len(f"{summary['tokens'] - summary['rows']:,}") + 8
 
 
 def _batches_text(summary: dict) -> str:

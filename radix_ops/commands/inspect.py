@@ -57,10 +57,9 @@ kernels are not counted; `--compare` of the other commands measures the time.
 def run(args: argparse.Namespace) -> None:
     if args.plot is not None:
         check_plot_path(args.plot, args.file)
-    name, option = (args.tokenizer, "--tokenizer") if args.tokenizer else (args.model, "--model")
-    tokenizer = load_tokenizer(name, option) if name else None
+    tokenizer = load_tokenizer(args.tokenizer, "--tokenizer") if args.tokenizer else None
     cost = forward_cost(args.model) if args.model else None
-    items, meaning = _read(args, tokenizer)
+    items, meaning, tokenizer = _read(args, tokenizer)
     lengths = items.lengths
     sharing = Sharing(items.store, lengths)
     summary = {"file": args.file, "meaning": meaning, "model": args.model}
@@ -82,22 +81,24 @@ def run(args: argparse.Namespace) -> None:
             print(f"\nThe picture is {args.plot}.")
 
 
-def _read(args: argparse.Namespace, tokenizer) -> tuple[Items, str]:
-    """The sequences, and what they are."""
+def _read(args: argparse.Namespace, tokenizer) -> tuple[Items, str, object]:
+    """The sequences, what they are, and the tokenizer: that of --model where one is needed and none was given."""
     if args.file.endswith(".npz") and args.format is None:
         items = packed_arrays(args.file)
         if not len(items.store):
             raise UserError(f"{args.file} holds no sequences")
-        return items, "packed token ids"
+        return items, "packed token ids", tokenizer
     parser = FormatParser(formats(args.text_key, args.prompt, args.template))
     records = read_records(args.file, parser, "one JSON object a line", args.format)
     if tokenizer is None and parser.format.needs_tokenizer:
-        raise UserError(f"{args.file} holds text: --tokenizer must name the tokenizer, a local folder or a hub id")
+        if not args.model:
+            raise UserError(f"{args.file} holds text: --tokenizer must name the tokenizer, a local folder or a hub id")
+        tokenizer = load_tokenizer(args.model)
     items = parser.format.encode(with_progress(records, "tokenising"), tokenizer)
     lines = f"{len(records):,} line{'s' * (len(records) != 1)}"
     if records.format == "text":
-        return items, f"{lines} of text"
-    return items, f"{lines} of {parser.format.shape}\n{parser.format.meaning}"
+        return items, f"{lines} of text", tokenizer
+    return items, f"{lines} of {parser.format.shape}\n{parser.format.meaning}", tokenizer
 
 
 def _shower(items: Items, tokenizer) -> Callable[[int, int, int], str]:
