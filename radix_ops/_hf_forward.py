@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import _hf_guards, _hf_heads, _hf_proofs, _hf_verify
+from . import _hf_guards, _hf_heads, _hf_loss, _hf_proofs, _hf_verify
 from ._hf_calls import makes_cache, obstacle_of, size_of
 from ._hf_fold import HARMLESS_ARGUMENTS, PaddedBatch, run_folded
+from ._hf_loss import RowLoss
 
 # Measured on a CPU with Llama layers 576 wide, 1 to 64 sequences of 16 to 4096 tokens, forward and backward: at equal
 # rows folding takes up to 1.05 times as long as the plain model, at 0.93 of the rows it is never slower.
@@ -104,11 +105,17 @@ class _Request:
     state: StackForward
     obstacle: str | None  # to folding
     may_leave_rows: Callable[[], bool] = lambda: False  # whether a folded batch's hidden states may stay in rows
-    padded: PaddedBatch | None = None  # the batch, where they did
+    row_loss: RowLoss | None = None  # in place of the head's forward, where its loss is wanted and no logits
+    padded: PaddedBatch | None = None  # the batch, where its hidden states were left in rows
+
+    def leave_rows(self, padded: PaddedBatch) -> None:
+        self.padded = padded
+        if self.row_loss is not None:
+            self.row_loss.padded = padded
 
     def unfold(self, outputs):
         """Outputs of a head that ran on rows, in the padded layout."""
-        if self.padded is not None:
+        if self.padded is not None and outputs.get("logits") is not None:
             outputs.logits = self.padded.unfold(outputs.logits)
         return outputs
 
@@ -136,7 +143,7 @@ class _HeadForward(_Forward):
         request = self._request(args, kwargs)
         token = _request.set(request)
         try:
-            outputs = self.__wrapped__(*args, **kwargs)
+            outputs = (request.row_loss or self.__wrapped__)(*args, **kwargs)
         finally:
             _request.reset(token)
         return request.unfold(outputs)
@@ -150,6 +157,8 @@ class _HeadForward(_Forward):
             obstacle = "labels, pooling or logits_to_keep read a masked position"
         if self.previous is not None:
             return _Request(state, obstacle)
+        if _hf_loss.applies(head, state.module, arguments):
+            return _Request(state, obstacle, lambda: True, _hf_loss.RowLoss(head))
         return _Request(state, obstacle, lambda: _hf_heads.may_run_on_rows(head, state.module, arguments))
 
 
@@ -205,7 +214,8 @@ class StackForward(_Forward):
         if plain is not None:
             self._check(outputs[0], plain, padded, leaves_rows)
             self.verified = scope
-        request.padded = padded if leaves_rows else None
+        if leaves_rows:
+            request.leave_rows(padded)
         self.stats._add(padded.batch.num_tokens, padded.batch.num_rows, folded=True)
         return outputs
 

@@ -99,11 +99,17 @@ def _kind_of(head: PreTrainedModel) -> str | None:
 
 def may_run_on_rows(head: PreTrainedModel, stack: PreTrainedModel, arguments: Mapping[str, Any]) -> bool:
     """Whether nothing but a language model's head reads the stack's hidden states, all of them, and each by itself."""
+    return arguments.get("labels") is None and is_rowwise(head, stack, arguments)
+
+
+def is_rowwise(head: PreTrainedModel, stack: PreTrainedModel, arguments: Mapping[str, Any]) -> bool:
+    """Whether a language model's head, and perhaps its loss, alone reads the hidden states, all, each by itself."""
     if class_of(head) is not causal_lm_class(head.config) or not proof_of(stack).head_on_rows:
         return False
     kept = arguments.get("logits_to_keep")
-    asks_for_more = (isinstance(kept, Tensor) or kept) or arguments.get("labels") is not None
-    if asks_for_more or arguments.get("return_dict", getattr(head.config, "return_dict", True)) is False:
+    if isinstance(kept, Tensor) or kept:
+        return False
+    if arguments.get("return_dict", getattr(head.config, "return_dict", True)) is False:
         return False
     inside = {id(module) for module in stack.modules()}
     around = [stack, *(module for module in head.modules() if module is not head and id(module) not in inside)]

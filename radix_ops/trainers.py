@@ -1,0 +1,180 @@
+"""Trainers of transformers and TRL on folded batches.
+
+    trainer = GRPOTrainer(model, ...)
+    radix_ops.trainers.enable(trainer)
+    trainer.train()
+
+docs/training.md says what that changes and what it doesn't.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer
+
+from . import _hf_loss, hf
+
+__all__ = ["GroupSampler", "enable", "keep_groups_together", "loss_on_rows"]
+
+
+def enable(trainer: Trainer, threshold: float | None = None, layout: str = "auto", verify: str = "first") -> Trainer:
+    """Makes a trainer run its models folded, in place, and returns it. Call it before `train()`.
+
+    That is `radix_ops.hf.enable`, with the same options and errors, of the model and of the reference model, if the
+    trainer has one (a PEFT model without its adapters is the same model); `keep_groups_together` for TRL's GRPO and
+    RLOO trainers; and `loss_on_rows` for a trainer that computes its loss as transformers' Trainer does. Losses of
+    TRL's trainers are their own.
+
+    Raises TypeError for what is no Trainer, and ValueError for one with a `model_init`, which makes a new model each
+    time it trains: enable the model there.
+    """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(f"trainer must be a transformers Trainer, got {type(trainer).__name__}")
+    if trainer.model_init is not None:
+        raise ValueError("a trainer with model_init makes its model anew; call radix_ops.hf.enable in model_init")
+    models = [trainer.model, getattr(trainer, "ref_model", None)]
+    for model in models:
+        if isinstance(model, nn.Module):
+            hf.enable(model, threshold, layout, verify)
+    if _shuffles_rollouts(trainer):
+        keep_groups_together(trainer)
+    if type(trainer).compute_loss is Trainer.compute_loss and "compute_loss" not in vars(trainer):
+        trainer.compute_loss = _LossOnRows(trainer.compute_loss)
+    return trainer
+
+
+@contextlib.contextmanager
+def loss_on_rows() -> Iterator[None]:
+    """Inside, an enabled causal language model that is called with labels returns the loss, and None for logits.
+
+    Where the batch was folded and the loss is transformers' own of logits that are neither scaled nor capped, it comes
+    from the rows by `radix_ops.losses.causal_lm_loss`: equal up to rounding, and logits exist for a block at a time.
+    Of other models and calls the output is as it would be outside.
+    """
+    token = _hf_loss.wanted.set(True)
+    try:
+        yield
+    finally:
+        _hf_loss.wanted.reset(token)
+
+
+class _LossOnRows:
+    """A Trainer's compute_loss, for which models need no logits where it is asked for the loss alone."""
+
+    def __init__(self, compute_loss):
+        self.compute_loss = compute_loss
+
+    def __call__(self, model, inputs, return_outputs: bool = False, **kwargs):
+        with contextlib.nullcontext() if return_outputs else loss_on_rows():
+            return self.compute_loss(model, inputs, return_outputs, **kwargs)
+
+
+def keep_groups_together(trainer: Trainer) -> Trainer:
+    """Makes a GRPO or RLOO trainer of TRL's split its rollouts by whole groups, in place, and returns it.
+
+    TRL shuffles the rows of a generation batch and cuts them into micro-batches, so the answers to a prompt end up in
+    different ones. Here the groups keep the shuffled order of their first rows, and each group's rows follow one
+    another, so groups are cut only where a micro-batch is no multiple of num_generations. The same rows are used as
+    often as before, with the same advantages. Batches that hold images are left as they are.
+
+    Raises TypeError for a trainer that doesn't shuffle rollouts as those of TRL 1.16 do.
+    """
+    if not _shuffles_rollouts(trainer):
+        raise TypeError(f"trainer must be a GRPOTrainer or RLOOTrainer of TRL, got {type(trainer).__name__}")
+    if not isinstance(trainer._prepare_inputs, _GroupedInputs):
+        trainer._prepare_inputs = _GroupedInputs(trainer)
+    return trainer
+
+
+def _shuffles_rollouts(trainer: Trainer) -> bool:
+    return hasattr(trainer, "_buffered_inputs") and hasattr(trainer.args, "steps_per_generation")
+
+
+class _GroupedInputs:
+    """The _prepare_inputs of a trainer of TRL's, which fills a list of micro-batches now and then, and returns one."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.prepare = trainer._prepare_inputs
+
+    def __call__(self, generation_batch):
+        trainer = self.trainer
+        before = trainer._buffered_inputs
+        inputs = self.prepare(generation_batch)
+        batches = trainer._buffered_inputs
+        if batches is before:
+            return inputs
+        place = [batch is inputs for batch in batches].index(True)
+        trainer._buffered_inputs = _regrouped(batches)
+        return trainer._buffered_inputs[place]
+
+
+def _regrouped(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the micro-batches of a generation batch, those with the same prompt one after another."""
+    num_rows = len(batches[0]["prompt_ids"])
+
+    def is_rows(value: Any) -> bool:
+        return value is not None and not (isinstance(value, Tensor) and value.dim() == 0)
+
+    whole = {
+        name: _joined([batch[name] for batch in batches]) if is_rows(value) else value
+        for name, value in batches[0].items()
+    }
+    if any(is_rows(value) and len(value) != num_rows * len(batches) for value in whole.values()):
+        return batches
+    order = _order_of_groups(whole["prompt_ids"].masked_fill(whole["prompt_mask"] == 0, -1))
+    chunks = order.split(num_rows)
+    return [{name: _pick(x, rows) if is_rows(x) else x for name, x in whole.items()} for rows in chunks]
+
+
+def _joined(values: list) -> Tensor | list:
+    return torch.cat(values) if isinstance(values[0], Tensor) else [item for value in values for item in value]
+
+
+def _pick(values: Tensor | list, rows: Tensor) -> Tensor | list:
+    return values[rows.to(values.device)] if isinstance(values, Tensor) else [values[row] for row in rows.tolist()]
+
+
+def _order_of_groups(prompts: Tensor) -> Tensor:
+    """[N] the rows of prompts [N, T], equal ones side by side, in the order of their first rows."""
+    group = prompts.unique(dim=0, return_inverse=True)[1]
+    rows = torch.arange(len(prompts), device=prompts.device)
+    first = torch.full_like(rows, len(prompts)).scatter_reduce_(0, group, rows, "amin")
+    return first[group].argsort(stable=True)
+
+
+class GroupSampler(Sampler[int]):
+    """Indices of a data set, shuffled anew in each epoch by whole groups.
+
+    Args:
+        groups: of each example what it shares with others, such as its prompt: any hashable.
+        seed: the order of an epoch depends on it and on the epoch alone.
+
+    A Trainer takes it from its `_get_train_sampler`. Groups follow one another in random order and keep the data set's
+    order inside, so those that a batch cuts are at its ends.
+    """
+
+    def __init__(self, groups: Sequence[Hashable], seed: int = 0):
+        members: dict[Hashable, list[int]] = {}
+        for index, group in enumerate(groups):
+            members.setdefault(group, []).append(index)
+        self.groups = list(members.values())
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(map(len, self.groups))
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        for group in torch.randperm(len(self.groups), generator=generator).tolist():
+            yield from self.groups[group]
