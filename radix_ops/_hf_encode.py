@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -166,9 +166,9 @@ class MultiProcessCall(Method):
 def _texts_of(encoder: nn.Module, call: _Call) -> list | None:
     """The inputs of the call, if they are several texts or, for a CrossEncoder, pairs of texts."""
     given = call.inputs
-    if not isinstance(given, (list, tuple, np.ndarray)) and not hasattr(given, "__getitem__"):
+    if not isinstance(given, (Sequence, np.ndarray)) or isinstance(given, str):
         return None
-    if isinstance(given, str) or (hasattr(encoder, "is_singular_input") and encoder.is_singular_input(given)):
+    if hasattr(encoder, "is_singular_input") and encoder.is_singular_input(given):
         return None
     texts = given.tolist() if isinstance(given, np.ndarray) else list(given)
     is_text = _is_pair if _is_cross_encoder(encoder) else _is_text
@@ -196,6 +196,8 @@ class _Call:
         """None for arguments that don't fit, which the method itself has to say."""
         signature = inspect.signature(method)
         parameters = list(signature.parameters.values())
+        if not parameters or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            return None  # not the library's
         name = given = parameters[0].name
         if not args and name not in kwargs and "sentences" in kwargs:  # as the library called them, and still takes
             given = "sentences"

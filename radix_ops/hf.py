@@ -4,7 +4,8 @@ What stands in for what while a model is enabled, all of it undone by `disable`:
 
 - the forward of the decoder stack, which folds the batch, runs the stack on the rows and unfolds its hidden states;
 - the forward of the model around it, which sees labels, says when a batch must not be folded because of them, and runs
-  a language model's head on rows where nothing else reads the hidden states.
+  a language model's head on rows where nothing else reads the hidden states;
+- of sentence-transformers' models, the methods that run batches of texts, so that shared prefixes meet in a batch.
 
 Configs, weights, hooks and classes stay untouched, and nothing but arguments carries a batch to the layers. So calls
 from several threads, and forwards that wait for their backward with gradient checkpointing, can't mix up batches.
@@ -31,9 +32,9 @@ def enable(model: nn.Module, threshold: float | None = None, layout: str = "auto
 
     Args:
         model: a transformers model, with whatever head, or what is wrapped around one: PEFT, DistributedDataParallel,
-            torch.compile. Of a type and a config that were proven to fold exactly (docs/models.md), on the CPU or on
-            one CUDA device. Give the outermost module that is called: of a module further in, labels are out of sight
-            (below).
+            torch.compile, sentence-transformers (below). Of a type and a config that were proven to fold exactly
+            (docs/models.md), on the CPU or on one CUDA device. Give the outermost module that is called: of a module
+            further in, labels and pooling are out of sight (below).
         threshold: fold a batch where rows / real tokens is at most this; 1.0 folds always, 0 never. By default a batch
             is folded where that pays, by a rule that was measured: at most 95% of its padded positions have to be
             computed, and what is saved is large enough beside the cost of folding, which depends on the model's width
@@ -57,6 +58,17 @@ def enable(model: nn.Module, threshold: float | None = None, layout: str = "auto
     active dropout or noise, hooks inside the decoder stack that aren't torch's or transformers' own (they would see
     rows, [1, num_rows, D]), labels or pooling that read a masked position. A call that brings both a cache and
     `use_cache=True`, as `generate()` does in each step, runs as before without a warning.
+
+    A SentenceTransformer or CrossEncoder (sentence-transformers 5.0 or newer) trains as before, batch by batch.
+    `encode` and `predict`, and what calls those, return what they did, in the caller's order, up to rounding, but
+    tokenise all texts first and put those together that share prefixes, prompts included. Batches that pay are folded:
+    of at most as many rows as the largest of the library's would have positions, batch_size times the longest text in
+    tokens, and at most four times as many positions. All other texts run in the library's own batches, and so does
+    everything where results are those of tokens (`output_value`), where they depend on their batch's padding, where
+    inputs are no texts or pairs of texts, and on a model sharded by fully_shard. A pool's processes plan what they get,
+    which are neighbours of the sorted texts; they count in their own `radix_stats`. Where a module behind the
+    transformers model reads hidden states at masked positions, batches with such positions run as before. Of a Router
+    all routes are enabled. A SparseEncoder folds batch by batch; a MultiVectorEncoder is refused.
 
     Enabling again sets the options anew. `model.radix_stats` counts what was done (`RadixStats`). Copies and pickles
     of an enabled model are enabled, with counts of their own. What calls the decoder stack's submodules itself, past

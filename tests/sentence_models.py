@@ -18,13 +18,15 @@ if Version("5.4") <= VERSION:
     from sentence_transformers.base.modules import Dense, Router, Transformer
     from sentence_transformers.sentence_transformer import losses
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding
+    from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 else:
     from sentence_transformers import losses
     from sentence_transformers.models import Dense, Normalize, Pooling, Router, StaticEmbedding, Transformer
+    from sentence_transformers.sparse_encoder.models import SparseAutoEncoder
 
 __all__ = [
-    "Dense", "Normalize", "Pooling", "Router", "StaticEmbedding", "Transformer", "enable", "encoder", "losses", "pairs",
-    "save", "texts", "tokenizer",
+    "Dense", "Normalize", "Pooling", "Router", "SparseAutoEncoder", "StaticEmbedding", "Transformer", "enable",
+    "encoder", "losses", "pairs", "save", "texts", "tokenizer",
 ]  # fmt: skip
 
 SIZE = 32

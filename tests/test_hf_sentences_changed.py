@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import pickle
 import queue
 import threading
 import types
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -135,6 +137,14 @@ def test_router(tmp_path, folder, shared):
     assert not any("radix_stats" in vars(module) for module in model.modules())
 
 
+def test_the_library_is_not_imported():
+    folder = Path(hf.__file__).parent
+    for path in (folder / "hf.py", *folder.glob("_hf_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                assert "sentence_transformers" not in ast.unparse(node)
+
+
 BERT = {"num_hidden_layers": 1, "hidden_size": SIZE, "num_attention_heads": 4}
 
 
@@ -149,9 +159,31 @@ def test_models_that_are_not_causal_are_refused_and_nothing_is_changed(tmp_path,
     assert [sorted(vars(module)) for module in bert.modules()] == before
 
 
-def test_others_of_the_library_s_models_are_refused_or_right(folder):
-    embedding = sentence_models.StaticEmbedding(sentence_models.tokenizer()._tokenizer, embedding_dim=4)
-    static = SentenceTransformer(modules=[embedding], device="cpu")
+def static_embedding():
+    return sentence_models.StaticEmbedding(sentence_models.tokenizer()._tokenizer, embedding_dim=SIZE)
+
+
+def test_a_route_without_a_transformer(folder):
+    routes = [static_embedding()], [Transformer(folder), Pooling(SIZE, "lasttoken")]
+    plain = SentenceTransformer(modules=[Router.for_query_document(*routes)], device="cpu")
+    model = enable(copy.deepcopy(plain))
+    np.testing.assert_array_equal(model.encode_query(TEXTS), plain.encode_query(TEXTS))
+    assert model.radix_stats.tokens == 0
+    assert_close(model.encode_document(TEXTS), plain.encode_document(TEXTS))
+    assert model.radix_stats.folded > 0
+
+
+def test_sparse_encoders_fold_batch_by_batch(folder):
+    modules = [Transformer(folder), Pooling(SIZE, "mean"), sentence_models.SparseAutoEncoder(SIZE, 64, k=8)]
+    plain = sentence_transformers.SparseEncoder(modules=modules, device="cpu")
+    model = enable(copy.deepcopy(plain))
+    got, want = (m.encode(TEXTS, batch_size=8, convert_to_tensor=True).to_dense() for m in (model, plain))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert model.radix_stats.folded == 5
+
+
+def test_others_of_the_library_s_models_are_refused(folder):
+    static = SentenceTransformer(modules=[static_embedding()], device="cpu")
     with pytest.raises(TypeError, match="got SentenceTransformer, which holds none"):
         hf.enable(static)
     hf.disable(static)
