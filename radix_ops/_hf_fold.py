@@ -78,17 +78,16 @@ class PaddedBatch:
         return tokens.unflatten(0, self.shape)
 
 
-@dataclasses.dataclass(eq=False)
 class _FoldedCall:
     """What the attention function needs to know.
 
     It travels by keyword argument: a layer that gradient checkpointing computes again gets what it got the first time,
-    whatever was called in between.
+    whatever was called in between. No dataclass: the mixed precision of fully_shard gives layers copies of those.
     """
 
-    batch: FoldedBatch
-    plan: AttentionPlan
-    attention_calls: int = 0
+    def __init__(self, batch: FoldedBatch, plan: AttentionPlan):
+        self.batch, self.plan = batch, plan
+        self.attention_calls = 0
 
 
 def run_folded(

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator
 
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as _global_hooks
@@ -47,7 +48,7 @@ def unfoldable(stack: PreTrainedModel) -> str | None:
     if reason is not None:
         return reason
     for module in _parts(stack):
-        if not is_proven_class(class_of(module), proof):
+        if not is_proven_class(class_of(module), proof) and class_of(module) is not CheckpointWrapper:
             found = path_of(class_of(module))
             return f"{_name(stack, module)} is {found}, which transformers' own {proof.stack} does not hold"
         reason = _changed(module, config)
@@ -87,6 +88,8 @@ def _misplaced_layers(stack: PreTrainedModel) -> str | None:
 
 
 def _layer_idx(layer: nn.Module) -> int | None:
+    if class_of(layer) is CheckpointWrapper:
+        layer = layer._checkpoint_wrapped_module
     found = (part.__dict__.get("layer_idx") for part in (layer, *layer._modules.values()) if part is not None)
     return next((index for index in found if index is not None), None)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import traceback
 import warnings
 
+import processes
 import pytest
 import torch
 from hf_models import TREE, build, error, pad
-from torch import distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -74,21 +73,6 @@ def check_tensor_parallel_is_refused(rank: int):
         hf.enable(model)
 
 
-def work(rank: int, path: str, queue) -> None:
-    torch.set_num_threads(1)
-    store = distributed.FileStore(path, 2)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    for name, check in CHECKS.items():
-        try:
-            check(rank)
-            queue.put((rank, name, None))
-        except BaseException:
-            # The other rank may wait for this one, so nothing more can be checked.
-            queue.put((rank, name, traceback.format_exc()))
-            return
-    distributed.destroy_process_group()
-
-
 CHECKS = {
     f"fully_shard, enabled {'before' if first else 'after'}{', checkpointing' if checkpointing else ''}": (
         functools.partial(check_fully_sharded, enabled_first=first, checkpointing=checkpointing)
@@ -101,30 +85,9 @@ CHECKS["tensor parallelism"] = check_tensor_parallel_is_refused
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """(rank, name of the check) -> its traceback, or None where it passed; two processes for all checks."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    path = str(tmp_path_factory.mktemp("store") / "store")
-    processes = [context.Process(target=work, args=(rank, path, queue), daemon=True) for rank in range(2)]
-    for process in processes:
-        process.start()
-    found = {}
-    try:
-        while len(found) < 2 * len(CHECKS):
-            rank, name, failure = queue.get(timeout=120)
-            found[rank, name] = failure
-            if failure:
-                break
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    return found
+    return processes.run(CHECKS, tmp_path_factory.mktemp("store"))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", CHECKS)
-def test_two_processes(results, name, rank):
-    failures = [failure for failure in results.values() if failure]
-    assert (rank, name) in results, "another check failed before it" if failures else "it did not finish"
-    assert results[rank, name] is None, results[rank, name]
+def test_two_processes(results, name):
+    processes.assert_passed(results, name)
