@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--model", help="a folder, hub id or .gguf file")
     parser.add_argument("--questions", type=Path, default=QUESTIONS)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8], help="default: 8")
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens (default: 1024)")
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens (default: 2048)")
     args = harness.parse(parser)
     if not args.questions.exists():
         raise SystemExit(f"{args.questions} is missing; `make demo` makes it, or name a file with --questions")

@@ -58,6 +58,9 @@ class RadixLM(HFLM):
     logits_cache: without effect; the plan knows all that it would find.
     dtype: on CUDA attention is slow in float32; bfloat16 and float16 are what it is fast in.
 
+    Requests longer than max_length lose tokens on their left, as in `hf`, each as many as it has too many: choices of
+    unequal lengths behind one such context share nothing any more.
+
     One answer differs: where requests of a call are one text cut at several places, `hf` (0.4.13, with logits_cache)
     adds up log-probabilities at the wrong places for all but the longest continuation. Here they are right.
 
