@@ -140,6 +140,8 @@ class _HeadForward(_Forward):
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args, **kwargs):
+        if args and args[0] is self.module:  # accelerate's unwrap_model binds what it unwraps
+            args = args[1:]
         request = self._request(args, kwargs)
         token = _request.set(request)
         try:
@@ -282,8 +284,9 @@ class StackForward(_Forward):
     def remove_owner(self, model: PreTrainedModel) -> None:
         self.owners = [owner for owner in self.owners if owner is not model]
         del model.radix_stats
-        if model is not self.module and isinstance(vars(model).get("forward"), _Forward):
-            model.forward.restore()
+        forward = _function_of(model)
+        if model is not self.module and isinstance(forward, _Forward):
+            forward.restore()
 
     def remove(self) -> None:
         for owner in list(self.owners):
@@ -292,12 +295,18 @@ class StackForward(_Forward):
 
     def check_in_place(self) -> None:
         for owner in self.owners:
-            forward = vars(owner).get("forward")
-            is_its_own = forward is None or getattr(forward, "__func__", None) is type(owner).forward
+            forward = _function_of(owner)
+            is_its_own = forward is None or forward is type(owner).forward
             if not is_its_own and not isinstance(forward, _Forward):
                 raise RuntimeError(
                     f"the forward of {type(owner).__name__} was replaced after enable; undo that before disable"
                 )
+
+
+def _function_of(model: nn.Module):
+    """What stands in for its class's forward, without the model that it may be bound to."""
+    forward = vars(model).get("forward")
+    return getattr(forward, "__func__", forward)
 
 
 def _leads_to_ours(forward) -> bool:
@@ -314,8 +323,9 @@ def _is_of_trl(forward) -> bool:
 
 
 def _chain(forward) -> Iterator[Any]:
-    """A forward and what it says to wrap."""
+    """A forward and what it says to wrap; of methods the function."""
     while forward is not None:
+        forward = getattr(forward, "__func__", forward)
         yield forward
         forward = getattr(forward, "__wrapped__", None)
 
