@@ -231,7 +231,8 @@ def _check_tensors(hidden, batch, labels, weight, bias) -> torch.dtype:
         if hasattr(tensor, "full_tensor"):
             raise TypeError(
                 f"{name} must be a plain tensor, got a DTensor; of a model that fully_shard holds, call the loss in "
-                "the forward of the module that the head belongs to, where its parameters are gathered"
+                "the forward of the module that the head belongs to, where its parameters are gathered (the gradient "
+                "of full_tensor() is one process's own)"
             )
     if hidden.dim() != 2 or hidden.shape[0] != batch.num_rows:
         raise ValueError(f"hidden must have shape [num_rows={batch.num_rows}, D], got {list(hidden.shape)}")

@@ -1,4 +1,4 @@
-"""Training on folded batches by two processes, against plain transformers in one: FSDP2, DDP and what goes with them."""
+"""Training on folded batches by two processes, against plain transformers in one: FSDP2, DDP, and what goes along."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def checkpoint_layers(module: nn.Module, how: str | None) -> None:
     elif how is not None and isinstance(module, Ours):
         model.model.gradient_checkpointing = True
     elif how is not None:
-        model.activation_checkpointing_enable({"use_reentrant": how == "reentrant"})
+        # transformers renames this; the old name serves all its supported versions.
+        model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
     if how in ("REENTRANT", "reentrant"):
         model.enable_input_require_grads()
 
@@ -107,7 +108,7 @@ def check_training(rank: int, road: str, parallel: str, checkpointing: str | Non
     plain, module = plain_model().to(device), ROADS[road]().to(device)
     inputs = functools.partial(module.inputs, device=device)
     checkpoint_layers(module, checkpointing)
-    stats = module.model.radix_stats if road == "hf" else None
+    stats = None if road == "ours" else module.model.radix_stats
     module = shard(module) if parallel == "fsdp" else DistributedDataParallel(module)
     optimizer, plain_optimizer = optimizer_of(module), optimizer_of(plain)
     for step in STEPS:
@@ -251,6 +252,10 @@ CHECKS = {
     "fsdp, hf": functools.partial(check_training, road="hf", parallel="fsdp", checkpointing="not reentrant"),
     "ddp, ours": functools.partial(check_training, road="ours", parallel="ddp", checkpointing=None),
     "ddp, hf": functools.partial(check_training, road="hf", parallel="ddp", checkpointing="reentrant"),
+    "fsdp, hf with labels": functools.partial(
+        check_training, road="hf with labels", parallel="fsdp", checkpointing="not reentrant"
+    ),
+    "ddp, hf with labels": functools.partial(check_training, road="hf with labels", parallel="ddp", checkpointing=None),
     "embeddings": check_embeddings,
     "compiled layers": check_compiled_layers,
 }
@@ -266,6 +271,7 @@ for _road, _how, _changes in [
 for _road in ROADS:
     CHECKS[f"idle rank, {_road}"] = functools.partial(check_idle_rank, road=_road)
     CHECKS[f"mixed precision, {_road}"] = functools.partial(check_mixed_precision, road=_road)
+for _road in ("ours", "hf"):
     CHECKS[f"resumed, {_road}"] = functools.partial(check_resumed, road=_road)
 CHECKS["head alone"] = check_head_that_is_sharded_alone
 
@@ -274,7 +280,7 @@ CHECKS["head alone"] = check_head_that_is_sharded_alone
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scale")
     checks = dict(CHECKS)
-    for road in ROADS:
+    for road in ("ours", "hf"):
         checks[f"resumed, {road}"] = functools.partial(checks[f"resumed, {road}"], folder=str(folder / road))
     return processes.run(checks, folder)
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from radix_ops import FoldedBatch, hf
 from radix_ops.losses import token_logprobs
 from radix_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+from radix_ops.trainers import loss_on_rows
 
 Sequences = list[list[int]]
 WINDOWS = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
@@ -88,4 +89,20 @@ class Theirs(nn.Module):
         return token_logprobs(hidden, batch, labels, weight=self.model.lm_head.weight)
 
 
-ROADS = {"ours": Ours, "hf": Theirs}
+class TheirLoss(Theirs):
+    """The same, called with labels as transformers' Trainer does, whose loss comes from rows."""
+
+    @staticmethod
+    def inputs(sequences: Sequences, device: torch.device | str = "cpu") -> tuple:
+        ids, mask, packed = Theirs.inputs(sequences)
+        labels = torch.full_like(ids, -100).masked_scatter(mask.bool(), packed)
+        return ids.to(device), mask.to(device), labels.to(device)
+
+    def forward(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        with loss_on_rows():
+            outputs = self.model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=1)
+        assert outputs.logits is None
+        return -outputs.loss
+
+
+ROADS = {"ours": Ours, "hf": Theirs, "hf with labels": TheirLoss}
