@@ -11,41 +11,30 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
-Results = dict[tuple[int, str], str | None]  # (rank, name of the check) -> its traceback, or None where it passed
-
-_LONGEST_CHECK = 60  # seconds; of a check that waits forever, assert_passed says that it did not finish
+_LONGEST_CHECK = 60  # seconds
 
 
-def run(checks: Mapping[str, Callable[[int], None]], folder: Path, backend: str = "gloo") -> Results:
-    """Two processes for all checks, one check after another. After one that fails there are no more results."""
+def run(checks: Mapping[str, Callable[[int], None]], folder: Path, backend: str = "gloo") -> None:
+    """Calls each check with its rank, one after another, in two processes for all; fails with the first that does."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     arguments = (str(folder / "store"), checks, backend, queue)
     processes = [context.Process(target=_work, args=(rank, *arguments), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
-    results: Results = {}
+    missing = [(name, rank) for name in checks for rank in range(2)]
     try:
-        while len(results) < 2 * len(checks):
-            try:
-                rank, name, failure = queue.get(timeout=_LONGEST_CHECK)
-            except Empty:
-                break
-            results[rank, name] = failure
+        while missing:
+            name, rank, failure = queue.get(timeout=_LONGEST_CHECK)
+            missing.remove((name, rank))
             if failure:
-                break
+                pytest.fail(f"{name}, rank {rank}:\n{failure}")
+    except Empty:
+        pytest.fail("{}, rank {}: it did not finish".format(*missing[0]))
     finally:
         for process in processes:
             process.kill()
             process.join()
-    return results
-
-
-def assert_passed(results: Results, name: str) -> None:
-    failures = [failure for (_, failed), failure in results.items() if failure and failed == name]
-    assert not failures, failures[0]
-    if not all((rank, name) in results for rank in range(2)):
-        pytest.fail("another check failed before it" if any(results.values()) else "it did not finish")
 
 
 def _work(rank: int, path: str, checks: Mapping[str, Callable[[int], None]], backend: str, queue) -> None:
@@ -58,9 +47,9 @@ def _work(rank: int, path: str, checks: Mapping[str, Callable[[int], None]], bac
         try:
             torch.manual_seed(0)
             check(rank)
-            queue.put((rank, name, None))
+            queue.put((name, rank, None))
         except BaseException:
             # The other rank may wait for this one, so nothing more can be checked.
-            queue.put((rank, name, traceback.format_exc()))
+            queue.put((name, rank, traceback.format_exc()))
             return
     distributed.destroy_process_group()
