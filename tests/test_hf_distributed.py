@@ -31,9 +31,10 @@ def gradients(model, ids, mask):
 
 
 def shard(model):
+    mesh = init_device_mesh("cpu", (2,))  # by itself fully_shard would take a GPU where there is one
     for layer in model.model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def check_fully_sharded(rank: int, enabled_first: bool, checkpointing: bool):

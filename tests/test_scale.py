@@ -18,6 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 from torch.distributed.checkpoint import state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -46,9 +47,12 @@ LAYERS = (Qwen3Layer, Qwen3DecoderLayer)
 
 
 def shard(module: nn.Module, **options) -> nn.Module:
-    for layer in module.model.model.layers:
-        fully_shard(layer, **options)
-    return fully_shard(module, **options)
+    """fully_shard on the device that the module is on; by itself it would take a GPU where there is one."""
+    mesh = init_device_mesh(next(module.parameters()).device.type, (2,))
+    inner = module.model if hasattr(module.model, "layers") else module.model.model
+    for layer in inner.layers:
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(module, mesh=mesh, **options)
 
 
 def checkpoint_layers(module: nn.Module, how: str | None) -> None:
@@ -207,9 +211,7 @@ def check_resumed(rank: int, road: str, folder: str):
 def check_embeddings(rank: int):
     """`embed` is no forward, so fully_shard is told of it."""
     plain, model = plain_model(), Ours().model
-    for layer in model.model.layers:
-        fully_shard(layer)
-    register_fsdp_forward_method(fully_shard(model), "embed")
+    register_fsdp_forward_method(shard(model), "embed")
     sequences = STEPS[0][rank][0]
     got = model.embed(FoldedBatch.from_sequences(sequences))
     want = [plain.model(torch.tensor([s]), use_cache=False).last_hidden_state[0, -1] for s in sequences]
@@ -242,7 +244,7 @@ def check_compiled_layers(rank: int):
 
 def check_head_that_is_sharded_alone(rank: int):
     module = Ours()
-    fully_shard(module.model.lm_head)
+    fully_shard(module.model.lm_head, mesh=init_device_mesh("cpu", (2,)))
     with pytest.raises(TypeError, match="weight must be a plain tensor, got a DTensor; of a model that fully_shard"):
         shard(module)(*module.inputs(CHOSEN[rank]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -87,7 +88,9 @@ def test_the_example_prints_the_losses_of_one_process():
     spec = importlib.util.spec_from_file_location("train_fsdp", EXAMPLE)
     spec.loader.exec_module(example := importlib.util.module_from_spec(spec))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = subprocess.Popen([*torchrun, EXAMPLE, "--steps=2"], stdout=PIPE, stderr=STDOUT, text=True)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [*torchrun, EXAMPLE, "--steps=2"]
+    run = subprocess.Popen(command, env=environment, stdout=PIPE, stderr=STDOUT, text=True)
 
     torch.manual_seed(0)
     ours = Qwen3ForCausalLM(Qwen3Config.from_dict(example.SMALL))
