@@ -31,8 +31,8 @@ class Budget:
 def find_budget(config, dtype: torch.dtype, device: torch.device, longest: int) -> Budget:
     """The budget for the memory that is free on `device` now; `config` is transformers', `longest` in tokens.
 
-    Half of the free memory over the bytes of a row, from 1,024 to 16,384 rows on the CPU and 65,536 on CUDA. A row
-    takes, in elements of `dtype`, what a layer holds at its peak without gradients,
+    Half of the free memory over the bytes of a row, from 1,024 to 16,384 rows on the CPU and 65,536 on CUDA, and at
+    least 1.25 times `longest`. A row takes, in elements of `dtype`, what a layer holds at its peak without gradients,
 
         4 hidden_size + 2 (heads + kv_heads) head_dim + 3 intermediate_size
 
@@ -43,7 +43,9 @@ def find_budget(config, dtype: torch.dtype, device: torch.device, longest: int) 
     per_row = dtype.itemsize * (_layer_numbers(config) + UNFOLDED_PER_ROW * _token_numbers(config))
     per_row += 8 * longest * (_heads(config) if has_own_attention(config) else 1)
     rows = int(_SHARE_OF_FREE_MEMORY * free_memory(device) / per_row)
-    return Budget(min(max(rows, LEAST_ROWS), MOST_ROWS[device.type]))
+    rows = min(max(rows, LEAST_ROWS), MOST_ROWS[device.type])
+    # A sequence that does not fit would be a batch of its own, apart from those that it shares nearly all with.
+    return Budget(max(rows, longest + longest // 4))
 
 
 def has_own_attention(config) -> bool:

@@ -145,21 +145,24 @@ def score(runner, choices: Choices, budget: Budget, folded: bool, on_batch=None,
     After each batch `on_batch(indices, (logprobs, greedy))` gets each sequence's log-probability of its choice (float64
     array) and whether greedy decoding would write it (bool array). `run` has the rest.
     """
-    head_rows = 0
+    ends, head_rows = choices.ends, 0
 
-    def compute(indices: np.ndarray, inputs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        nonlocal head_rows
+    def compute(indices: np.ndarray, inputs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, int]:
         targets = [choices.parts(i)[1] for i in indices]
         context_lengths = [len(ids) + 1 - len(choice) for ids, choice in zip(inputs, targets, strict=True)]
         states = runner.states(inputs)
         tokens, row_of = _head_rows(np.searchsorted(ends, indices, "right"), context_lengths, targets, states.starts)
-        head_rows += len(tokens)
         logprobs, greedy = _score_targets(runner.head, states.at(tokens), row_of, np.concatenate(targets))
         first = np.cumsum([0] + [len(choice) for choice in targets[:-1]])
-        return np.add.reduceat(logprobs, first), np.logical_and.reduceat(greedy, first)
+        return np.add.reduceat(logprobs, first), np.logical_and.reduceat(greedy, first), len(tokens)
 
-    ends = choices.ends
-    stats = run(runner, choices, budget, folded, compute, on_batch, warm_up)
+    def count(indices: np.ndarray, found: tuple[np.ndarray, np.ndarray, int]) -> None:
+        nonlocal head_rows
+        head_rows += found[2]
+        if on_batch:
+            on_batch(indices, found[:2])
+
+    stats = run(runner, choices, budget, folded, compute, count, warm_up)
     stats.head_rows = head_rows
     return stats
 

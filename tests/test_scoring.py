@@ -340,6 +340,8 @@ def test_run_sends_only_distinct_scored_rows_through_the_head(monkeypatch, chunk
     }
     assert sum(seen) == stats.head_rows == len(needed) < sum(len(s.continuation) for s in sequences)
     assert max(seen) <= chunk_rows
+    *_, warmed_up = run(model, sequences, 10**6, folded=False, warm_up=True)
+    assert warmed_up.head_rows == stats.head_rows
     assert logprobs == pytest.approx([oracle(model, sequence)[0] for sequence in sequences], abs=1e-4)
 
 
