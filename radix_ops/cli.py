@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from .records import UserError
+from .commands.records import UserError
 
 # Each module's add_parser(commands) adds a parser whose default `run` is a function of the parsed arguments.
 COMMANDS = ("inspect", "embed", "rerank", "score")

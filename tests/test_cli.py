@@ -17,10 +17,10 @@ pytest.importorskip("transformers")
 from test_scoring import TEXT, needs_hf, oracle, sequences_of, tiny_model, tiny_tokenizer
 
 import radix_ops.commands.score as score_command
-from radix_ops import cli, loading, results, scoring
-from radix_ops.commands import running
-from radix_ops.records import Records
-from radix_ops.runner import RunStats, TransformersRunner
+from radix_ops import cli
+from radix_ops.commands import loading, results, running, scoring
+from radix_ops.commands.records import Records
+from radix_ops.commands.runner import RunStats, TransformersRunner
 
 QUESTIONS = [
     {"id": "long", "context": " ".join(TEXT), "choices": [" the Seine", " the river Rhine", " the sea"], "gold": 0},

@@ -10,8 +10,8 @@ from test_scoring import tiny_model
 
 from radix_ops import _budget, cli
 from radix_ops._budget import find_budget
-from radix_ops.records import UserError
-from radix_ops.results import ResultFile, ResultStream
+from radix_ops.commands.records import UserError
+from radix_ops.commands.results import ResultFile, ResultStream
 
 transformers = pytest.importorskip("transformers")
 CPU, NUM_ITEMS = torch.device("cpu"), 300

@@ -10,9 +10,9 @@ from test_scoring import TEXT, needs_hf, tiny_model, tiny_tokenizer
 
 from radix_ops import cli
 from radix_ops.commands import rerank as rerank_command
-from radix_ops.records import UserError
-from radix_ops.runner import Qwen3Runner
-from radix_ops.templates import QWEN3_RERANKER, find_template
+from radix_ops.commands.records import UserError
+from radix_ops.commands.runner import Qwen3Runner
+from radix_ops.commands.templates import QWEN3_RERANKER, find_template
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

@@ -9,9 +9,9 @@ import pytest
 from test_inspect import failing, report, write_jsonl
 from test_plan import random_sequences, rows_of
 
-from radix_ops import sharing_plot
+from radix_ops.commands import sharing_plot
+from radix_ops.commands.sharing import Sharing, sharing_from_end
 from radix_ops.plan import TokenStore, plan_folded
-from radix_ops.sharing import Sharing, sharing_from_end
 
 SEEDS = range(30)
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from ..records import Record, Records, T, UserError
+from .records import Record, Records, T, UserError
 
 
 def add_command(commands, name: str, summary: str, description: str, run: Callable) -> argparse.ArgumentParser:

@@ -9,16 +9,15 @@ import sys
 import numpy as np
 import torch
 
-from .. import embedding
-from ..items import Items
-from ..loading import load_config, load_runner, load_tokenizer
-from ..matrix import MatrixFile, scratch_matrix
-from ..recipes import POOLINGS, Recipe, find_recipe
-from ..records import Records, UserError
-from ..results import ResultFile, ResultStream, fingerprint, key_of_parts
-from ..runner import run as run_batches
-from . import running
+from . import embedding, running
 from .common import add_command, add_format_argument, check_output, positive_int, read_records
+from .items import Items
+from .loading import load_config, load_runner, load_tokenizer
+from .matrix import MatrixFile, scratch_matrix
+from .recipes import POOLINGS, Recipe, find_recipe
+from .records import Records, UserError
+from .results import ResultFile, ResultStream, fingerprint, key_of_parts
+from .runner import run as run_batches
 
 HELP = f"""\
 Makes an embedding of each line: the hidden state of its last token, or the mean over its tokens, normalised. What

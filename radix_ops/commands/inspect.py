@@ -6,18 +6,18 @@ import argparse
 import json
 from collections.abc import Callable
 
-from ..flops import forward_cost
-from ..formats import PAIRS, FormatParser, formats, packed_arrays
-from ..items import Items
-from ..loading import load_tokenizer
-from ..records import UserError
-from ..sharing import SEED, Sharing, sharing_from_end
-from ..sharing_plot import check_plot_path, plot
-from ..sharing_report import to_text
-from ..sharing_summary import summarise
-from ..templates import TEMPLATES
 from .common import add_command, add_format_argument, positive_int, read_records
+from .flops import forward_cost
+from .formats import PAIRS, FormatParser, formats, packed_arrays
+from .items import Items
+from .loading import load_tokenizer
+from .records import UserError
 from .running import with_progress
+from .sharing import SEED, Sharing, sharing_from_end
+from .sharing_plot import check_plot_path, plot
+from .sharing_report import to_text
+from .sharing_summary import summarise
+from .templates import TEMPLATES
 
 BATCH_SIZES = (8, 32, 128, 512)
 MAX_ROWS = 16_384

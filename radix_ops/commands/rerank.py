@@ -8,15 +8,14 @@ import dataclasses
 import numpy as np
 import torch
 
-from .. import reranking
-from ..loading import load_config, load_runner, load_tokenizer
-from ..recipes import check_cross_encoder
-from ..records import UserError
-from ..results import fingerprint, key_of_parts
-from ..runner import run as run_batches
-from ..templates import TEMPLATES, Template, find_template
-from . import running
+from . import reranking, running
 from .common import add_command, check_output, read_records
+from .loading import load_config, load_runner, load_tokenizer
+from .recipes import check_cross_encoder
+from .records import UserError
+from .results import fingerprint, key_of_parts
+from .runner import run as run_batches
+from .templates import TEMPLATES, Template, find_template
 
 HELP = f"""\
 Scores each document of each line by its relevance to the line's query. The query and what stands before it are

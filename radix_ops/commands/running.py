@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from .._budget import Budget, find_budget
-from ..items import Collector, Items
-from ..loading import context_length
-from ..matrix import SIDE_SUFFIX
-from ..records import UserError
-from ..results import ResultFile, ResultStream
-from ..runner import RunStats
 from .common import positive_int, progress_bar
+from .items import Collector, Items
+from .loading import context_length
+from .matrix import SIDE_SUFFIX
+from .records import UserError
+from .results import ResultFile, ResultStream
+from .runner import RunStats
 
 MODEL_HELP = """\
 Qwen3 models (safetensors) run on radix_ops.models.qwen3, others on transformers through radix_ops.hf.enable, which

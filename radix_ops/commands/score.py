@@ -8,12 +8,11 @@ import functools
 import numpy as np
 import torch
 
-from .. import scoring
-from ..loading import context_length, load_config, load_runner, load_tokenizer
-from ..records import Records
-from ..results import fingerprint, key_of_parts
-from . import running
+from . import running, scoring
 from .common import add_command, check_output, read_records
+from .loading import context_length, load_config, load_runner, load_tokenizer
+from .records import Records
+from .results import fingerprint, key_of_parts
 
 HELP = f"""\
 Scores each choice of each line: the log-probability of the choice's tokens behind the context, tokenised as

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .plan import TokenStore
+from ..plan import TokenStore
 
 
 class Items:

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._budget import Budget
-from .batch import fold, pack
+from .._budget import Budget
+from ..batch import fold, pack
+from ..plan import Plan, plan_folded, plan_padded
 from .items import Items
-from .plan import Plan, plan_folded, plan_padded
 from .records import UserError
 
 _TOKENS_AT_ONCE = 16_384  # whose hidden states a mean takes in fp32
@@ -179,7 +179,7 @@ class TransformersRunner:
                 self._rows, self.folded = self.rows, False
 
     def _folding(self, verify: str):
-        from . import hf
+        from .. import hf
 
         # Every planned batch is folded: as a padded one it would hold much padding.
         return hf.folded(self.model, threshold=1.0, verify=verify)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ._budget import Budget
+from .._budget import Budget
 from .items import Items
 from .records import Record, UserError
 from .runner import RunStats, run

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..plan import TokenStore
 from . import reranking, scoring
 from .items import Items
-from .plan import TokenStore
 from .records import Record, UserError, check_text, kind_of
 from .templates import TEMPLATES, find_template
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ._budget import has_own_attention
+from .._budget import has_own_attention
 from .loading import load_config, loading
 from .records import UserError
 
@@ -44,7 +44,7 @@ def forward_cost(name: str) -> ForwardCost:
     UserError where radix_ops does not fold such models, and where the config doesn't say enough.
     """
     config = load_config(name).get_text_config()
-    from ._hf_proofs import proofs
+    from .._hf_proofs import proofs
 
     proven, refused = proofs()
     if config.model_type not in proven:

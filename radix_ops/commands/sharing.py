@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ._budget import UNFOLDED_PER_ROW
-from .plan import TokenStore, plan_padded
+from .._budget import UNFOLDED_PER_ROW
+from ..plan import TokenStore, plan_padded
 
 SEED = 0  # of the shuffled order
 _NO_LIMIT = 2**62

@@ -46,7 +46,7 @@ def load_runner(name: str, config, auto_class: str, dtype: str | None, device: t
     classifies = auto_class == "AutoModelForSequenceClassification"
     if config.model_type == "qwen3" and not classifies and not name.endswith(".gguf"):
         with loading("weights", name):
-            from .models.qwen3 import Qwen3ForCausalLM, Qwen3Model
+            from ..models.qwen3 import Qwen3ForCausalLM, Qwen3Model
 
             kind = Qwen3Model if auto_class == "AutoModel" else Qwen3ForCausalLM
             model = kind.from_pretrained(name, dtype=dtype or own)
