@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
+import runpy
+import sys
+import tempfile
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from radix_ops import hf, trainers
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # TRL counts its uses there
 trl = pytest.importorskip("trl", reason="TRL is an extra, and needs Python 3.11")
 import datasets  # noqa: E402
 import peft  # noqa: E402
@@ -437,3 +444,17 @@ def test_data_set_in_groups(folder, tmp_path):
     for ids in seen:  # 4 pairs, two of each of two prompts, chosen before rejected
         assert len({tuple(row[:14].tolist()) for row in ids}) == 2
     assert trainer.model.radix_stats.rows < 0.55 * trainer.model.radix_stats.tokens
+
+
+@pytest.mark.parametrize("name", ["train_dpo", "train_grpo", "train_reward"])
+def test_example(name, tmp_path, monkeypatch, capsys, quiet):
+    examples = Path(__file__).parents[1] / "examples"
+    monkeypatch.syspath_prepend(str(examples))
+    monkeypatch.setattr(sys, "argv", [name, "--steps", "5"])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(examples / f"{name}.py"), run_name="__main__")
+    report = capsys.readouterr().out
+    rows, tokens = map(int, re.search(r"^model: (\d+) rows for (\d+) tokens", report, re.MULTILINE).groups())
+    assert 0 < rows < 0.7 * tokens
+    assert re.search(r"\d at first, \d", report)
