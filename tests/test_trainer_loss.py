@@ -175,6 +175,15 @@ def test_autocast():
     torch.testing.assert_close(got, want, rtol=2e-2, atol=0)
 
 
+@pytest.fixture
+def unset_accelerate():
+    """Its state, which all of a process share, as at the start."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("unset_accelerate")
 def test_unwrapped_by_accelerate():
     """Its unwrap_model takes the forward under autocast for a function, and binds it."""
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
@@ -269,6 +278,7 @@ def test_group_sampler():
     assert list(trainers.GroupSampler([])) == []
 
 
+@pytest.mark.usefixtures("unset_accelerate")
 def test_group_sampler_in_a_loader_of_accelerate():
     """Which tells its sampler the epoch."""
     sampler = trainers.GroupSampler([i // 4 for i in range(16)], seed=1)
