@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
-import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from . import _hf_guards, _hf_heads, _hf_loss, _hf_proofs, _hf_verify
 from ._hf_calls import makes_cache, obstacle_of, size_of
 from ._hf_fold import HARMLESS_ARGUMENTS, PaddedBatch, run_folded
 from ._hf_loss import RowLoss
+from ._hf_stats import RadixStats
 
 # Measured on a CPU with Llama layers 576 wide, 1 to 64 sequences of 16 to 4096 tokens, forward and backward: at equal
 # rows folding takes up to 1.05 times as long as the plain model, at 0.93 of the rows it is never slower.
@@ -27,50 +27,6 @@ _MAX_ROWS_SHARE = 0.95
 # to fill it gain nothing (benchmarks/bench_hf.py).
 _LEAST_SAVED = {"cpu": (2, 2.5e6), "cuda": (1, 6.5e6)}
 VERIFY = ("first", "always", "never")
-_STATS_LOCK = threading.Lock()
-
-
-class RadixStats:
-    """What an enabled model has done so far: `model.radix_stats`. The counts may be set back to 0.
-
-    tokens: real tokens that came in.
-    rows: rows that the decoder layers computed; of a skipped batch all positions, padding included.
-    folded: batches that were folded.
-    skipped: batches that ran as before, each step of generate() included.
-    """
-
-    def __init__(self, tokens: int = 0, rows: int = 0, folded: int = 0, skipped: int = 0):
-        self.tokens, self.rows, self.folded, self.skipped = tokens, rows, folded, skipped
-
-    @property
-    def tokens(self) -> int:
-        if isinstance(self._tokens, Tensor):
-            with _STATS_LOCK:
-                self._tokens = int(self._tokens)
-        return self._tokens
-
-    @tokens.setter
-    def tokens(self, value: int) -> None:
-        # A count that stands on a device: nobody waits for it before it is read.
-        self._tokens: int | Tensor = value
-
-    def _add(self, tokens: int | Tensor, rows: int, folded: bool) -> None:
-        with _STATS_LOCK:
-            self._tokens = self._tokens + tokens
-            self.rows += rows
-            self.folded += folded
-            self.skipped += not folded
-
-    def _counts(self) -> tuple[int, int, int, int]:
-        return self.tokens, self.rows, self.folded, self.skipped
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RadixStats) and self._counts() == other._counts()
-
-    __hash__ = None
-
-    def __repr__(self) -> str:
-        return "RadixStats(tokens={}, rows={}, folded={}, skipped={})".format(*self._counts())
 
 
 @dataclasses.dataclass(frozen=True)

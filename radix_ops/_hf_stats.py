@@ -1,0 +1,52 @@
+"""Counts of what an enabled model did, for `radix_ops.hf`."""
+
+from __future__ import annotations
+
+import threading
+
+from torch import Tensor
+
+_LOCK = threading.Lock()
+
+
+class RadixStats:
+    """What an enabled model has done so far: `model.radix_stats`. The counts may be set back to 0.
+
+    tokens: real tokens that came in.
+    rows: rows that the decoder layers computed; of a skipped batch all positions, padding included.
+    folded: batches that were folded.
+    skipped: batches that ran as before, each step of generate() included.
+    """
+
+    def __init__(self, tokens: int = 0, rows: int = 0, folded: int = 0, skipped: int = 0):
+        self.tokens, self.rows, self.folded, self.skipped = tokens, rows, folded, skipped
+
+    @property
+    def tokens(self) -> int:
+        if isinstance(self._tokens, Tensor):
+            with _LOCK:
+                self._tokens = int(self._tokens)
+        return self._tokens
+
+    @tokens.setter
+    def tokens(self, value: int) -> None:
+        # A count that stands on a device: nobody waits for it before it is read.
+        self._tokens: int | Tensor = value
+
+    def _add(self, tokens: int | Tensor, rows: int, folded: bool) -> None:
+        with _LOCK:
+            self._tokens = self._tokens + tokens
+            self.rows += rows
+            self.folded += folded
+            self.skipped += not folded
+
+    def _counts(self) -> tuple[int, int, int, int]:
+        return self.tokens, self.rows, self.folded, self.skipped
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RadixStats) and self._counts() == other._counts()
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return "RadixStats(tokens={}, rows={}, folded={}, skipped={})".format(*self._counts())
