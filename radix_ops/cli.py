@@ -40,8 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         message, status = str(error), 1
     except KeyboardInterrupt:
-        continues = getattr(args, "output", None) and not getattr(args, "compare", False)
-        message, status = "stopped; the same command continues" if continues else "stopped", 130
+        message, status = "stopped", 130
+        if getattr(args, "output", None) and not getattr(args, "compare", False):
+            message += f"; the same command {'without --overwrite ' if args.overwrite else ''}continues"
     print(f"radix-ops: {message}", file=sys.stderr)
     return status
 

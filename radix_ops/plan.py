@@ -159,7 +159,7 @@ def _check_limit(name: str, value, optional: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
     if not 1 <= value <= _NO_LIMIT:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+        raise ValueError(f"{name} must be from 1 to 2^62, got {value}")
 
 
 def _checked_lengths(lengths, store: TokenStore) -> np.ndarray:

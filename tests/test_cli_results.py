@@ -6,10 +6,12 @@ import tracemalloc
 
 import pytest
 import torch
-from test_scoring import tiny_model
+from test_scoring import tiny_model, tiny_tokenizer
 
 from radix_ops import _budget, cli
 from radix_ops._budget import find_budget
+from radix_ops.commands import common
+from radix_ops.commands.matrix import MatrixFile
 from radix_ops.commands.records import UserError
 from radix_ops.commands.results import ResultFile, ResultStream
 
@@ -140,3 +142,41 @@ def test_help_teaches_by_an_example(command, capsys):
     out = capsys.readouterr().out
     assert f"\n  radix-ops {command} " in out
     assert "does not pay" in out or command == "inspect"
+
+
+def test_a_checkpoint_without_all_weights_is_refused(tmp_path, capsys):
+    """transformers would draw what is missing at random."""
+    folder = tmp_path / "base"
+    tiny_model(max_position_embeddings=256).model.save_pretrained(folder)
+    tiny_tokenizer(adds_bos=True).save_pretrained(folder)
+    (tmp_path / "questions.jsonl").write_text('{"context": "the", "choices": [" sea"]}\n')
+    assert cli.main(["score", "--device", "cpu", "--model", str(folder), str(tmp_path / "questions.jsonl")]) == 1
+    assert "lack lm_head.weight for LlamaForCausalLM" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("suffix", [".tmp", ".part", ".rows", ".rows.tmp"])
+def test_an_input_that_stands_where_the_output_is_made_is_refused(tmp_path, suffix):
+    inputs = tmp_path / f"out.npy{suffix}"
+    inputs.write_text("the sea\n")
+    with pytest.raises(UserError, match=r"is made by way of .*out\.npy\S+, which is the input file"):
+        common.check_output(str(tmp_path / "out.npy"), str(inputs))
+
+
+@pytest.mark.parametrize(
+    "line", ['{"line": 1.0, "key": "x"}', '{"line": 1.5, "key": "x"}', '{"line": "1", "key": "x"}']
+)
+def test_lines_of_other_programs_are_no_results(tmp_path, line):
+    path = tmp_path / "out.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(UserError, match="line 1 is no result of this input"):
+        ResultFile(str(path), 3, lambda index: "x", False)
+
+
+def test_a_matrix_whose_rows_were_lost_says_how_to_start_anew(tmp_path):
+    path = tmp_path / "out.npy"
+    MatrixFile(str(path), (3, 2), "key", False)
+    part = tmp_path / "out.npy.part"
+    for spoil in (lambda: part.write_bytes(part.read_bytes()[:50]), part.unlink):
+        spoil()
+        with pytest.raises(UserError, match="is not what the interrupted run left beside .*--overwrite starts anew"):
+            MatrixFile(str(path), (3, 2), "key", False)

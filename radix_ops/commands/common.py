@@ -9,6 +9,10 @@ from pathlib import Path
 
 from .records import Record, Records, T, UserError
 
+# Of files beside --output while it is made, or when it is put into the input's order.
+HELPER_SUFFIXES = (".tmp", ".part", ".rows", ".rows.tmp")
+MOST_THREADS = 1024
+
 
 def add_command(commands, name: str, summary: str, description: str, run: Callable) -> argparse.ArgumentParser:
     """A parser for the subcommand, whose description keeps its line breaks."""
@@ -32,6 +36,14 @@ def positive_int(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if not 1 <= value <= 2**31 - 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {2**31 - 1}")
+    return value
+
+
+def thread_count(text: str) -> int:
+    """A type for arguments: a number of threads."""
+    value = positive_int(text)
+    if value > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text!r} threads are more than {MOST_THREADS}")
     return value
 
 
@@ -62,3 +74,6 @@ def check_output(output: str | None, *inputs: str) -> None:
     for path in inputs:
         if os.path.exists(output) and os.path.exists(path) and os.path.samefile(path, output):
             raise UserError(f"--output {output} is the input file itself")
+        for helper in (output + suffix for suffix in HELPER_SUFFIXES):
+            if os.path.exists(helper) and os.path.exists(path) and os.path.samefile(path, helper):
+                raise UserError(f"--output {output} is made by way of {helper}, which is the input file")

@@ -33,7 +33,7 @@ tokens, model, dtype and options.
 A sentence-transformers folder (one with a modules.json) says itself how to pool and whether to normalise, and which
 prompt stands before each text; options here go before that. Any other model pools the last token and normalises.
 Special tokens are those that the model's tokenizer puts around a text. --dim keeps the first numbers of a Matryoshka
-model, and normalises after that.
+model, and normalises after that; so does a folder's truncate_dim, where sentence-transformers normalises first.
 
   radix-ops embed --model Qwen/Qwen3-Embedding-0.6B --output documents.npy documents.txt
   radix-ops embed --model Qwen/Qwen3-Embedding-0.6B --output queries.npy queries.txt \\
@@ -136,7 +136,7 @@ class _Job:
 
     def _results(self) -> MatrixFile | _Lines:
         output, count = self.args.output, len(self.records)
-        if output and output.endswith(".npy"):
+        if output and output.lower().endswith(".npy"):
             store = self.items.store
             key = key_of_parts(self.base, store.lengths.tobytes(), memoryview(store.input_ids))
             return MatrixFile(output, (count, self.dim), key, self.args.overwrite)

@@ -8,6 +8,7 @@ items = parser.format.encode(records, tokenizer)
 from __future__ import annotations
 
 import itertools
+import os
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -120,6 +121,8 @@ def formats(text_key: str = "text", prompt: str = "", template: str | None = Non
 def packed_arrays(path: str) -> Items:
     """The sequences of a .npz file: input_ids [N] end to end and cu_seqlens [B + 1]. UserError for anything else."""
     try:
+        if os.path.isfile(path) and not zipfile.is_zipfile(path):
+            raise UserError(f"{path} is no .npz file, which is a zip archive of arrays")
         with np.load(path) as arrays:
             missing = [name for name in ("input_ids", "cu_seqlens") if name not in arrays]
             if missing:

@@ -56,7 +56,15 @@ def load_runner(name: str, config, auto_class: str, dtype: str | None, device: t
         import transformers
 
         load = getattr(transformers, auto_class).from_pretrained
-        model = _on_device(load(source, dtype=dtype or own or "auto", **options).eval(), device, dtype)
+        model, report = load(source, dtype=dtype or own or "auto", output_loading_info=True, **options)
+    # transformers draws at random what a checkpoint lacks.
+    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if absent:
+        raise UserError(
+            f"the weights of {source} lack {', '.join(absent[:3])}{' and more' if len(absent) > 3 else ''} for "
+            f"{type(model).__name__}; the command needs a model that was trained for it"
+        )
+    model = _on_device(model.eval(), device, dtype)
     return ClassifierRunner(model, pad_token_id) if classifies else TransformersRunner(model)
 
 

@@ -43,7 +43,13 @@ class MatrixFile:
         self.done = np.memmap(self._side, bool, "r+", offset=len(self._header), shape=shape[:1])
         # Where a kill came just before the side file would have gone, the matrix is in its place.
         is_placed = self.done.all() and not self._part.exists()
-        self.rows = np.load(self.path if is_placed else self._part, mmap_mode="r+")
+        source = self.path if is_placed else self._part
+        try:
+            self.rows = np.load(source, mmap_mode="r+")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{source} is not what the interrupted run left beside {self._side}; --overwrite starts anew"
+            ) from error
 
     def _start(self, shape: tuple[int, int]) -> None:
         self._side.unlink(missing_ok=True)

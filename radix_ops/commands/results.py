@@ -26,7 +26,7 @@ class ResultFile:
     """JSON lines in a file. Each is appended as its item finishes, so that a kill loses the current batch at most.
 
     `key_of(i)` identifies the result of item i, which is that of input line i + 1. Lines that an earlier run left are
-    kept if their keys fit, a torn last line is dropped. Memory holds 9 bytes an item and 16 a line.
+    kept if their keys fit, a torn last line is dropped. Memory holds a byte an item and 16 a line.
     """
 
     def __init__(self, path: str, num_items: int, key_of: Callable[[int], str], overwrite: bool):
@@ -59,7 +59,7 @@ class ResultFile:
         try:
             fields = json.loads(line)
             index = fields["line"] - 1
-            fits = 0 <= index < len(self.done) and self.key_of(index) == fields["key"]
+            fits = isinstance(index, int) and 0 <= index < len(self.done) and self.key_of(index) == fields["key"]
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, TypeError, KeyError):
             fits = False
         if not fits:

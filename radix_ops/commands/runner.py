@@ -24,6 +24,7 @@ from .items import Items
 from .records import UserError
 
 _TOKENS_AT_ONCE = 16_384  # whose hidden states a mean takes in fp32
+_WARM_UP = 4  # sequences: a whole batch may be the whole job
 
 
 @dataclass
@@ -243,8 +244,8 @@ def run(
     """Takes all sequences through `compute(indices, sequences)`, whose result goes to `on_batch(indices, result)`.
 
     Where a batch does not fit into a GPU's memory, it and those behind it run in halves, with a message on standard
-    error. The time counts planning, folding, the model and `on_batch`; `warm_up` runs the smallest batch once before
-    the clock starts.
+    error. The time counts planning, folding, the model and `on_batch`; `warm_up` runs a few sequences of the smallest
+    batch before the clock starts.
     """
 
     def compute_batch(indices: np.ndarray):
@@ -257,7 +258,7 @@ def run(
     planned = time.perf_counter() - started
     with runner.running(folded):
         if warm_up and len(plan):
-            compute_batch(list(plan)[int(plan.rows.argmin())])
+            compute_batch(list(plan)[int(plan.rows.argmin())][:_WARM_UP])
         rows_before = runner.rows
         started = time.perf_counter() - planned
         for indices, result in _in_memory(plan, compute_batch):

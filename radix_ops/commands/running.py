@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .._budget import Budget, find_budget
-from .common import positive_int, progress_bar
+from .common import positive_int, progress_bar, thread_count
 from .items import Collector, Items
 from .loading import context_length
 from .matrix import SIDE_SUFFIX
@@ -57,7 +57,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, results: str) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of weights and computation (default: see above)"
     )
     parser.add_argument("--device", help="as torch names it (default: cuda where there is one, else cpu)")
-    parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument("--threads", type=thread_count, metavar="N", help="CPU threads (default: torch's)")
 
 
 def add_length_arguments(parser: argparse.ArgumentParser, what: str, cut: str) -> None:

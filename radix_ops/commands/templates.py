@@ -42,7 +42,10 @@ class Template:
 
     def token_ids(self, tokenizer) -> tuple[int, int]:
         """The ids of (yes, no)."""
-        return _token_id(tokenizer, "yes", self.yes), _token_id(tokenizer, "no", self.no)
+        yes, no = _token_id(tokenizer, "yes", self.yes), _token_id(tokenizer, "no", self.no)
+        if yes == no:
+            raise UserError(f"the template's yes ({self.yes!r}) and no ({self.no!r}) are one token, {yes}")
+        return yes, no
 
 
 def _token_id(tokenizer, name: str, token: str | int) -> int:
