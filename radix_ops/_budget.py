@@ -11,7 +11,7 @@ import torch
 # Rows of a batch. Fewer than the least leave a device idle; more than the most make a batch no faster, and a stop loses
 # what the current batch did.
 LEAST_ROWS = 1024
-MOST_ROWS = {"cpu": 16_384, "cuda": 65_536}
+MOST_ROWS = {"cpu": 4096, "cuda": 65_536}
 # Tokens that a batch may unfold, and positions that its padded result may have, for each row.
 UNFOLDED_PER_ROW = 8
 _SHARE_OF_FREE_MEMORY = 0.5
@@ -33,7 +33,7 @@ class Budget:
 def find_budget(config, dtype: torch.dtype, device: torch.device, longest: int) -> Budget:
     """The budget for the memory that is free on `device` now; `config` is transformers', `longest` in tokens.
 
-    Half of the free memory over the bytes of a row, from 1,024 to 16,384 rows on the CPU and 65,536 on CUDA, and at
+    Half of the free memory over the bytes of a row, from 1,024 to 4,096 rows on the CPU and 65,536 on CUDA, and at
     least 1.25 times `longest`. A row takes, in elements of `dtype`, what a layer holds at its peak without gradients,
 
         4 hidden_size + 2 (heads + kv_heads) head_dim + 3 intermediate_size

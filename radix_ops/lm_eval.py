@@ -50,7 +50,7 @@ class RadixLM(HFLM):
     that shots, contexts and choices that they share meet in one batch and are computed once, and logits are made of
     scored tokens alone, in the dtype that `hf` makes them in. Texts are generated as `hf` does.
 
-    batch_size: "auto", with or without a schedule, goes by the memory that is free: a batch computes at most 16,384
+    batch_size: "auto", with or without a schedule, goes by the memory that is free: a batch computes at most 4,096
         rows on the CPU and 65,536 on CUDA. N bounds the rows by those of N sequences of max_length; where that is
         more than "auto" finds, by the larger of what it finds and N times the longest sequence at hand, which is the
         largest batch of `hf`. A batch that a GPU's memory doesn't hold is planned anew at half its rows. Generated

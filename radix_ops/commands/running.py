@@ -50,7 +50,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, results: str) -> None:
         type=positive_int,
         metavar="N",
         help="rows of a batch at most, that is tokens that are computed; a batch may unfold 8 times as many, and a "
-        "longer sequence is a batch of its own (default: found from the free memory, at most 16,384 on the CPU and "
+        "longer sequence is a batch of its own (default: found from the free memory, at most 4,096 on the CPU and "
         "65,536 on CUDA)",
     )
     parser.add_argument(
