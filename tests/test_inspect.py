@@ -216,7 +216,7 @@ def test_errors_of_packed_arrays(capsys, tmp_path, arrays, message):
     np.savez(tmp_path / "ids.npz", **arrays)
     assert message in failing(capsys, tmp_path / "ids.npz")
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
-    assert "torn.npz can't be used" in failing(capsys, tmp_path / "torn.npz")
+    assert "torn.npz is no .npz file, which is a zip archive of arrays" in failing(capsys, tmp_path / "torn.npz")
 
 
 # What is said.
