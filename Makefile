@@ -35,7 +35,7 @@ wheel: $(VENV)/.torch
 
 # Where there is a GPU, on it as well.
 bench: $(VENV)/.built $(VENV)/.deps
-	names="fold_cpu gather_cpu scatter_add_cpu plan_cpu"; devices=cpu; \
+	names="fold_cpu gather_cpu scatter_add_cpu attention_cpu plan_cpu"; devices=cpu; \
 	if nvidia-smi >/dev/null 2>&1; then devices="cpu cuda"; \
 	names="$$names fold_cuda gather_cuda scatter_add_cuda losses_cuda"; fi; \
 	for name in $$names; do $(BIN)/python benchmarks/bench_$$name.py || exit 1; done; \

@@ -4,9 +4,10 @@ A row sees its ancestors and itself. `trie_order` numbers the rows in depth-firs
 interval: row k is on the path to row q exactly when enter[k] <= enter[q] < leave[k]. At each row the rest of its own
 run comes first, so a run stands side by side in this order too.
 
-On the CPU (and on CUDA in float32 and float64) `trie_attention` cuts the runs into edges, rows side by side of which
-only the last has further branches, and lets everything below an edge attend to it at once: a key is read once for a
-block of queries, not once for each sequence. On CUDA in bfloat16 and float16 it runs the kernels of `_trie_cuda`.
+The forward on the CPU is csrc/cpu/trie_attention.cpp. On CUDA in bfloat16 and float16 forward and backward are the
+kernels of `_trie_cuda`. All else, the backward on the CPU and other dtypes on CUDA, is here: the runs are cut into
+edges, rows side by side of which only the last has further branches, and everything below an edge attends to it at
+once, so that a key is read once for a block of queries, not once for each sequence.
 """
 
 from __future__ import annotations

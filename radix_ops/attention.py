@@ -42,9 +42,9 @@ def attention(
             long prefixes are shared.
             "unfold" unfolds q, k and v, attends all packed tokens and folds the output, as RadixMLP does (arXiv
             2601.15013): for comparison.
-            "auto" takes "trie" on CUDA where our kernels run, unless nothing is shared, and on the CPU where unfolding
-            would repeat keys 6 times or more on average; otherwise "compact". In compiled code it does not look at the
-            batch, so that one graph serves all: "trie" where our kernels run, "compact" elsewhere.
+            "auto" takes "trie" on CUDA where our kernels run, unless nothing is shared; on the CPU in float32 and
+            float64 where no gradient is wanted, and otherwise where unfolding would repeat keys 6 times or more on
+            average; "compact" elsewhere. In compiled code it does not look at the batch, so that one graph serves all.
 
     On CUDA in bfloat16 and float16, compute capability 8.0 or more, head_dim up to 256, kernels do it (torch's flash
     attention, and ours for "trie", in Triton, which are compiled in a second or two on the first call of a kind: dtype,
@@ -65,8 +65,9 @@ class AttentionPlan(NamedTuple):
 
     layout: str  # no longer "auto"; "packed" for "compact" where the keys of every sequence stand as they are needed
     order: tuple[Tensor, ...] | None  # of radix::trie_order, for "trie"
-    needs_kernels: bool = False  # "trie" where its CUDA kernels run, "compact" otherwise
+    otherwise: str | None = None  # of "auto": the layout for tensors that "trie" is not faster for
     has_padding: bool = False  # whether num_rows > num_nodes; known for "packed"
+    repeats: bool = False  # whether unfolding would repeat keys often
 
 
 def plan_attention(batch: FoldedBatch, layout: str) -> AttentionPlan:
@@ -76,18 +77,20 @@ def plan_attention(batch: FoldedBatch, layout: str) -> AttentionPlan:
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
-    is_compiling = torch.compiler.is_compiling()
     is_choice = layout == "auto"
-    if is_choice:
-        layout = _auto(batch)
-    # Rows of runs that share nothing need no unfolding. Compiled code has one graph for all batches instead.
-    if (is_choice or layout == "compact") and not is_compiling and batch.kv_index.shape[0] == batch.num_nodes:
-        layout = "packed"
-    if layout != "trie":
-        return AttentionPlan(layout, None, has_padding=layout == "packed" and batch.num_rows > batch.num_nodes)
-    runs = batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index
-    order = tuple(torch.ops.radix.trie_order(*runs, batch.num_rows))
-    return AttentionPlan(layout, order, needs_kernels=is_choice and batch.kv_index.is_cuda)
+    layout = "compact" if is_choice else layout
+    has_padding = repeats = False
+    # Compiled code has one graph for all batches.
+    if layout == "compact" and not torch.compiler.is_compiling():
+        # Rows of runs that share nothing need no unfolding.
+        if batch.kv_index.shape[0] == batch.num_nodes:
+            layout, has_padding = "packed", batch.num_rows > batch.num_nodes
+        repeats = batch.kv_index.shape[0] >= _REPEATS_FOR_TRIE * max(batch.num_nodes, 1)
+    if layout == "trie" or (is_choice and not (layout == "packed" and batch.kv_index.is_cuda)):
+        runs = batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index
+        order = tuple(torch.ops.radix.trie_order(*runs, batch.num_rows))
+        return AttentionPlan("trie", order, layout if is_choice else None, has_padding, repeats)
+    return AttentionPlan(layout, None, None, has_padding)
 
 
 def attend(
@@ -102,16 +105,19 @@ def attend(
     """`attention` by a plan, with arguments that are known to be right."""
     window = sliding_window or 0
     factor = 1.0 / math.sqrt(q.shape[2]) if scale is None else float(scale)
-    if plan.layout == "trie" and (not plan.needs_kernels or _trie.has_kernels(q, v)):
+    layout = plan.layout
+    if plan.otherwise is not None and not _trie_is_faster(q, k, v, plan):
+        layout = plan.otherwise
+    if layout == "trie":
         tables = *plan.order, batch.kv_index, batch.cu_seqlens_q, batch.num_nodes
         return torch.ops.radix.trie_attention(q, k, v, *tables, factor, window)[0]
-    if plan.layout == "unfold":
+    if layout == "unfold":
         packed = [batch.unfold(x) for x in (q, k, v)]
         ends, longest = batch.cu_seqlens, batch.max_seqlen_k
         out = _varlen(*packed, ends, ends, batch.num_tokens, longest, longest, factor, window)
         return _zero_padding_rows(batch.fold(out), batch)
     # Inductor must see no relation of num_rows and num_nodes, of which it then loses one: neither comparison nor cut.
-    if plan.layout == "packed" and not (plan.has_padding and torch.compiler.is_compiling()):
+    if layout == "packed" and not (plan.has_padding and torch.compiler.is_compiling()):
         keys, values = (x[: batch.num_nodes] if plan.has_padding else x for x in (k, v))
     else:
         keys, values = torch.ops.radix.gather_kv.csr(k, v, batch.kv_index, batch.kv_indptr, batch.kv_members)
@@ -126,15 +132,17 @@ def _varlen(q, k, v, ends_q, ends_k, num_queries, max_seqlen_q, max_seqlen_k, sc
     return torch.ops.radix.varlen_attention(q, k, v, ends_q, ends_k, scale, window)
 
 
-def _auto(batch: FoldedBatch) -> str:
-    """On an H200 "trie" was 1.0 to 1.3 times as fast as "compact" in whole models, and 0.96 to 1.26 in training.
+def _trie_is_faster(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> bool:
+    """Whether "auto" takes "trie" for these tensors.
 
-    On a 2-core CPU it was 0.96 to 5 times as fast from 6 repeats on, and below them often slower.
+    On an H200 it was 1.0 to 1.3 times as fast as "compact" in whole models, and 0.96 to 1.26 in training. On a CPU of
+    2 cores its forward was 1.2 to 1.9 times as fast in float32 (benchmarks/bench_attention_cpu.py); its backward, and
+    the forward in bfloat16 where the processor multiplies that by itself, were so only from 6 repeats on.
     """
-    if batch.kv_index.is_cuda:
-        return "trie"
-    repeats = not torch.compiler.is_compiling() and batch.kv_index.shape[0] >= _REPEATS_FOR_TRIE * batch.num_nodes
-    return "trie" if repeats else "compact"
+    if q.is_cuda:
+        return _trie.has_kernels(q, v)
+    wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return plan.repeats or (q.dtype in (torch.float32, torch.float64) and not wants_grad)
 
 
 def _zero_padding_rows(rows: Tensor, batch: FoldedBatch) -> Tensor:

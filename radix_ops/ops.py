@@ -39,8 +39,10 @@ trie_order(cu_seqlens_q, cu_seqlens_k, kv_index, num_rows)
 trie_attention(q, k [num_rows, H_kv, D], v, enter, leave, depth, row_of, path, kv_index, cu_seqlens_q, num_nodes, scale,
                sliding_window=0)
     -> out [num_rows, H, D_v], logsumexp [H, num_rows]: attention to the rows on the path, with no key or value
-    unfolded. In every floating dtype; on CUDA in bfloat16 and float16 by Triton kernels, otherwise it waits there for
-    the host and is slow. Nothing looks at the values of the index tensors, which must be a fold's and trie_order's.
+    unfolded. In every floating dtype; on the CPU, where sums are in fp32 (fp64 for float64) and the bits the same for
+    any number of threads, by a kernel for AVX-512, AVX2 or neither (ATEN_CPU_CAPABILITY holds it to less, as it does
+    torch); on CUDA in bfloat16 and float16 by Triton kernels, otherwise it waits there for the host and is slow. The
+    index tensors must be a fold's and trie_order's; only the forward on the CPU checks that none leads outside.
 
 What `radix_ops.plan` calls, on the CPU (sequence i is input_ids[starts[i]:starts[i] + lengths[i]], ids not negative):
 
@@ -396,13 +398,14 @@ def _register_attention(name: str, backward_name: str, num_tensors: int, saves_o
 _register_attention("varlen_attention", "varlen_attention_backward", 5, saves_outputs=False)
 _register_attention("flash_attention", "flash_attention_backward", 5, saves_outputs=True)
 _register_attention("trie_attention", "trie_attention_backward", 10, saves_outputs=True)
-for _module, _names in (
-    (_varlen, ("varlen_attention", "varlen_attention_backward")),
-    (_trie, ("trie_attention", "trie_attention_backward")),
+for _module, _name, _keys in (
+    (_varlen, "varlen_attention", ("CPU", "CUDA")),
+    (_varlen, "varlen_attention_backward", ("CPU", "CUDA")),
+    (_trie, "trie_attention", ("CUDA",)),
+    (_trie, "trie_attention_backward", ("CPU", "CUDA")),
 ):
-    for _name in _names:
-        for _key in ("CPU", "CUDA"):
-            _library.impl(_name, getattr(_module, _name), _key)
+    for _key in _keys:
+        _library.impl(_name, getattr(_module, _name), _key)
 for _name in ("flash_attention", "flash_attention_backward"):
     _library.impl(_name, getattr(_flash, _name), "CUDA")
 

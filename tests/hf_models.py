@@ -113,7 +113,8 @@ class Witness(TorchDispatchMode):
         self.rows: list[int] = []  # that went through the MLP of each layer, in order
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.attention_calls += func is torch.ops.radix.varlen_attention.default
+        ops = torch.ops.radix
+        self.attention_calls += func in (ops.varlen_attention.default, ops.trie_attention.default)
         if func is torch.ops.aten.silu.default:
             self.rows.append(args[0].shape[:-1].numel())
         return func(*args, **(kwargs or {}))

@@ -146,26 +146,30 @@ def test_attention_of_a_packed_batch_unfolds_nothing(pad_multiple_of, device, mo
 
 
 @pytest.mark.parametrize(
-    ("dtype", "name", "layout"),
+    ("dtype", "wants_grad", "name", "layout"),
     [
-        pytest.param(torch.bfloat16, "nested", "trie", marks=pytest.mark.cuda),
-        pytest.param(torch.bfloat16, "disjoint", "compact", marks=pytest.mark.cuda),
-        pytest.param(torch.float32, "nested", "compact", marks=pytest.mark.cuda),
-        (torch.float32, "nested", "compact"),
-        (torch.float32, "often_shared", "trie"),
+        pytest.param(torch.bfloat16, False, "nested", "trie", marks=pytest.mark.cuda),
+        pytest.param(torch.bfloat16, True, "nested", "trie", marks=pytest.mark.cuda),
+        pytest.param(torch.bfloat16, False, "disjoint", "compact", marks=pytest.mark.cuda),
+        pytest.param(torch.float32, False, "nested", "compact", marks=pytest.mark.cuda),
+        (torch.float32, False, "nested", "trie"),
+        (torch.float64, False, "disjoint", "trie"),
+        (torch.float32, True, "nested", "compact"),
+        (torch.float32, True, "often_shared", "trie"),
+        (torch.bfloat16, False, "nested", "compact"),
+        (torch.bfloat16, False, "often_shared", "trie"),
     ],
 )
-def test_auto_takes(dtype, name, layout, request):
+def test_auto_takes(dtype, wants_grad, name, layout, request):
     device = "cuda" if request.node.get_closest_marker("cuda") else "cpu"
     sequences = {**NAMED, "often_shared": [[*range(50), i] for i in range(20)]}[name]
     batch = FoldedBatch.from_sequences(sequences, device=device)
     q, k, v = (torch.randn(batch.num_rows, heads, 16, dtype=dtype, device=device) for heads in (4, 2, 2))
+    v.requires_grad_(wants_grad)
     with RecordedOps() as recorded:
         attention(q, k, v, batch)
-    attends = {
-        "compact": "flash_attention" if dtype == torch.bfloat16 else "varlen_attention",
-        "trie": "trie_attention",
-    }
+    compact = "flash_attention" if device == "cuda" and dtype == torch.bfloat16 else "varlen_attention"
+    attends = {"compact": compact, "trie": "trie_attention"}
     assert [op for op in recorded.names if op.endswith("attention")] == [attends[layout]]
 
 

@@ -1,4 +1,4 @@
-"""The order of a trie against its ancestors found one by one, and what the CPU kernel reads."""
+"""The order of a trie against its ancestors found one by one, and what the kernels in Python read."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class RowsRead(TorchDispatchMode):
         return result
 
 
-def test_no_key_or_value_is_unfolded_on_the_cpu():
+def test_no_key_or_value_is_unfolded():
     """50 sequences share 200 tokens and add 3 each: unfolded, keys would be 10,150 rows; the trie has 350."""
     batch = FoldedBatch.from_sequences([[*range(200), i, i, i] for i in range(1000, 1050)])
     q, k, v = (torch.randn(batch.num_rows, heads, 8) for heads in (4, 2, 2))

@@ -1,0 +1,74 @@
+"""Attention over tries on the CPU, forward: the trie layout's kernel against the compact layout, and packed sequences.
+
+compact and packed run torch's scaled_dot_product_attention a run (a sequence) at a time; packed attends all tokens, as
+where nothing is folded. Each is the best of several rounds that take turns.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import harness
+import numpy as np
+import torch
+
+from radix_ops import FoldedBatch, attention, pack
+from radix_ops.attention import attend, plan_attention
+
+# Sequences that share a prefix, its length and that of the rest, and how many such groups there are.
+SHAPES = {
+    "15 x (2047 + 256)": (15, 2047, 256, 1),
+    "64 x (100 + 90)": (64, 100, 90, 1),
+    "8 groups of 8 x (60 + 110)": (8, 60, 110, 8),
+    "4 x (1024 + 1024)": (4, 1024, 1024, 1),
+    "6 groups of 4 x (1800 + 2)": (4, 1800, 2, 6),
+    "16 x 256, nothing shared": (1, 0, 256, 16),
+}
+# Heads of q, heads of k and v, head_dim.
+HEADS = {"SmolLM2-135M": (9, 3, 64), "Qwen3-0.6B": (16, 8, 128)}
+LARGEST_ERROR = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
+
+
+def main() -> None:
+    args = harness.parse(harness.make_parser(__doc__, threads=2, rounds=5))
+    rng = np.random.default_rng(0)
+    records = []
+    for shape, (count, shared, rest, groups) in SHAPES.items():
+        sequences = []
+        for _ in range(groups):
+            prefix = rng.integers(0, 30_000, shared).tolist()
+            sequences += [prefix + rng.integers(0, 30_000, rest).tolist() for _ in range(count)]
+        folded = FoldedBatch.from_sequences(sequences)
+        packed = pack(torch.tensor(list(itertools.chain.from_iterable(sequences))), folded.cu_seqlens)
+        for name, (heads, kv_heads, size) in HEADS.items():
+            for dtype in LARGEST_ERROR:
+                records.append(measure(shape, name, folded, packed, (heads, kv_heads, kv_heads), size, dtype, args))
+    harness.report("attention_cpu", records, args.save)
+
+
+def measure(shape, name, folded, packed, heads, size, dtype, args) -> dict:
+    rows = [torch.randn(folded.num_rows, count, size).to(dtype) for count in heads]
+    tokens = [folded.unfold(x) for x in rows]
+    plans = {layout: plan_attention(folded, layout) for layout in ("trie", "compact")}
+    calls = {layout: functools.partial(attend, *rows, folded, plan) for layout, plan in plans.items()}
+    calls["packed"] = functools.partial(attend, *tokens, packed, plan_attention(packed, "compact"))
+    exact = attention(*(x.double() for x in rows), folded, layout="compact")
+    error = float((calls["trie"]() - exact).norm() / exact.norm())
+    assert error < LARGEST_ERROR[dtype], error
+    seconds = harness.seconds_per_call(calls, args.rounds)
+    return {
+        "shape": shape,
+        "heads of": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "rows": folded.num_nodes,
+        "keys repeated": len(folded.kv_index) / folded.num_nodes,
+        **{f"{call_name} ms": 1e3 * value for call_name, value in seconds.items()},
+        "compact / trie": seconds["compact"] / seconds["trie"],
+        "packed / trie": seconds["packed"] / seconds["trie"],
+        "error": error,
+    }
+
+
+if __name__ == "__main__":
+    main()
