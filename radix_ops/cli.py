@@ -16,7 +16,10 @@ COMMANDS = ("inspect", "embed", "rerank", "score")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="radix-ops", description="Shared prefixes of a batch, computed once.")
+    parser = argparse.ArgumentParser(
+        prog="radix-ops",
+        description="Shared prefixes of a batch, computed once. `radix-ops inspect` says whether that pays for a file.",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
         importlib.import_module(f"radix_ops.commands.{name}").add_parser(commands)

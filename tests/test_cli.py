@@ -204,9 +204,11 @@ def test_score_refuses_to_continue_what_is_not_its_own(model_folder, questions, 
         assert refused_line(model_folder, "--plain", questions) == 2
     output.write_bytes(lines[0] * 2)
     assert "holds a result twice" in failing(capsys, model_folder, "--plain", questions, "--output", output)
-    output.write_bytes(b"my only notes, without a newline")
-    assert "ends in a line that is no result" in failing(capsys, model_folder, "--plain", questions, "--output", output)
-    assert output.read_bytes() == b"my only notes, without a newline"
+    for held, message in ((b"", "exists and holds no results"), (lines[0], "ends in a line that is no result")):
+        held += b"my only notes, without a newline"
+        output.write_bytes(held)
+        assert message in failing(capsys, model_folder, "--plain", questions, "--output", output)
+        assert output.read_bytes() == held
 
     assert score(model_folder, "--plain", "--overwrite", "--output", output, questions) == 0
     check_results(read_jsonl(output))

@@ -1,11 +1,14 @@
 """Where the radix-ops command puts results, and how large it makes a batch."""
 
 import json
+import os
 import random
 import tracemalloc
 
+import numpy as np
 import pytest
 import torch
+from test_cli import failing_command, write_jsonl
 from test_scoring import tiny_model, tiny_tokenizer
 
 from radix_ops import _budget, cli
@@ -180,3 +183,22 @@ def test_a_matrix_whose_rows_were_lost_says_how_to_start_anew(tmp_path):
         spoil()
         with pytest.raises(UserError, match="is not what the interrupted run left beside .*--overwrite starts anew"):
             MatrixFile(str(path), (3, 2), "key", False)
+
+
+@pytest.mark.parametrize("command", ["embed", "score", "rerank"])
+def test_outputs_are_refused_before_the_model_is_looked_for(tmp_path, capsys, monkeypatch, command):
+    def refusal(output):
+        return failing_command(capsys, command, "--model", "no/model", "--output", output, tmp_path / "in.jsonl")
+
+    write_jsonl(
+        tmp_path / "in.jsonl", [{"text": "a", "context": "a", "choices": ["b"], "query": "a", "documents": ["b"]}]
+    )
+    for line in (b"[1]\n", b'{"id": 1}\n', b"\xff\n", b"text"):
+        (tmp_path / "mine.jsonl").write_bytes(line)
+        assert "mine.jsonl exists and holds no results; --overwrite replaces it" in refusal(tmp_path / "mine.jsonl")
+        assert (tmp_path / "mine.jsonl").read_bytes() == line
+    if command == "embed":
+        np.save(tmp_path / "mine.npy", np.zeros(3))
+        assert "mine.npy exists and is complete; --overwrite replaces it" in refusal(tmp_path / "mine.npy")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    assert "new.jsonl can't be written" in refusal(tmp_path / "new.jsonl")

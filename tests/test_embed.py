@@ -135,6 +135,23 @@ def test_embed_equals_sentence_transformers(tmp_path, texts, qwen3, pooling, nor
     check(np.load(tmp_path / "d.npy"), expected)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_folders_truncate_dim_cuts_as_in_sentence_transformers(tmp_path, texts, qwen3, normalize):
+    """After the normalisation; --dim cuts before it."""
+    folder, library = sentence_folder(tmp_path / "st", qwen3, "mean", normalize)
+    path = folder / "config_sentence_transformers.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "truncate_dim": 8}))
+    library = type(library)(str(folder))
+    assert embed(folder, "--output", tmp_path / "e.npy", texts) == 0
+    found = np.load(tmp_path / "e.npy")
+    assert found.shape == (len(TEXTS), 8)
+    check(found, library.encode(TEXTS))
+    assert embed(folder, "--dim", 8, "--output", tmp_path / "d.npy", texts) == 0
+    check(np.load(tmp_path / "d.npy"), library.encode(TEXTS, truncate_dim=8, normalize_embeddings=normalize))
+    if normalize:
+        assert (np.linalg.norm(found, axis=1) < 0.99).all()
+
+
 def test_a_mean_leaves_the_prompt_out_where_the_folder_says_so(tmp_path, texts, qwen3, capsys):
     folder, library = sentence_folder(
         tmp_path / "st", qwen3, "mean", include_prompt=False, prompts={"q": "the river: "}, default_prompt_name="q"

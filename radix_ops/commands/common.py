@@ -69,8 +69,11 @@ def check_output(output: str | None, *inputs: str) -> None:
         return
     if not output or (os.path.exists(output) and not os.path.isfile(output)):
         raise UserError(f"--output {output!r} is not a regular file")
-    if not Path(output).parent.is_dir():
+    folder = Path(output).parent
+    if not folder.is_dir():
         raise UserError(f"--output {output}: its folder does not exist")
+    if not os.access(folder, os.W_OK) or (os.path.exists(output) and not os.access(output, os.W_OK)):
+        raise UserError(f"--output {output} can't be written")
     for path in inputs:
         if os.path.exists(output) and os.path.exists(path) and os.path.samefile(path, output):
             raise UserError(f"--output {output} is the input file itself")

@@ -13,7 +13,7 @@ from . import embedding, running
 from .common import add_command, add_format_argument, check_output, positive_int, read_records
 from .items import Items
 from .loading import load_config, load_runner, load_tokenizer
-from .matrix import MatrixFile, scratch_matrix
+from .matrix import MatrixFile, is_matrix, scratch_matrix
 from .recipes import POOLINGS, Recipe, find_recipe
 from .records import Records, UserError
 from .results import ResultFile, ResultStream, fingerprint, key_of_parts
@@ -33,7 +33,7 @@ tokens, model, dtype and options.
 A sentence-transformers folder (one with a modules.json) says itself how to pool and whether to normalise, and which
 prompt stands before each text; options here go before that. Any other model pools the last token and normalises.
 Special tokens are those that the model's tokenizer puts around a text. --dim keeps the first numbers of a Matryoshka
-model, and normalises after that; so does a folder's truncate_dim, where sentence-transformers normalises first.
+model, and normalises after that; a folder's truncate_dim does before, as in sentence-transformers.
 
   radix-ops embed --model Qwen/Qwen3-Embedding-0.6B --output documents.npy documents.txt
   radix-ops embed --model Qwen/Qwen3-Embedding-0.6B --output queries.npy queries.txt \\
@@ -51,7 +51,7 @@ It does not pay where texts start differently: documents without a prompt, or wi
 def run(args: argparse.Namespace) -> None:
     check_output(args.output, args.file)
     device = running.find_device(args.device)
-    running.check_compare(args)
+    running.check_existing(args, may_be_matrix=True)
     shape = f'one object {{"{args.text_key}": ...}} a line'
     records = read_records(args.file, embedding.parse_text(args.text_key), shape, args.format)
     if args.threads:
@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
 def _complete(args: argparse.Namespace, recipe: Recipe, config, tokenizer) -> Recipe:
     """The recipe with the options that were given, each checked, and what was left open."""
     given = {"pooling": args.pooling, "prompt": args.prompt, "dim": args.dim}
+    given["cuts_last"] = False if args.dim else None
     given["normalize"] = False if args.no_normalize else None
     given["max_length"] = running.max_length_of(args, config, tokenizer, recipe.max_length)
     recipe = dataclasses.replace(recipe, **{name: value for name, value in given.items() if value is not None})
@@ -136,7 +137,7 @@ class _Job:
 
     def _results(self) -> MatrixFile | _Lines:
         output, count = self.args.output, len(self.records)
-        if output and output.lower().endswith(".npy"):
+        if output and is_matrix(output):
             store = self.items.store
             key = key_of_parts(self.base, store.lengths.tobytes(), memoryview(store.input_ids))
             return MatrixFile(output, (count, self.dim), key, self.args.overwrite)

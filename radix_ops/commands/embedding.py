@@ -80,14 +80,15 @@ def tokens_to_skip(tokenizer, recipe: Recipe) -> int:
 def embedder(runner, recipe: Recipe, skip: int) -> Callable[[np.ndarray, list[np.ndarray]], np.ndarray]:
     """A function of (indices, sequences) that returns their embeddings, float32 [len(sequences), dim].
 
-    Pooled states are cut to `recipe.dim` numbers in fp32, then normalised.
+    Pooled states are normalised in fp32, before or after they are cut to `recipe.dim` numbers.
     """
 
     def compute(indices: np.ndarray, sequences: list[np.ndarray]) -> np.ndarray:
         states = runner.states(sequences)
         pooled = states.last() if recipe.pooling == "last" else states.mean(skip)
-        pooled = pooled.float()[:, : recipe.dim]
-        return (F.normalize(pooled, dim=-1) if recipe.normalize else pooled).cpu().numpy()
+        pooled = pooled.float()[:, : None if recipe.cuts_last else recipe.dim]
+        embeddings = F.normalize(pooled, dim=-1) if recipe.normalize else pooled
+        return embeddings[:, : recipe.dim].cpu().numpy()
 
     return compute
 

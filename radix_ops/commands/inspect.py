@@ -159,7 +159,8 @@ def add_parser(commands) -> None:
         type=positive_int,
         default=MAX_ROWS,
         metavar="N",
-        help="rows of a batch that the verdict goes by, as of the other commands (default: %(default)s)",
+        help="rows of a batch that the verdict goes by (default: %(default)s; the other commands take at most 4,096 on "
+        "the CPU and 65,536 on CUDA)",
     )
     command.add_argument("--plot", metavar="FILE", help="where a picture goes: .png, .svg or .pdf")
     command.add_argument("--json", action="store_true", help="print one JSON object and no report")

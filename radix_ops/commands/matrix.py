@@ -16,6 +16,17 @@ from .records import UserError
 SIDE_SUFFIX = ".rows"
 
 
+def is_matrix(path: str) -> bool:
+    """Whether embeddings go to this file as a matrix."""
+    return path.lower().endswith(".npy")
+
+
+def check_incomplete(path: str) -> None:
+    """UserError for a file that no interrupted run has a side file for."""
+    if os.path.exists(path) and not os.path.exists(path + SIDE_SUFFIX):
+        raise UserError(f"--output {path} exists and is complete; --overwrite replaces it")
+
+
 def scratch_matrix(shape: tuple[int, int]) -> np.ndarray:
     """float32, in a temporary file that goes with the array."""
     file = tempfile.TemporaryFile(prefix="radix_ops-")  # noqa: SIM115
@@ -36,8 +47,8 @@ class MatrixFile:
         self._part, self._side = (self.path.with_name(self.path.name + suffix) for suffix in (".part", SIDE_SUFFIX))
         self._header = json.dumps({"rows": shape[0], "columns": shape[1], "key": key}).encode() + b"\n"
         if overwrite or not self._side.exists():
-            if self.path.exists() and not overwrite:
-                raise UserError(f"--output {path} exists and is complete; --overwrite replaces it")
+            if not overwrite:
+                check_incomplete(path)
             self._start(shape)
         self._check_side()
         self.done = np.memmap(self._side, bool, "r+", offset=len(self._header), shape=shape[:1])

@@ -37,6 +37,7 @@ class Recipe:
     prompt: str = ""  # stands before each text
     pools_prompt: bool = True  # whether a mean is over the prompt's tokens, too
     dim: int | None = None  # numbers that are kept; all of them by default
+    cuts_last: bool = False  # whether numbers go after the normalisation, as a folder's truncate_dim has it
     max_length: int | None = None  # tokens, special ones included
 
 
@@ -68,7 +69,8 @@ def find_recipe(name: str) -> Recipe:
     recipe = _with_pooling(Recipe(name, normalize="Normalize" in kinds), name, paths[1])
     recipe = _with_transformer(recipe, name, paths[0])
     prompt = (settings.get("prompts") or {}).get(settings.get("default_prompt_name")) or ""
-    return dataclasses.replace(recipe, prompt=prompt, dim=settings.get("truncate_dim"))
+    dim = settings.get("truncate_dim")
+    return dataclasses.replace(recipe, prompt=prompt, dim=dim, cuts_last=dim is not None)
 
 
 def _with_pooling(recipe: Recipe, name: str, path: str) -> Recipe:

@@ -53,7 +53,7 @@ It does not pay where a line has one document, or documents that are long beside
 def run(args: argparse.Namespace) -> None:
     check_output(args.output, args.file)
     device = running.find_device(args.device)
-    running.check_compare(args)
+    running.check_existing(args)
     config = load_config(args.model)
     classifies = (getattr(config, "architectures", None) or [""])[0].endswith("ForSequenceClassification")
     pad_token_id = _check_head(args.model, config) if classifies else 0
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     score = reranking.scorer(runner, yes_and_no)
     job = running.ItemJob(args, runner, items, key_of, execute, {"scores": np.float32}, fields_of, "reranked")
     if args.compare:
-        _compare(job)
+        job.compare("order", "orders", "score", "scores")
     else:
         job.run_remaining()
 
@@ -122,19 +122,6 @@ def _check_head(name: str, config) -> int:
         )
     check_cross_encoder(name)
     return pad_token_id
-
-
-def _compare(job: running.ItemJob) -> None:
-    agree, largest = 0, 0.0
-
-    def look(plain: dict, folded: dict) -> None:
-        nonlocal agree, largest
-        agree += plain["order"] == folded["order"]
-        largest = max(largest, *np.abs(np.subtract(plain["scores"], folded["scores"])))
-
-    job.compare(look)
-    print(f"orders that agree: {agree:,} of {len(job.items):,}")
-    print(f"largest difference of a score: {largest:.1e}")
 
 
 def add_parser(commands) -> None:

@@ -22,6 +22,19 @@ _TORN_START = b'{"line": '
 _REPLACE = "--overwrite replaces it"
 
 
+def check_first_line(path: str) -> None:
+    """UserError for a file whose first line is no run's result; of which run is seen when all keys are known."""
+    with open(path, "rb") as file:
+        line = file.readline()
+    is_torn = not line.endswith(b"\n")
+    try:
+        fits = is_torn or json.loads(line).keys() >= {"line", "key"}
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, AttributeError):
+        fits = False
+    if not fits or not line.startswith(_TORN_START[: len(line)]):
+        raise UserError(f"--output {path} exists and holds no results; {_REPLACE}")
+
+
 class ResultFile:
     """JSON lines in a file. Each is appended as its item finishes, so that a kill loses the current batch at most.
 

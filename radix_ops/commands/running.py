@@ -16,9 +16,9 @@ from .._budget import Budget, find_budget
 from .common import positive_int, progress_bar, thread_count
 from .items import Collector, Items
 from .loading import context_length
-from .matrix import SIDE_SUFFIX
+from .matrix import SIDE_SUFFIX, check_incomplete, is_matrix
 from .records import UserError
-from .results import ResultFile, ResultStream
+from .results import ResultFile, ResultStream, check_first_line
 from .runner import RunStats
 
 MODEL_HELP = """\
@@ -93,11 +93,16 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
-def check_compare(args: argparse.Namespace) -> None:
-    if not (args.compare and args.output) or args.overwrite:
+def check_existing(args: argparse.Namespace, may_be_matrix: bool = False) -> None:
+    """UserError where what --output holds already can't be an earlier run's, as far as that is known before one."""
+    if args.output is None or args.overwrite:
         return
-    if any(map(os.path.exists, (args.output, args.output + SIDE_SUFFIX))):
+    if args.compare and any(map(os.path.exists, (args.output, args.output + SIDE_SUFFIX))):
         raise UserError(f"--output {args.output} exists and --compare times whole runs; --overwrite replaces it")
+    if may_be_matrix and is_matrix(args.output):
+        check_incomplete(args.output)
+    elif os.path.isfile(args.output):
+        check_first_line(args.output)
 
 
 def check_runner(args: argparse.Namespace, runner, items: Items) -> None:
@@ -172,22 +177,29 @@ class ItemJob:
             print(summary(self.done, self._run(chosen, not self.args.plain, on_batch)), file=sys.stderr)
         results.finish()
 
-    def compare(self, look: Callable[[dict, dict], None]) -> None:
-        """Runs all items plain and folded and prints the table; `look` gets both results of each item."""
+    def compare(self, choice: str, choices: str, number: str, numbers: str) -> None:
+        """Runs all items plain and folded, and prints the table and how the results differ.
+
+        `choice` and `numbers` are fields of a result, which the report calls `choices` and `number`.
+        """
         found = {folded: Collector(self.items.ends, **self.dtypes) for folded in (False, True)}
         plain, folded = (
             self._run(self.items, folded, lambda indices, arrays, c=collector: c.add(indices, *arrays), warm_up=True)
             for folded, collector in found.items()
         )
         results = self._results() if self.args.output else None
+        agree, largest = 0, 0.0
         for item in range(len(self.items)):
-            pair = [self.fields_of(item, *collector.of(item)) for collector in found.values()]
-            look(*pair)
+            one, other = (self.fields_of(item, *collector.of(item)) for collector in found.values())
+            agree += one[choice] == other[choice]
+            largest = max(largest, *np.abs(np.subtract(one[numbers], other[numbers])))
             if results:
-                results.add(item, pair[1])
+                results.add(item, other)
         if results:
             results.finish()
         print(comparison_table(plain, folded), end="\n\n")
+        print(f"{choices} that agree: {agree:,} of {len(self.items):,}")
+        print(f"largest difference of a {number}: {largest:.1e}")
 
     def _run(self, items: Items, folded: bool, on_batch, warm_up: bool = False) -> RunStats:
         budget = budget_of(self.args, self.runner, items)

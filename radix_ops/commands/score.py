@@ -42,7 +42,7 @@ differently. `radix-ops inspect` says how much a file shares, --compare how much
 def run(args: argparse.Namespace) -> None:
     check_output(args.output, args.file)
     device = running.find_device(args.device)
-    running.check_compare(args)
+    running.check_existing(args)
     records = read_records(args.file, scoring.parse_item, scoring.SHAPE)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -62,26 +62,13 @@ def run(args: argparse.Namespace) -> None:
     dtypes = {"logprobs": np.float64, "greedy": bool}
     job = running.ItemJob(args, runner, choices, key_of, execute, dtypes, fields_of, "scored")
     if args.compare:
-        _compare(job)
+        job.compare("best", "answers", "choice's log-probability", "logprobs")
     else:
         job.run_remaining()
 
 
 def _key_of(base, records: Records, choices: scoring.Choices, item: int) -> str:
     return key_of_parts(base, records.raw(item), *(ids.tobytes() for pair in choices[item] for ids in pair))
-
-
-def _compare(job: running.ItemJob) -> None:
-    agree, largest = 0, 0.0
-
-    def look(plain: dict, folded: dict) -> None:
-        nonlocal agree, largest
-        agree += plain["best"] == folded["best"]
-        largest = max(largest, *np.abs(np.subtract(plain["logprobs"], folded["logprobs"])))
-
-    job.compare(look)
-    print(f"answers that agree: {agree:,} of {len(job.items):,}")
-    print(f"largest difference of a choice's log-probability: {largest:.1e}")
 
 
 def add_parser(commands) -> None:
