@@ -74,7 +74,7 @@ def check(sequences, shape, dtype, layout=lambda x: x):
 
 def check_all():
     for dtype in EPSILON:
-        for shape in SHAPES + MORE_SHAPES:
+        for shape in SHAPES + MORE_SHAPES if dtype.itemsize > 2 else SHAPES[:3]:
             for sequences in TRIES:
                 check(sequences, shape, dtype)
             check(TRIES[0], shape, dtype, strided)
@@ -91,7 +91,7 @@ def test_equals_dense_attention():
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_equals_dense_attention_on_older_processors(capability):
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
