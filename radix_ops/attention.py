@@ -13,7 +13,8 @@ from ._check import ATTENTION_DTYPES
 from .batch import FoldedBatch
 
 LAYOUTS = ("auto", "compact", "trie", "unfold")
-_REPEATS_FOR_TRIE = 6
+# How often unfolding must repeat keys on average for "auto" to take "trie" on the CPU where that is not always faster.
+_REPEATS_FOR_TRIE = {torch.float32: 6, torch.float64: 6, torch.bfloat16: 16, torch.float16: 16}
 
 
 def attention(
@@ -44,7 +45,8 @@ def attention(
             2601.15013): for comparison.
             "auto" takes "trie" on CUDA where our kernels run, unless nothing is shared; on the CPU in float32 and
             float64 where no gradient is wanted, and otherwise where unfolding would repeat keys 6 times or more on
-            average; "compact" elsewhere. In compiled code it does not look at the batch, so that one graph serves all.
+            average, 16 times in bfloat16 and float16; "compact" elsewhere. In compiled code it does not look at the
+            batch, so that one graph serves all.
 
     On CUDA in bfloat16 and float16, compute capability 8.0 or more, head_dim up to 256, kernels do it (torch's flash
     attention, and ours for "trie", in Triton, which are compiled in a second or two on the first call of a kind: dtype,
@@ -67,7 +69,7 @@ class AttentionPlan(NamedTuple):
     order: tuple[Tensor, ...] | None  # of radix::trie_order, for "trie"
     otherwise: str | None = None  # of "auto": the layout for tensors that "trie" is not faster for
     has_padding: bool = False  # whether num_rows > num_nodes; known for "packed"
-    repeats: bool = False  # whether unfolding would repeat keys often
+    repeats: float = 0.0  # how often unfolding would repeat a key, where that is known
 
 
 def plan_attention(batch: FoldedBatch, layout: str) -> AttentionPlan:
@@ -79,13 +81,13 @@ def plan_attention(batch: FoldedBatch, layout: str) -> AttentionPlan:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
     is_choice = layout == "auto"
     layout = "compact" if is_choice else layout
-    has_padding = repeats = False
+    has_padding, repeats = False, 0.0
     # Compiled code has one graph for all batches.
     if layout == "compact" and not torch.compiler.is_compiling():
         # Rows of runs that share nothing need no unfolding.
         if batch.kv_index.shape[0] == batch.num_nodes:
             layout, has_padding = "packed", batch.num_rows > batch.num_nodes
-        repeats = batch.kv_index.shape[0] >= _REPEATS_FOR_TRIE * max(batch.num_nodes, 1)
+        repeats = batch.kv_index.shape[0] / max(batch.num_nodes, 1)
     if layout == "trie" or (is_choice and not (layout == "packed" and batch.kv_index.is_cuda)):
         runs = batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index
         order = tuple(torch.ops.radix.trie_order(*runs, batch.num_rows))
@@ -136,13 +138,15 @@ def _trie_is_faster(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> boo
     """Whether "auto" takes "trie" for these tensors.
 
     On an H200 it was 1.0 to 1.3 times as fast as "compact" in whole models, and 0.96 to 1.26 in training. On a CPU of
-    2 cores its forward was 1.2 to 1.9 times as fast in float32 (benchmarks/bench_attention_cpu.py); its backward, and
-    the forward in bfloat16 where the processor multiplies that by itself, were so only from 6 repeats on.
+    2 cores its forward was 1.2 to 1.9 times as fast in float32 (benchmarks/bench_attention_cpu.py); its backward was so
+    only from 6 repeats on, and its forward in bfloat16 and float16, which that CPU multiplies by itself, from about 16.
     """
     if q.is_cuda:
         return _trie.has_kernels(q, v)
     wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return plan.repeats or (q.dtype in (torch.float32, torch.float64) and not wants_grad)
+    if q.dtype in (torch.float32, torch.float64) and not wants_grad:
+        return True
+    return plan.repeats >= _REPEATS_FOR_TRIE[q.dtype]
 
 
 def _zero_padding_rows(rows: Tensor, batch: FoldedBatch) -> Tensor:

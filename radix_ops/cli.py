@@ -9,6 +9,8 @@ import sys
 
 import torch
 
+import radix_ops
+
 from .commands.records import UserError
 
 # Each module's add_parser(commands) adds a parser whose default `run` is a function of the parsed arguments.
@@ -20,6 +22,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="radix-ops",
         description="Shared prefixes of a batch, computed once. `radix-ops inspect` says whether that pays for a file.",
     )
+    parser.add_argument("--version", action="version", version=f"radix-ops {radix_ops.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
         importlib.import_module(f"radix_ops.commands.{name}").add_parser(commands)

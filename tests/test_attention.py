@@ -145,6 +145,10 @@ def test_attention_of_a_packed_batch_unfolds_nothing(pad_multiple_of, device, mo
         torch.testing.assert_close(got, expected)
 
 
+# Sequences of 51 tokens that share 50: each key would be repeated 14.6 and 20.4 times.
+OFTEN_SHARED = {"often_shared": 20, "shared_by_all": 33}
+
+
 @pytest.mark.parametrize(
     ("dtype", "wants_grad", "name", "layout"),
     [
@@ -157,12 +161,13 @@ def test_attention_of_a_packed_batch_unfolds_nothing(pad_multiple_of, device, mo
         (torch.float32, True, "nested", "compact"),
         (torch.float32, True, "often_shared", "trie"),
         (torch.bfloat16, False, "nested", "compact"),
-        (torch.bfloat16, False, "often_shared", "trie"),
+        (torch.bfloat16, False, "often_shared", "compact"),
+        (torch.bfloat16, False, "shared_by_all", "trie"),
     ],
 )
 def test_auto_takes(dtype, wants_grad, name, layout, request):
     device = "cuda" if request.node.get_closest_marker("cuda") else "cpu"
-    sequences = {**NAMED, "often_shared": [[*range(50), i] for i in range(20)]}[name]
+    sequences = {**NAMED, **{name: [[*range(50), i] for i in range(n)] for name, n in OFTEN_SHARED.items()}}[name]
     batch = FoldedBatch.from_sequences(sequences, device=device)
     q, k, v = (torch.randn(batch.num_rows, heads, 16, dtype=dtype, device=device) for heads in (4, 2, 2))
     v.requires_grad_(wants_grad)

@@ -11,6 +11,7 @@ import torch
 from test_cli import failing_command, write_jsonl
 from test_scoring import tiny_model, tiny_tokenizer
 
+import radix_ops
 from radix_ops import _budget, cli
 from radix_ops._budget import find_budget
 from radix_ops.commands import common
@@ -157,7 +158,7 @@ def test_a_checkpoint_without_all_weights_is_refused(tmp_path, capsys):
     assert "lack lm_head.weight for LlamaForCausalLM" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("suffix", [".tmp", ".part", ".rows", ".rows.tmp"])
+@pytest.mark.parametrize("suffix", [".part", ".rows", ".rows.tmp"])
 def test_an_input_that_stands_where_the_output_is_made_is_refused(tmp_path, suffix):
     inputs = tmp_path / f"out.npy{suffix}"
     inputs.write_text("the sea\n")
@@ -202,3 +203,48 @@ def test_outputs_are_refused_before_the_model_is_looked_for(tmp_path, capsys, mo
         assert "mine.npy exists and is complete; --overwrite replaces it" in refusal(tmp_path / "mine.npy")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     assert "new.jsonl can't be written" in refusal(tmp_path / "new.jsonl")
+
+
+def test_a_link_stays_and_files_beside_an_output_do_too(tmp_path):
+    target, link, notes = (tmp_path / name for name in ("target.jsonl", "link.jsonl", "target.jsonl.tmp"))
+    notes.write_text("mine")
+    link.symlink_to(target)
+    for _ in added_in_random_order(ResultFile(str(link), NUM_ITEMS, key_of, False), 7):
+        pass
+    assert link.is_symlink()
+    check_lines(target.read_text().splitlines())
+    matrix, matrix_link = tmp_path / "target.npy", tmp_path / "link.npy"
+    matrix_link.symlink_to(matrix)
+    for part in (range(2), range(2, 4)):  # the second run continues the first
+        results = MatrixFile(str(matrix_link), (4, 3), "key", False)
+        results.write(np.array(part), np.ones((2, 3)))
+    results.finish()
+    assert matrix_link.is_symlink()
+    assert (np.load(matrix) == 1).all()
+    assert notes.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "link.jsonl", "link.npy", "target.jsonl", "target.jsonl.tmp", "target.npy"
+    ]  # fmt: skip
+
+    (tmp_path / "other.npy.part").write_text("mine")
+    with pytest.raises(UserError, match=r"other.npy.part exists and is of no run; --overwrite replaces it$"):
+        MatrixFile(str(tmp_path / "other.npy"), (4, 3), "key", False)
+    assert (tmp_path / "other.npy.part").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["score", "rerank"])
+def test_json_lines_in_a_npy_file_are_refused(tmp_path, capsys, command):
+    message = failing_command(capsys, command, "--model", "m", "--output", tmp_path / "o.npy", tmp_path / "in.jsonl")
+    assert "o.npy: results are JSON lines, and a .npy file holds a matrix" in message
+
+
+def test_comparing_names_the_file_that_is_there(tmp_path, capsys):
+    (tmp_path / "o.npy.rows").touch()
+    arguments = "--model", "m", "--compare", "--output", tmp_path / "o.npy", tmp_path / "in.jsonl"
+    assert "o.npy.rows exists and --compare times whole runs" in failing_command(capsys, "embed", *arguments)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"radix-ops {radix_ops.__version__}\n"

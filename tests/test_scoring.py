@@ -387,3 +387,12 @@ def test_result_refuses_log_probabilities_that_are_not_finite(value):
     (item,) = items_of(("the", [" sea", " river"]))
     with pytest.raises(UserError, match=r"line 1: choices\[1\] got the log-probability"):
         scoring.result(item, [1, 1], np.array([-1.0, value]), np.array([False, False]))
+
+
+def test_equal_choices_get_equal_numbers_wherever_they_ran():
+    item = scoring.Item(1, "line 1", "", [" a", " b", " a", " a"], {})
+    logprobs, greedy = np.array([-1.0, -2.0, -1.0 + 1e-12, -0.5]), np.array([False, True, True, False])
+    found = scoring.result(item, [1, 1, 1, 1], logprobs, greedy)
+    assert found["logprobs"] == [-1.0, -2.0, -1.0, -1.0]
+    assert found["greedy"] == [False, True, False, False]
+    assert (found["best"], found["best_per_char"]) == (0, 0)

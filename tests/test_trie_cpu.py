@@ -157,12 +157,16 @@ def test_refuses_tables_that_lead_outside():
     batch = FoldedBatch.from_sequences(LONG)
     tensors = inputs_of(batch, (4, 2, 16, 16), torch.float32)
     order = order_of(batch)
-    for position, name in enumerate(("leave", "depth", "row_of", "path"), start=1):
+    for position, name in enumerate(("enter", "leave", "depth", "row_of", "path")):
         for value in (-1, 2**31 - 1):
             tables = [x.clone() for x in order]
             tables[position][7] = value
             with pytest.raises(RuntimeError, match=rf"^radix::trie_attention: {name}\[7\] is {value}, out of range"):
                 attend(batch, tensors, 0.25, tables=tables)
+    with pytest.raises(RuntimeError, match=r"row_of must be the inverse of enter, but enter\[row_of\[1\]\] is 0$"):
+        attend(batch, tensors, 0.25, tables=[*order[:3], torch.zeros_like(order[3]), order[4]])
+    with pytest.raises(RuntimeError, match=r"leave\[0\] must be more than enter\[0\], 0, got 0$"):
+        attend(batch, tensors, 0.25, tables=[order[0], torch.zeros_like(order[1]), *order[2:]])
     kv_index = batch.kv_index.clone()
     kv_index[3] = batch.num_rows
     with pytest.raises(RuntimeError, match=r"^radix::trie_attention: kv_index\[3\] is \d+, out of range"):

@@ -1,9 +1,9 @@
 // radix::trie_attention on the CPU: each row attends to the rows above it, no key or value unfolded.
 //
-// A block is rows side by side in depth-first order. What any of them sees stands on the path to the block's first row,
-// which nearly all of it is seen by all, or in the block itself: so a block reads its keys once, however many sequences
-// its rows belong to. The softmax is that of flash attention: scores of a tile of keys at a time, and what is summed so
-// far fades where a larger score comes. All heads of q that share a head of k are lanes beside each other.
+// A block is rows side by side in depth-first order. What any of them sees stands in the block itself or on the path to
+// its first row, and nearly all of that path is seen by all of them: so a block reads its keys once, however many
+// sequences its rows belong to. The softmax is that of flash attention: scores of a tile of keys at a time, and what is
+// summed so far fades where a larger score comes. All heads of q that share a head of k are lanes beside each other.
 #include "../integers.h"
 #include "lanes.h"
 #include "rows.h"
@@ -12,9 +12,12 @@
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 namespace radix {
 namespace {
@@ -28,8 +31,8 @@ constexpr int64_t kMultiple = 8;
 // Vectors that are worked on at once.
 constexpr int kVectors = 3;
 constexpr int64_t kAlignment = 64;
-// Multiplications that are worth another thread.
-constexpr int64_t kWorkPerThread = 1 << 18;
+// Multiplications from which on all threads take part.
+constexpr double kWorkOfOneThread = 1 << 18;
 
 int64_t rounded_up(int64_t count, int64_t multiple) {
   return (count + multiple - 1) / multiple * multiple;
@@ -172,7 +175,9 @@ void load_queries(const Problem& p, int64_t first, int64_t count, int64_t kv_hea
 template <typename Stored, typename T>
 void load_key(const Problem& p, int64_t row, int64_t kv_head, int64_t i, Workspace<T>& w) {
   load<Stored>(p.k.at(row, kv_head), p.k.size, w.keys + i * p.k.size);
-  load<Stored>(p.v.at(row, kv_head), p.v.size, w.values + i * p.value_size);
+  if (p.v.size > 0) {
+    load<Stored>(p.v.at(row, kv_head), p.v.size, w.values + i * p.value_size);
+  }
   std::fill(w.values + i * p.value_size + p.v.size, w.values + (i + 1) * p.value_size, T(0));
 }
 
@@ -374,8 +379,8 @@ void attend_all(const Problem& p) {
   for (int64_t block = 0; block < p.num_blocks(); ++block) {
     num_keys += p.depth[p.row_of[block * p.block_rows]] + p.block_rows;
   }
-  const int64_t work = num_keys * p.num_lanes * (p.k.size + p.value_size) * p.k.heads;
-  if (work <= kWorkPerThread) {
+  const double work = double(num_keys) * p.num_lanes * (p.k.size + p.value_size) * p.k.heads;
+  if (work <= kWorkOfOneThread) {
     attend<Stored, T>(p, next);
   } else {
     torch::stable::parallel_for(
@@ -418,13 +423,19 @@ void check_heads(const char* op, const Tensor& q, const Tensor& k, const Tensor&
   RADIX_CHECK(sliding_window >= 0, op, "sliding_window must be at least 0 (0: none), got ", sliding_window);
 }
 
-// An index tensor of which all entries that count are in [0, bound).
+// An index tensor of which all entries that count are in [0, bound). `what` says what the bound counts.
 Integers checked_index(
-    const char* op, const char* name, const Tensor& tensor, int64_t length, int64_t bound, std::vector<Tensor>& held) {
+    const char* op,
+    const char* name,
+    const Tensor& tensor,
+    int64_t length,
+    int64_t bound,
+    const char* what,
+    std::vector<Tensor>& held) {
   held.push_back(as_contiguous(tensor));
   with_index_type(tensor, [&](auto type) {
     using Index = decltype(type);
-    check_in_range(op, name, static_cast<const Index*>(held.back().const_data_ptr()), length, bound, "of them");
+    check_in_range(op, name, static_cast<const Index*>(held.back().const_data_ptr()), length, bound, what);
   });
   return integers_of(held.back());
 }
@@ -467,12 +478,18 @@ std::tuple<Tensor, Tensor> trie_attention_cpu(
       heads_of(q),
       heads_of(k),
       heads_of(v),
-      checked_index(op, "leave", leave, num_nodes, kMaxRows, held),
-      checked_index(op, "depth", depth, num_nodes, num_nodes, held),
-      checked_index(op, "row_of", row_of, num_nodes, num_nodes, held),
-      checked_index(op, "path", path, num_nodes, num_keys, held),
-      checked_index(op, "kv_index", kv_index, num_keys, num_nodes, held)};
-  for (int64_t row = 0; row < num_nodes; ++row) {
+      checked_index(op, "leave", leave, num_nodes, kMaxRows, "rows", held),
+      checked_index(op, "depth", depth, num_nodes, num_nodes, "rows", held),
+      checked_index(op, "row_of", row_of, num_nodes, num_nodes, "rows", held),
+      checked_index(op, "path", path, num_nodes, num_keys, "entries of kv_index", held),
+      checked_index(op, "kv_index", kv_index, num_keys, num_nodes, "rows", held)};
+  const Integers numbers = checked_index(op, "enter", enter, num_nodes, num_nodes, "rows", held);
+  for (int64_t i = 0; i < num_nodes; ++i) {
+    const int64_t row = p.row_of[i];
+    RADIX_CHECK(
+        numbers[row] == i, op, "row_of must be the inverse of enter, but enter[row_of[", i, "]] is ", numbers[row]);
+    RADIX_CHECK(
+        p.leave[row] > i, op, "leave[", row, "] must be more than enter[", row, "], ", i, ", got ", p.leave[row]);
     RADIX_CHECK(
         p.path[row] + p.depth[row] < num_keys, op, "path and depth of row ", row, " lead past the end of kv_index");
   }
@@ -492,7 +509,9 @@ std::tuple<Tensor, Tensor> trie_attention_cpu(
   p.out = static_cast<char*>(out.mutable_data_ptr());
   p.logsumexp = static_cast<char*>(logsumexp.mutable_data_ptr());
   const int64_t out_bytes = q.size(1) * v.size(2) * static_cast<int64_t>(out.element_size());
-  std::memset(p.out + num_nodes * out_bytes, 0, (num_rows - num_nodes) * out_bytes);
+  if (out_bytes > 0) {
+    std::memset(p.out + num_nodes * out_bytes, 0, (num_rows - num_nodes) * out_bytes);
+  }
   const int64_t sum_bytes = static_cast<int64_t>(logsumexp.element_size());
   for (int64_t head = 0; head < q.size(1); ++head) {
     std::memset(p.logsumexp + (head * num_rows + num_nodes) * sum_bytes, 0, (num_rows - num_nodes) * sum_bytes);

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from .records import Record, Records, T, UserError
 
-# Of files beside --output while it is made, or when it is put into the input's order.
-HELPER_SUFFIXES = (".tmp", ".part", ".rows", ".rows.tmp")
+# Of files beside --output while it is made.
+HELPER_SUFFIXES = (".part", ".rows", ".rows.tmp")
 MOST_THREADS = 1024
 
 

@@ -101,6 +101,7 @@ def loading(what: str, source: str):
         yield
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason += "" if Path(source).exists() else f" (a folder {source} does not exist)"
         raise UserError(f"the {what} of {source} could not be loaded: {reason}") from error
 
 

@@ -13,7 +13,7 @@ from numpy.lib import format as npy
 
 from .records import UserError
 
-SIDE_SUFFIX = ".rows"
+_SIDE_SUFFIX = ".rows"
 
 
 def is_matrix(path: str) -> bool:
@@ -21,9 +21,14 @@ def is_matrix(path: str) -> bool:
     return path.lower().endswith(".npy")
 
 
+def side_of(path: str) -> str:
+    """The file that tells of an interrupted run, beside what `path` may be a link to."""
+    return os.path.realpath(path) + _SIDE_SUFFIX
+
+
 def check_incomplete(path: str) -> None:
     """UserError for a file that no interrupted run has a side file for."""
-    if os.path.exists(path) and not os.path.exists(path + SIDE_SUFFIX):
+    if os.path.exists(path) and not os.path.exists(side_of(path)):
         raise UserError(f"--output {path} exists and is complete; --overwrite replaces it")
 
 
@@ -43,12 +48,14 @@ class MatrixFile:
     """
 
     def __init__(self, path: str, shape: tuple[int, int], key: str, overwrite: bool):
-        self.path = Path(path)
-        self._part, self._side = (self.path.with_name(self.path.name + suffix) for suffix in (".part", SIDE_SUFFIX))
+        self.path = Path(path).resolve()  # not a link to it, which would be replaced
+        self._part, self._side = self.path.with_name(self.path.name + ".part"), Path(side_of(path))
         self._header = json.dumps({"rows": shape[0], "columns": shape[1], "key": key}).encode() + b"\n"
         if overwrite or not self._side.exists():
             if not overwrite:
                 check_incomplete(path)
+                if self._part.exists():
+                    raise UserError(f"{self._part} exists and is of no run; --overwrite replaces it")
             self._start(shape)
         self._check_side()
         self.done = np.memmap(self._side, bool, "r+", offset=len(self._header), shape=shape[:1])

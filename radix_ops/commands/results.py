@@ -43,7 +43,7 @@ class ResultFile:
     """
 
     def __init__(self, path: str, num_items: int, key_of: Callable[[int], str], overwrite: bool):
-        self.path, self.key_of = Path(path), key_of
+        self.path, self.key_of = Path(path).resolve(), key_of  # not a link to it, which would be replaced
         self.done = np.zeros(num_items, bool)
         self._items = array.array("q")  # of each line
         self._ends = array.array("q")  # of each line, in bytes
@@ -105,8 +105,8 @@ class ResultFile:
         items, ends = np.frombuffer(self._items, np.int64), np.frombuffer(self._ends, np.int64)
         if (np.diff(items) < 0).any():
             starts = np.concatenate([[0], ends[:-1]])
-            temporary = self.path.with_name(self.path.name + ".tmp")
-            with open(temporary, "wb") as ordered:
+            handle, temporary = tempfile.mkstemp(".tmp", self.path.name + ".", self.path.parent)
+            with open(handle, "wb") as ordered:
                 for i in np.argsort(items):
                     self._file.seek(starts[i])
                     ordered.write(self._file.read(ends[i] - starts[i]))

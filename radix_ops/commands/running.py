@@ -16,7 +16,7 @@ from .._budget import Budget, find_budget
 from .common import positive_int, progress_bar, thread_count
 from .items import Collector, Items
 from .loading import context_length
-from .matrix import SIDE_SUFFIX, check_incomplete, is_matrix
+from .matrix import check_incomplete, is_matrix, side_of
 from .records import UserError
 from .results import ResultFile, ResultStream, check_first_line
 from .runner import RunStats
@@ -95,11 +95,14 @@ def find_device(name: str | None) -> torch.device:
 
 def check_existing(args: argparse.Namespace, may_be_matrix: bool = False) -> None:
     """UserError where what --output holds already can't be an earlier run's, as far as that is known before one."""
+    if args.output is not None and is_matrix(args.output) and not may_be_matrix:
+        raise UserError(f"--output {args.output}: results are JSON lines, and a .npy file holds a matrix")
     if args.output is None or args.overwrite:
         return
-    if args.compare and any(map(os.path.exists, (args.output, args.output + SIDE_SUFFIX))):
-        raise UserError(f"--output {args.output} exists and --compare times whole runs; --overwrite replaces it")
-    if may_be_matrix and is_matrix(args.output):
+    held = [path for path in (args.output, side_of(args.output)) if os.path.exists(path)]
+    if args.compare and held:
+        raise UserError(f"--output {held[0]} exists and --compare times whole runs; --overwrite replaces it")
+    if is_matrix(args.output):
         check_incomplete(args.output)
     elif os.path.isfile(args.output):
         check_first_line(args.output)

@@ -204,8 +204,11 @@ def _score_targets(head, rows: torch.Tensor, row_of: np.ndarray, targets: np.nda
 def result(item: Item, num_tokens: list[int], logprobs: np.ndarray, greedy: np.ndarray) -> dict:
     """The output object of one item; `best_per_char` divides by characters without leading white space (acc_norm).
 
-    Of equal choices the first is the best. UserError for a log-probability that isn't finite.
+    Equal choices get what the first of them did, which rounding may set apart where they ran in different batches; the
+    first is the best of them. UserError for a log-probability that isn't finite.
     """
+    first = [item.choices.index(choice) for choice in item.choices]
+    logprobs, greedy = logprobs[first], greedy[first]
     for number, value in enumerate(logprobs.tolist()):
         if not math.isfinite(value):
             raise UserError(f"{item.where}: choices[{number}] got the log-probability {value}; try --dtype float32")
