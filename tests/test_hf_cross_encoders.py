@@ -58,6 +58,15 @@ def assert_equal_but_for_rounding(model, plain, **options):
         got = scores_of(model, **options)
     exact = exact_of(plain, **options)
     assert_within_budget(got, scores_of(plain, **options), exact)
+
+
+@pytest.mark.cuda
+def test_scores_on_cuda(folder):
+    plain = CrossEncoder(folder(), device="cuda")
+    model = enable(copy.deepcopy(plain))
+    assert_equal_but_for_rounding(model, plain)
+    assert model.radix_stats.skipped == 0
+    assert model.radix_stats.rows < 0.8 * model.radix_stats.tokens
     assert model.radix_stats.skipped == 0
     assert model.radix_stats.rows < 0.7 * model.radix_stats.tokens
 

@@ -69,6 +69,18 @@ def test_embeddings_are_those_of_the_plain_model_from_fewer_rows(folder, pooling
     assert trie_size(tokens) <= stats.rows <= 1.1 * trie_size(tokens) < 0.5 * stats.tokens
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pooling", ["lasttoken", "mean"])
+def test_embeddings_on_cuda(folder, pooling, dtype):
+    plain = encoder(folder(), pooling).to("cuda", dtype)
+    model = enable(copy.deepcopy(plain))
+    assert_equal_but_for_rounding(model, plain)
+    stats = model.radix_stats
+    assert (stats.tokens, stats.skipped) == (sum(map(len, tokens_of(plain))), 0)
+    assert stats.rows < 0.5 * stats.tokens
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("pooling", ["cls", "weightedmean", "mean_sqrt_len_tokens", ("mean", "lasttoken")])
 def test_other_poolings_fold_or_run_as_they_came(folder, pooling, side):
