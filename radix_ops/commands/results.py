@@ -27,12 +27,17 @@ def check_first_line(path: str) -> None:
     with open(path, "rb") as file:
         line = file.readline()
     is_torn = not line.endswith(b"\n")
-    try:
-        fits = is_torn or json.loads(line).keys() >= {"line", "key"}
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, AttributeError):
-        fits = False
-    if not fits or not line.startswith(_TORN_START[: len(line)]):
+    if not line.startswith(_TORN_START[: len(line)]) or not (is_torn or _fields_of(line)):
         raise UserError(f"--output {path} exists and holds no results; {_REPLACE}")
+
+
+def _fields_of(line: bytes) -> dict | None:
+    """The object of a complete line, None unless it has what every result has."""
+    try:
+        fields = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return fields if isinstance(fields, dict) and fields.keys() >= {"line", "key"} else None
 
 
 class ResultFile:
@@ -69,17 +74,14 @@ class ResultFile:
         self._file.truncate()
 
     def _item_of(self, line: bytes) -> int:
-        try:
-            fields = json.loads(line)
+        fields = _fields_of(line)
+        if fields is not None and isinstance(fields["line"], int):
             index = fields["line"] - 1
-            fits = isinstance(index, int) and 0 <= index < len(self.done) and self.key_of(index) == fields["key"]
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, TypeError, KeyError):
-            fits = False
-        if not fits:
-            raise UserError(
-                f"{self.path}, line {len(self._ends) + 1} is no result of this input, model, dtype and mode; {_REPLACE}"
-            )
-        return index
+            if 0 <= index < len(self.done) and self.key_of(index) == fields["key"]:
+                return index
+        raise UserError(
+            f"{self.path}, line {len(self._ends) + 1} is no result of this input, model, dtype and mode; {_REPLACE}"
+        )
 
     @property
     def _size(self) -> int:

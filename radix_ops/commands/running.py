@@ -94,10 +94,12 @@ def find_device(name: str | None) -> torch.device:
 
 
 def check_existing(args: argparse.Namespace, may_be_matrix: bool = False) -> None:
-    """UserError where what --output holds already can't be an earlier run's, as far as that is known before one."""
-    if args.output is not None and is_matrix(args.output) and not may_be_matrix:
+    """UserError where --output can't hold such results, or holds what, as far as is known before a run, no run left."""
+    if args.output is None:
+        return
+    if is_matrix(args.output) and not may_be_matrix:
         raise UserError(f"--output {args.output}: results are JSON lines, and a .npy file holds a matrix")
-    if args.output is None or args.overwrite:
+    if args.overwrite:
         return
     held = [path for path in (args.output, side_of(args.output)) if os.path.exists(path)]
     if args.compare and held:
