@@ -18,7 +18,8 @@ from test_scoring import TEXT, needs_hf, oracle, sequences_of, tiny_model, tiny_
 
 import radix_ops.commands.score as score_command
 from radix_ops import cli
-from radix_ops.commands import loading, results, running, scoring
+from radix_ops.commands import loading, running, scoring
+from radix_ops.commands.fingerprint import fingerprint
 from radix_ops.commands.records import Records
 from radix_ops.commands.runner import RunStats, TransformersRunner
 
@@ -220,7 +221,7 @@ def test_keys_know_changed_weights_configs_modes_and_tokens(tmp_path):
 
     def key(model=model, adds_bos=True, mode="plain"):
         choices = scoring.encode(records, tiny_tokenizer(adds_bos))
-        return score_command._key_of(results.fingerprint(TransformersRunner(model), mode), records, choices, 0)
+        return score_command._key_of(fingerprint(TransformersRunner(model), mode), records, choices, 0)
 
     assert key() == key(tiny_model())
     keys = [key(), key(mode="folded"), key(adds_bos=False)]
@@ -381,16 +382,16 @@ def test_compare_refuses_what_is_not_finite(model_folder, questions, tmp_path, c
 def test_fingerprints_see_every_weight():
     model = tiny_model()
     runner = TransformersRunner(model)
-    found = {results.fingerprint(runner).hexdigest()}
+    found = {fingerprint(runner).hexdigest()}
     generator = torch.Generator().manual_seed(0)
     parameters = list(model.parameters())
     for _ in range(30):
         parameter = parameters[int(torch.randint(len(parameters), (1,), generator=generator))].data.flatten()
         parameter[int(torch.randint(len(parameter), (1,), generator=generator))] += 0.5
-        found.add(results.fingerprint(runner).hexdigest())
+        found.add(fingerprint(runner).hexdigest())
     embedding = model.get_input_embeddings().weight.data
     embedding[[3, 4]] = embedding[[4, 3]]
-    found.add(results.fingerprint(runner).hexdigest())
+    found.add(fingerprint(runner).hexdigest())
     assert len(found) == 32
 
 

@@ -11,12 +11,13 @@ import torch
 
 from . import embedding, running
 from .common import add_command, add_format_argument, check_output, positive_int, read_records
+from .fingerprint import fingerprint
 from .items import Items
 from .loading import load_config, load_runner, load_tokenizer
 from .matrix import MatrixFile, is_matrix, scratch_matrix
 from .recipes import POOLINGS, Recipe, find_recipe
 from .records import Records, UserError
-from .results import ResultFile, ResultStream, fingerprint, key_of_parts
+from .results import ResultFile, ResultStream, key_of_parts
 from .runner import run as run_batches
 
 HELP = f"""\

@@ -10,10 +10,11 @@ import torch
 
 from . import reranking, running
 from .common import add_command, check_output, read_records
+from .fingerprint import fingerprint
 from .loading import load_config, load_runner, load_tokenizer
 from .recipes import check_cross_encoder
 from .records import UserError
-from .results import fingerprint, key_of_parts
+from .results import key_of_parts
 from .runner import run as run_batches
 from .templates import TEMPLATES, Template, find_template
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import hashlib
 import json
 import os
 import shutil
@@ -13,11 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from .records import UserError
 
-_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _TORN_START = b'{"line": '
 _REPLACE = "--overwrite replaces it"
 
@@ -149,23 +146,6 @@ class ResultStream:
     def finish(self) -> None:
         self.flush()
         self._waiting.close()
-
-
-def fingerprint(runner, *further):
-    """A SHA-256 of the model's config and weights, and of what else decides about results.
-
-    Of the weights it takes the bits of vectors and, of matrices, a sum over the bits of each row.
-    """
-    config = runner.hf_config.to_dict()
-    config = {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
-    base = hashlib.sha256(json.dumps([further, config], sort_keys=True, default=str).encode())
-    for name, parameter in runner.model.named_parameters():
-        bits = parameter.detach().contiguous().view(_INTEGER_OF_SIZE[parameter.element_size()])
-        if bits.dim() > 1:
-            bits = bits.flatten(1).sum(1, dtype=torch.int64)
-        base.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        base.update(bits.cpu().numpy().tobytes())
-    return base
 
 
 def key_of_parts(base, *parts: bytes | memoryview) -> str:

@@ -10,9 +10,10 @@ import torch
 
 from . import running, scoring
 from .common import add_command, check_output, read_records
+from .fingerprint import fingerprint
 from .loading import context_length, load_config, load_runner, load_tokenizer
 from .records import Records
-from .results import fingerprint, key_of_parts
+from .results import key_of_parts
 
 HELP = f"""\
 Scores each choice of each line: the log-probability of the choice's tokens behind the context, tokenised as
