@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import os
 import tempfile
 from collections.abc import Iterable
 
@@ -17,7 +18,8 @@ class TokenStore:
     """Sequences of token ids as one int32 array, 4 bytes a token.
 
     Past `max_memory` bytes the tokens stand in a temporary file that is mapped into memory, where the system keeps what
-    is being read; the file goes when the store does. Sequences can be appended at any time.
+    is being read; the file goes when the store does. Sequences can be appended at any time; an append that fails, as on
+    a full disk, leaves the store as it was. After a fork each process has a store of its own.
     """
 
     def __init__(self, max_memory: int = 2**30):
@@ -27,7 +29,9 @@ class TokenStore:
         self._ends = array.array("q")
         self._waiting = np.empty(_LEAST_CAPACITY, np.int32)  # in memory, behind those in the file
         self._num_waiting = 0
+        self._num_written = 0  # in the file, which may hold more behind them where a write failed
         self._file = None
+        self._writer = 0  # the process whose file it is
         self._mapped: np.ndarray | None = None
 
     @classmethod
@@ -42,10 +46,20 @@ class TokenStore:
     def from_packed(cls, input_ids, cu_seqlens) -> TokenStore:
         """A store of packed sequences: ids [N] end to end and the cumulative lengths [B + 1], 0 first.
 
-        Raises ValueError where cu_seqlens does not start at 0, decreases or does not end at N; otherwise as `append`.
+        Raises TypeError for cu_seqlens that are no integers, ValueError where they do not start at 0, decrease or do
+        not end at N; otherwise as `append`.
         """
-        ends = np.asarray(cu_seqlens, dtype=np.int64)
-        if ends.ndim != 1 or not len(ends) or ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] != len(input_ids):
+        ends = np.asarray(cu_seqlens)
+        if ends.size and ends.dtype.kind not in "iu":
+            raise TypeError(f"cu_seqlens must hold integers, got {ends.dtype}")
+        ends = ends.astype(np.int64)  # unsigned ones that are too large come out negative
+        if (
+            ends.ndim != 1
+            or not len(ends)
+            or ends[0] != 0
+            or (ends[1:] < ends[:-1]).any()
+            or ends[-1] != len(input_ids)
+        ):
             raise ValueError(f"cu_seqlens must start at 0, not decrease and end at the {len(input_ids)} tokens")
         store = cls()
         store.append(input_ids)
@@ -65,10 +79,10 @@ class TokenStore:
             raise ValueError(f"sequence {len(self)} must be a flat list of token ids, got shape {found.shape}")
         if len(found):
             if found.dtype.kind not in "iu":
-                raise TypeError(f"sequence {len(self)} must hold integers, got {found.dtype}")
-            # Without its sign a negative id is a large one.
-            unsigned = found.view(f"u{found.dtype.itemsize}") if found.dtype.itemsize >= 4 else found.astype(np.uint32)
-            if unsigned.max() > _MAX_ID:
+                found, kind = np.asarray(ids, object), found.dtype  # Python's integers may be beyond 64 bits
+                if set(map(type, found.tolist())) != {int}:
+                    raise TypeError(f"sequence {len(self)} must hold integers, got {kind}")
+            if _largest(found) > _MAX_ID:
                 raise ValueError(
                     f"sequence {len(self)} must hold token ids from 0 to {_MAX_ID}, got {found.min()} to {found.max()}"
                 )
@@ -88,14 +102,23 @@ class TokenStore:
             self._waiting = larger
 
     def _write(self) -> None:
-        """Moves what is in memory behind what is in the file."""
+        """Moves what is in memory behind what is in the file; it stays in memory where that fails."""
         if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="radix_ops-")  # noqa: SIM115
-        self._file.seek(0, 2)
-        self._waiting[: self._num_waiting].tofile(self._file)
-        self._file.flush()
+            self._file, self._writer = _temporary_file(), os.getpid()
+        elif self._writer != os.getpid():
+            # The process that this one was forked from goes on to write to its file.
+            own = _temporary_file()
+            if self._num_written:
+                _write_at(own, 0, self._map(self._num_written))
+            self._file, self._writer = own, os.getpid()
+        _write_at(self._file, 4 * self._num_written, self._waiting[: self._num_waiting])
+        self._num_written += self._num_waiting
         self._waiting, self._num_waiting = np.empty(_LEAST_CAPACITY, np.int32), 0
         self._mapped = None
+
+    def _map(self, num_tokens: int) -> np.ndarray:
+        # Copy on write: torch takes no read-only arrays, and nobody writes.
+        return np.memmap(self._file, np.int32, "c", shape=(num_tokens,))
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -120,8 +143,7 @@ class TokenStore:
         if self._num_waiting:
             self._write()
         if self._mapped is None:
-            # Copy on write: torch takes no read-only arrays, and nobody writes.
-            self._mapped = np.memmap(self._file, np.int32, "c", shape=(self.num_tokens,))
+            self._mapped = self._map(self._num_written)
         return self._mapped
 
     @property
@@ -133,3 +155,25 @@ class TokenStore:
     def starts(self) -> np.ndarray:
         """Where each sequence starts in `input_ids`, int64 [len(store)]."""
         return np.array(self._ends, np.int64) - self.lengths
+
+
+def _largest(ids: np.ndarray) -> int:
+    """The largest id, or one above the largest allowed where one is negative."""
+    if ids.dtype == object:
+        return int(ids.max()) if ids.min() >= 0 else 2**64
+    if not ids.dtype.isnative:
+        ids = ids.astype(ids.dtype.newbyteorder("="))
+    # Without its sign a negative id is a large one.
+    return int((ids.view(f"u{ids.dtype.itemsize}") if ids.dtype.itemsize >= 4 else ids.astype(np.uint32)).max())
+
+
+def _temporary_file():
+    return tempfile.TemporaryFile(prefix="radix_ops-", buffering=0)
+
+
+def _write_at(file, offset: int, ids: np.ndarray) -> None:
+    """Writes to a place that is known, so that what an earlier write left half done is written over."""
+    content = memoryview(ids.view(np.uint8))
+    while len(content):
+        size = os.pwrite(file.fileno(), content, offset)
+        content, offset = content[size:], offset + size
