@@ -75,7 +75,7 @@ def load(source: str):
     import transformers
 
     path = Path(source)
-    options = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    options = {"trust_remote_code": False} | ({"gguf_file": path.name} if path.suffix == ".gguf" else {})
     place = path.parent if options else source
     model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype="float32", **options).eval()
     return model, transformers.AutoTokenizer.from_pretrained(place, **options)

@@ -52,7 +52,7 @@ def new_model() -> str:
 
 
 def load_tokenizer(model: str):
-    return AutoTokenizer.from_pretrained(model)
+    return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
 
 
 def report(trainer: Trainer, metric: str) -> None:

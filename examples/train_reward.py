@@ -42,7 +42,7 @@ class GroupedRewardTrainer(RewardTrainer):
 def main() -> None:
     arguments = parse_arguments(__doc__, steps=60)
     trainer = GroupedRewardTrainer(
-        AutoModelForSequenceClassification.from_pretrained(arguments.model, num_labels=1),
+        AutoModelForSequenceClassification.from_pretrained(arguments.model, num_labels=1, trust_remote_code=False),
         args=RewardConfig("build/train_reward", **COMMON, max_steps=arguments.steps, per_device_train_batch_size=12),
         train_dataset=preferences(256),
         processing_class=load_tokenizer(arguments.model),

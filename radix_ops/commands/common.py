@@ -31,6 +31,14 @@ def add_format_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_trust_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that the model's folder or repository brings along; without it such code never runs",
+    )
+
+
 def positive_int(text: str) -> int:
     """A type for arguments: a whole number from 1."""
     value = int(text) if text.isdecimal() else 0

@@ -58,10 +58,12 @@ def run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     recipe = find_recipe(args.model)
-    config, tokenizer = load_config(recipe.source), load_tokenizer(recipe.source)
+    trust = args.trust_remote_code
+    config = load_config(recipe.source, trust_remote_code=trust)
+    tokenizer = load_tokenizer(recipe.source, trust_remote_code=trust)
     recipe = _complete(args, recipe, config, tokenizer)
     items = embedding.encode(running.with_progress(records, "tokenising"), tokenizer, recipe, args.truncate_right)
-    runner = load_runner(recipe.source, config, "AutoModel", args.dtype, device)
+    runner = load_runner(recipe.source, config, "AutoModel", args.dtype, device, trust)
     running.check_runner(args, runner, items)
     skip = embedding.tokens_to_skip(tokenizer, recipe)
     how = dataclasses.replace(recipe, source="", prompt="", max_length=None)  # tokens tell of prompt and length

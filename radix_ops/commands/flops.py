@@ -38,12 +38,12 @@ class ForwardCost:
         return self.linear * num_rows + sum(flops * num_keys(window) for window, flops in self.attention.items())
 
 
-def forward_cost(name: str) -> ForwardCost:
+def forward_cost(name: str, trust_remote_code: bool = False) -> ForwardCost:
     """Of a model of transformers by folder, hub id or .gguf file; no weights are read.
 
     UserError where radix_ops does not fold such models, and where the config doesn't say enough.
     """
-    config = load_config(name).get_text_config()
+    config = load_config(name, trust_remote_code=trust_remote_code).get_text_config()
     from .._hf_proofs import proofs
 
     proven, refused = proofs()
@@ -57,7 +57,7 @@ def forward_cost(name: str) -> ForwardCost:
     from transformers import AutoModel
 
     with loading("layers", name), torch.device("meta"):
-        model = AutoModel.from_config(config)
+        model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
     try:
         linear, attention = _linear_flops(model, name), _attention_flops(config, name)
     except RuntimeError as error:  # transformers' own, of fields that differ from layer to layer

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Callable
 
-from .common import add_command, add_format_argument, positive_int, read_records
+from .common import add_command, add_format_argument, add_trust_argument, positive_int, read_records
 from .flops import forward_cost
 from .formats import PAIRS, FormatParser, formats, packed_arrays
 from .items import Items
@@ -57,8 +57,9 @@ kernels are not counted; `--compare` of the other commands measures the time.
 def run(args: argparse.Namespace) -> None:
     if args.plot is not None:
         check_plot_path(args.plot, args.file)
-    tokenizer = load_tokenizer(args.tokenizer, "--tokenizer") if args.tokenizer else None
-    cost = forward_cost(args.model) if args.model else None
+    trust = args.trust_remote_code
+    tokenizer = load_tokenizer(args.tokenizer, "--tokenizer", trust) if args.tokenizer else None
+    cost = forward_cost(args.model, trust) if args.model else None
     items, meaning, tokenizer = _read(args, tokenizer)
     lengths = items.lengths
     sharing = Sharing(items.store, lengths)
@@ -93,7 +94,7 @@ def _read(args: argparse.Namespace, tokenizer) -> tuple[Items, str, object]:
     if tokenizer is None and parser.format.needs_tokenizer:
         if not args.model:
             raise UserError(f"{args.file} holds text: --tokenizer must name the tokenizer, a local folder or a hub id")
-        tokenizer = load_tokenizer(args.model)
+        tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     items = parser.format.encode(with_progress(records, "tokenising"), tokenizer)
     lines = f"{len(records):,} line{'s' * (len(records) != 1)}"
     if records.format == "text":
@@ -162,5 +163,6 @@ def add_parser(commands) -> None:
         help="rows of a batch that the verdict goes by (default: %(default)s; the other commands take at most 4,096 on "
         "the CPU and 65,536 on CUDA)",
     )
+    add_trust_argument(command)
     command.add_argument("--plot", metavar="FILE", help="where a picture goes: .png, .svg or .pdf")
     command.add_argument("--json", action="store_true", help="print one JSON object and no report")

@@ -16,25 +16,33 @@ from .records import UserError
 from .runner import ClassifierRunner, Qwen3Runner, TransformersRunner
 
 
-def load_tokenizer(name: str, option: str = "--model"):
+def load_tokenizer(name: str, option: str = "--model", trust_remote_code: bool = False):
     """The tokenizer of transformers; `option` is what the user gave the name by."""
     source, options = _source(name, option)
     with loading("tokenizer", source):
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(source, **options)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
 
 
-def load_config(name: str, option: str = "--model"):
+def load_config(name: str, option: str = "--model", trust_remote_code: bool = False):
     """The config of transformers."""
     source, options = _source(name, option)
     with loading("config", source):
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(source, **options)
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
 
 
-def load_runner(name: str, config, auto_class: str, dtype: str | None, device: torch.device, pad_token_id: int = 0):
+def load_runner(
+    name: str,
+    config,
+    auto_class: str,
+    dtype: str | None,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    pad_token_id: int = 0,
+):
     """The model on `device` in eval mode, in a runner; `auto_class` is AutoModel, AutoModelForCausalLM or
     AutoModelForSequenceClassification.
 
@@ -44,7 +52,15 @@ def load_runner(name: str, config, auto_class: str, dtype: str | None, device: t
     """
     own = None if device.type == "cuda" else "float32"
     classifies = auto_class == "AutoModelForSequenceClassification"
-    if config.model_type == "qwen3" and not classifies and not name.endswith(".gguf"):
+    brings_code = auto_class in (getattr(config, "auto_map", None) or {})
+    if brings_code and not trust_remote_code:
+        print(
+            f"{name} brings code of its own for {auto_class}, which is not run: transformers' class of model type "
+            f"{config.model_type} is; --trust-remote-code runs the model's",
+            file=sys.stderr,
+        )
+    runs_code = brings_code and trust_remote_code
+    if config.model_type == "qwen3" and not classifies and not name.endswith(".gguf") and not runs_code:
         with loading("weights", name):
             from ..models.qwen3 import Qwen3ForCausalLM, Qwen3Model
 
@@ -56,7 +72,8 @@ def load_runner(name: str, config, auto_class: str, dtype: str | None, device: t
         import transformers
 
         load = getattr(transformers, auto_class).from_pretrained
-        model, report = load(source, dtype=dtype or own or "auto", output_loading_info=True, **options)
+        options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+        model, report = load(source, dtype=dtype or own or "auto", **options)
     # transformers draws at random what a checkpoint lacks.
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if absent:
@@ -102,6 +119,8 @@ def loading(what: str, source: str):
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         reason += "" if Path(source).exists() else f" (a folder {source} does not exist)"
+        if "trust_remote_code" in str(error):
+            reason = "it brings Python code of its own, which runs with --trust-remote-code alone: only if you trust it"
         raise UserError(f"the {what} of {source} could not be loaded: {reason}") from error
 
 

@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.output, args.file)
     device = running.find_device(args.device)
     running.check_existing(args)
-    config = load_config(args.model)
+    trust = args.trust_remote_code
+    config = load_config(args.model, trust_remote_code=trust)
     classifies = (getattr(config, "architectures", None) or [""])[0].endswith("ForSequenceClassification")
     pad_token_id = _check_head(args.model, config) if classifies else 0
     template = _template_of(args, config, classifies)
@@ -66,13 +67,13 @@ def run(args: argparse.Namespace) -> None:
     records = read_records(args.file, parse, reranking.SHAPE)
     if args.threads:
         torch.set_num_threads(args.threads)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, trust_remote_code=trust)
     yes_and_no = None if classifies else template.token_ids(tokenizer)
     max_length = running.max_length_of(args, config, tokenizer)
     lines = running.with_progress(records, "tokenising")
     items = reranking.encode(lines, tokenizer, template, max_length, args.truncate_right)
     auto_class = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
-    runner = load_runner(args.model, config, auto_class, args.dtype, device, pad_token_id)
+    runner = load_runner(args.model, config, auto_class, args.dtype, device, trust, pad_token_id)
     running.check_runner(args, runner, items)
     how = template and dataclasses.astuple(template)
     base = fingerprint(runner, "rerank", "plain" if args.plain else "folded", how, yes_and_no)

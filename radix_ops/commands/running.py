@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .._budget import Budget, find_budget
-from .common import positive_int, progress_bar, thread_count
+from .common import add_trust_argument, positive_int, progress_bar, thread_count
 from .items import Collector, Items
 from .loading import context_length
 from .matrix import check_incomplete, is_matrix, side_of
@@ -58,6 +58,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, results: str) -> None:
     )
     parser.add_argument("--device", help="as torch names it (default: cuda where there is one, else cpu)")
     parser.add_argument("--threads", type=thread_count, metavar="N", help="CPU threads (default: torch's)")
+    add_trust_argument(parser)
 
 
 def add_length_arguments(parser: argparse.ArgumentParser, what: str, cut: str) -> None:

@@ -47,10 +47,12 @@ def run(args: argparse.Namespace) -> None:
     records = read_records(args.file, scoring.parse_item, scoring.SHAPE)
     if args.threads:
         torch.set_num_threads(args.threads)
-    config, tokenizer = load_config(args.model), load_tokenizer(args.model)
+    trust = args.trust_remote_code
+    config = load_config(args.model, trust_remote_code=trust)
+    tokenizer = load_tokenizer(args.model, trust_remote_code=trust)
     lines = running.with_progress(records, "tokenising")
     choices = scoring.encode(lines, tokenizer, context_length(config, tokenizer), args.truncate_left)
-    runner = load_runner(args.model, config, "AutoModelForCausalLM", args.dtype, device)
+    runner = load_runner(args.model, config, "AutoModelForCausalLM", args.dtype, device, trust)
     running.check_runner(args, runner, choices)
     base = fingerprint(runner, "score", "plain" if args.plain else "folded")
 
