@@ -12,7 +12,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ._hf_proofs import class_of
-from .attention import AttentionPlan, attend, check_attention, plan_attention
+from .attention import AttentionPlan, attend, cast_for_autocast, check_attention, plan_attention
 from .batch import FoldedBatch, fold
 
 _ATTENTION_NAME = "radix_ops"
@@ -187,10 +187,7 @@ def _folded_attention(
     if unknown:
         raise RuntimeError(f"the folded attention was given {unknown[0]}, which it does not know")
     radix_call.attention_calls += 1
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        # Autocast does this for scaled_dot_product_attention.
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    q, k, v = (cast_for_autocast(x.squeeze(0).transpose(0, 1)) for x in (query, key, value))
     if further:
         return _own_attention(module, q, k, v, radix_call.batch, scaling, sliding_window, further)[None], None
     check_attention(q, k, v, radix_call.batch, sliding_window)

@@ -32,7 +32,8 @@ def attention(
     Args:
         q: [num_rows, H, D], float32, float64, bfloat16 or float16.
         k, v: [num_rows, H_kv, D] and [num_rows, H_kv, D_v] of the same dtype and device; H is a multiple of H_kv
-            (grouped-query attention: head h of q reads head h * H_kv // H of k and v).
+            (grouped-query attention: head h of q reads head h * H_kv // H of k and v). Under autocast dtypes may
+            differ: what is not float64 is cast to autocast's dtype, as for scaled_dot_product_attention.
         batch: the batch that the rows belong to, on the same device.
         scale: factor of the scores, 1 / sqrt(D) by default.
         sliding_window: each token sees itself and at most sliding_window - 1 tokens before it; None: all of them.
@@ -58,8 +59,19 @@ def attention(
     backward may need the result as it was returned, so don't change it in place.
     Raises ValueError for shapes, devices and values, TypeError for dtypes.
     """
+    q, k, v = map(cast_for_autocast, (q, k, v))
     check_attention(q, k, v, batch, sliding_window)
     return attend(q, k, v, batch, plan_attention(batch, layout), scale, sliding_window)
+
+
+def cast_for_autocast(x: Tensor) -> Tensor:
+    """x as torch's autocast hands it to scaled_dot_product_attention: in autocast's dtype, float64 as it is."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 class AttentionPlan(NamedTuple):

@@ -398,6 +398,22 @@ def _register_attention(name: str, backward_name: str, num_tensors: int, saves_o
 _register_attention("varlen_attention", "varlen_attention_backward", 5, saves_outputs=False)
 _register_attention("flash_attention", "flash_attention_backward", 5, saves_outputs=True)
 _register_attention("trie_attention", "trie_attention_backward", 10, saves_outputs=True)
+
+
+def _apart_from_autocast(kernel):
+    """The kernel in its arguments' dtypes, where autocast would cast its products: a backward pass may run under it."""
+
+    @functools.wraps(kernel)
+    def run(first, *others):
+        device = first.device.type
+        if not torch.is_autocast_enabled(device):
+            return kernel(first, *others)
+        with torch.autocast(device, enabled=False):
+            return kernel(first, *others)
+
+    return run
+
+
 for _module, _name, _keys in (
     (_varlen, "varlen_attention", ("CPU", "CUDA")),
     (_varlen, "varlen_attention_backward", ("CPU", "CUDA")),
@@ -405,7 +421,7 @@ for _module, _name, _keys in (
     (_trie, "trie_attention_backward", ("CPU", "CUDA")),
 ):
     for _key in _keys:
-        _library.impl(_name, getattr(_module, _name), _key)
+        _library.impl(_name, _apart_from_autocast(getattr(_module, _name)), _key)
 for _name in ("flash_attention", "flash_attention_backward"):
     _library.impl(_name, getattr(_flash, _name), "CUDA")
 
