@@ -10,6 +10,7 @@ from test_scoring import TEXT, needs_hf, tiny_model, tiny_tokenizer
 
 from radix_ops import cli
 from radix_ops.commands import rerank as rerank_command
+from radix_ops.commands import reranking
 from radix_ops.commands.records import UserError
 from radix_ops.commands.runner import Qwen3Runner
 from radix_ops.commands.templates import QWEN3_RERANKER, find_template
@@ -259,6 +260,13 @@ def test_compare_reports_both_runs(reranker, queries, tmp_path, capsys):
     assert "orders that agree: 4 of 4\n" in out
     assert float(out.split("largest difference of a score: ")[1]) < 1e-5
     check(read_jsonl(tmp_path / "r.jsonl"), model_card(reranker, QUERIES))
+
+
+def test_equal_documents_get_equal_scores_wherever_they_ran():
+    query = reranking.Query(1, "line 1", "", ["a", "b", "a", "c"], None, {})
+    found = reranking.result(query, np.array([0.25, 0.5, 0.25 + 2**-20, 0.125], dtype=np.float32))
+    assert found["scores"] == [0.25, 0.5, 0.25, 0.125]
+    assert found["order"] == [1, 0, 2, 3]
 
 
 def test_bad_lines_are_refused_before_a_model_is_loaded(reranker, tmp_path, capsys, monkeypatch):

@@ -152,7 +152,12 @@ def order_of(scores: np.ndarray) -> list[int]:
 
 
 def result(query: Query, scores: np.ndarray) -> dict:
-    """The output object of one query. UserError for a score that isn't finite."""
+    """The output object of one query. UserError for a score that isn't finite.
+
+    Equal documents get what the first of them did, which rounding may set apart where they ran in different batches.
+    """
+    first = {document: index for index, document in reversed([*enumerate(query.documents)])}
+    scores = scores[[first[document] for document in query.documents]]
     for index, score in enumerate(scores.tolist()):
         if not math.isfinite(score):
             raise UserError(f"{query.where}: documents[{index}] got the score {score}; try --dtype float32")
