@@ -29,7 +29,7 @@ def enable(trainer: Trainer, threshold: float | None = None, layout: str = "auto
     That is `radix_ops.hf.enable`, with the same options and errors, of the model and of the reference model, if the
     trainer has one (a PEFT model without its adapters is the same model); `keep_groups_together` for TRL's GRPO and
     RLOO trainers; and `loss_on_rows` for a trainer that computes its loss as transformers' Trainer does. Losses of
-    TRL's trainers are their own.
+    TRL's trainers are their own. Where one adds the load-balancing loss of experts, all its batches run unfolded.
 
     Raises TypeError for what is no Trainer, and ValueError for one with a `model_init`, which makes a new model each
     time it trains: enable the model there.
@@ -38,6 +38,10 @@ def enable(trainer: Trainer, threshold: float | None = None, layout: str = "auto
         raise TypeError(f"trainer must be a transformers Trainer, got {type(trainer).__name__}")
     if trainer.model_init is not None:
         raise ValueError("a trainer with model_init makes its model anew; call radix_ops.hf.enable in model_init")
+    if getattr(trainer, "aux_loss_enabled", False):
+        # Batches that are trained on have their router logits asked for and so run unfolded. Those that they are
+        # compared with have not, and folding would set equal outputs apart by rounding.
+        threshold = 0
     models = [trainer.model, getattr(trainer, "ref_model", None)]
     for model in models:
         if isinstance(model, nn.Module):
