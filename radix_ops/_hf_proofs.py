@@ -105,7 +105,7 @@ def _found(path: str) -> type | None:
 @functools.cache
 def proofs() -> tuple[dict[str, Proof], dict[str, str]]:
     """The proven types, and why others are not."""
-    content = json.loads((Path(__file__).parent / "hf_models.json").read_text())
+    content = json.loads((Path(__file__).parent / "hf_models.json").read_text(encoding="utf-8"))
     return {name: Proof(**proof) for name, proof in content["proven"].items()}, content["refused"]
 
 

@@ -94,7 +94,7 @@ class Qwen3Config:
         path = _folder(path_or_hub_id, ["config.json"]) / "config.json"
         if not path.exists():
             raise FileNotFoundError(f"{path.parent} holds no config.json")
-        return cls.from_dict(json.loads(path.read_text()))
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
     @classmethod
     def from_dict(cls, config: dict) -> Qwen3Config:
@@ -501,7 +501,7 @@ def _weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     files = ["model.safetensors"]
     # transformers leaves the index of shards behind where one file follows them.
     if index.exists() and not (folder / files[0]).exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     for file in files:
         path = folder / file
         if not path.exists():
