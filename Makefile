@@ -1,4 +1,4 @@
-# make demo | make test | make test-oldest | make lint | make build | make wheel | make bench | make models
+# make demo | make test | make test-elsewhere | make test-oldest | make lint | make build | make wheel | make bench | make models
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
@@ -11,10 +11,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-oldest lint build wheel bench models clean
+.PHONY: demo test test-elsewhere test-oldest lint build wheel bench models clean
 build: $(VENV)/.built
 test: $(VENV)/.built $(VENV)/.deps
 	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
+
+# As other machines would: ENVIRONMENTS names some of those that the README lists. All take over an hour on two cores.
+test-elsewhere: $(VENV)/.built $(VENV)/.deps
+	$(BIN)/python tools/elsewhere.py $(ENVIRONMENTS) -- -n $(TEST_JOBS) $(PYTEST_ARGS)
 
 # radix_ops.hf on the oldest transformers that it works with, which stands beside the virtual environment's own.
 test-oldest: $(VENV)/.built $(VENV)/.oldest

@@ -1,8 +1,8 @@
 import pytest
 import torch
+from processes import NUM_THREADS
 
-# Small tensors gain nothing from threads, and tests that run beside each other would wait for each other's.
-torch.set_num_threads(1)
+torch.set_num_threads(NUM_THREADS)
 
 
 def pytest_collection_modifyitems(items):
@@ -35,4 +35,4 @@ def many_threads():
     """Runs a test with more threads than one, for the parallel paths."""
     torch.set_num_threads(4)
     yield
-    torch.set_num_threads(1)
+    torch.set_num_threads(NUM_THREADS)

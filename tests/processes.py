@@ -1,7 +1,10 @@
-"""Runs checks in two processes that torch.distributed joins, for tests."""
+"""For tests that take more processes than their own: Python's, or two that torch.distributed joins."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +14,22 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
-_LONGEST_CHECK = 60  # seconds
+# Seconds, after which a process hangs: a machine may be slow, or busy with other things.
+LONGEST = 900
+# Small tensors gain nothing from threads, and tests that run beside each other would wait for each other's. What they
+# state holds for any number of threads: `make test-elsewhere` asks for others.
+NUM_THREADS = int(os.environ.get("RADIX_TEST_THREADS", "1"))
+
+
+def python_environment(**variables: str) -> dict[str, str]:
+    """This process's variables and those given, for a Python that is to find the modules that this one finds."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables}
+
+
+def run_python(*arguments: str | Path, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python with arguments; its output is text."""
+    command, environment = [sys.executable, *arguments], python_environment(**variables)
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=LONGEST)
 
 
 def run(checks: Mapping[str, Callable[[int], None]], folder: Path, backend: str = "gloo") -> None:
@@ -25,7 +43,7 @@ def run(checks: Mapping[str, Callable[[int], None]], folder: Path, backend: str 
     missing = [(name, rank) for name in checks for rank in range(2)]
     try:
         while missing:
-            name, rank, failure = queue.get(timeout=_LONGEST_CHECK)
+            name, rank, failure = queue.get(timeout=LONGEST)
             missing.remove((name, rank))
             if failure:
                 pytest.fail(f"{name}, rank {rank}:\n{failure}")
@@ -38,7 +56,7 @@ def run(checks: Mapping[str, Callable[[int], None]], folder: Path, backend: str 
 
 
 def _work(rank: int, path: str, checks: Mapping[str, Callable[[int], None]], backend: str, queue) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(NUM_THREADS)
     if backend == "nccl":
         torch.cuda.set_device(rank)
     store = distributed.FileStore(path, 2)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -316,11 +317,11 @@ def test_score_survives_a_closed_pipe(model_folder, questions):
         [*command, "--model", str(model_folder), str(questions)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])},
+        env=processes.python_environment(),
     )
     process.stdout.close()
     error = process.stderr.read().decode()
-    assert process.wait(timeout=120) == 1
+    assert process.wait(timeout=processes.LONGEST) == 1
     assert "Traceback" not in error
 
 

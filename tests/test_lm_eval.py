@@ -3,10 +3,9 @@
 import json
 import os
 import random
-import subprocess
-import sys
 from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
 from test_scoring import TEXT, distinct_prefixes, tiny_model, tiny_tokenizer
@@ -137,11 +136,11 @@ runpy.run_module("radix_ops.lm_eval", run_name="__main__", alter_sys=True)
 
 def test_command_line(folder):
     command = [
-        *(sys.executable, "-c", WITHOUT_OTHER_TASKS, "run", "--model", "radix", "--device", "cpu"),
+        *("-c", WITHOUT_OTHER_TASKS, "run", "--model", "radix", "--device", "cpu"),
         *("--batch_size", "auto", "--model_args", f"pretrained={folder / 'model'}", "dtype=float32"),
         *("--include_path", str(folder), "--tasks", "rivers", "--output_path", str(folder / "results.json")),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    done = processes.run_python(*command, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "|rivers|" in done.stdout
     (results,) = folder.glob("results*.json")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 import warnings
 
+import processes
 import pytest
 import torch
 from batches import NAMED
@@ -119,8 +117,7 @@ def interpret():
     torch.cuda.is_available(), reason="test_kernels runs them on the GPU; triton 3.6 can't interpret them"
 )
 def test_kernels_interpreted():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
+    result = processes.run_python(__file__, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr
     assert result.stdout == "interpreted\n"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT
 
 import numpy as np
+import processes
 import pytest
 import torch
 import transformers
@@ -88,7 +88,7 @@ def test_the_example_prints_the_losses_of_one_process():
     spec = importlib.util.spec_from_file_location("train_fsdp", EXAMPLE)
     spec.loader.exec_module(example := importlib.util.module_from_spec(spec))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    environment = processes.python_environment(CUDA_VISIBLE_DEVICES="")
     command = [*torchrun, EXAMPLE, "--steps=2"]
     run = subprocess.Popen(command, env=environment, stdout=PIPE, stderr=STDOUT, text=True)
 
@@ -111,7 +111,7 @@ def test_the_example_prints_the_losses_of_one_process():
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optimizer.step()
         want.append((loss.item(), norm.item()))
-    output, _ = run.communicate(timeout=120)
+    output, _ = run.communicate(timeout=processes.LONGEST)
     got = re.findall(r"^step \d: loss (\S+), gradient norm (\S+), compact_ratio 0\.2", output, re.MULTILINE)
     assert run.returncode == 0, output
     torch.testing.assert_close(torch.tensor([[*map(float, x)] for x in got]), torch.tensor(want), rtol=0, atol=1e-4)

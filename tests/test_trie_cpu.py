@@ -6,11 +6,8 @@ narrower ones run in processes of their own.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
+import processes
 import pytest
 import torch
 from batches import NAMED, random_sequences, rounds
@@ -91,8 +88,7 @@ def test_equals_dense_attention():
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_equals_dense_attention_on_older_processors(capability):
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    run = processes.run_python(__file__, ATEN_CPU_CAPABILITY=capability)
     assert run.returncode == 0, run.stderr
 
 

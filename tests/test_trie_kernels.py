@@ -7,10 +7,8 @@ cover them too.
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from batches import NAMED
@@ -93,8 +91,7 @@ def interpret():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed, which no CPU needs")
 def test_kernels_interpreted():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
+    result = processes.run_python(__file__, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr
     assert result.stdout == "interpreted\n"
 
