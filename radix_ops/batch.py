@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ._check import INDEX_DTYPES
-
-_SEQUENCE_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+from ._integers import STORED_ONLY, as_flat_integers, as_integers, as_tensor
+from ._transfer import copy_together, pin_together, to_device
 
 
 @dataclasses.dataclass(eq=False)
@@ -21,7 +21,8 @@ class FoldedBatch:
 
     N tokens of B sequences stand packed, one sequence after another; the trie's M nodes, and padding behind them, are
     the num_rows compact rows. A model computes on rows; attention unfolds the keys and values it needs. Tensors are
-    on one device; index tensors are int32. It is a pytree and can be an argument of compiled and exported functions.
+    on one device; index tensors are int32. It is a pytree and can be an argument of compiled and exported functions,
+    and `torch.load` reads a saved one with `weights_only`, where radix_ops is imported.
     """
 
     input_ids: Tensor  # [num_rows]
@@ -46,37 +47,28 @@ class FoldedBatch:
     def from_sequences(
         cls, sequences: Sequence[Sequence[int]], *, device: torch.device | str | None = None, pad_multiple_of: int = 1
     ) -> FoldedBatch:
-        """Folds lists of token ids (or 1-D integer tensors) whose positions count from 0.
+        """Folds token ids whose positions count from 0: lists, NumPy arrays or tensors [T] of any integer dtype.
 
         Ids on the CPU are folded there, and the batch then travels to `device` without blocking the host; tensors on
-        a CUDA device are folded there. Raises TypeError for anything but integers, ValueError as `fold` does.
+        a CUDA device are folded there. Ids become int64. Raises TypeError for anything but integers (bools and floats
+        among them too), ValueError for what int64 does not hold, and as `fold` does.
         """
-        if not isinstance(sequences, Sequence):
+        if not isinstance(sequences, (Sequence, np.ndarray, Tensor)) or isinstance(sequences, (str, bytes)):
             raise TypeError(f"sequences must be a list of lists of token ids, got {type(sequences).__name__}")
-        on_device = [x.device for x in sequences if isinstance(x, Tensor) and x.device.type != "cpu"]
-        place = on_device[0] if on_device else torch.device("cpu")
-        tensors = []
-        for i, sequence in enumerate(sequences):
-            try:
-                tensor = torch.as_tensor(sequence, device=place)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise TypeError(f"sequences[{i}] must hold integers: {error}") from None
-            if tensor.dim() != 1:
-                raise ValueError(f"sequences[{i}] must be a flat list of token ids, got shape {list(tensor.shape)}")
-            if tensor.numel() and tensor.dtype not in _SEQUENCE_DTYPES:
-                raise TypeError(f"sequences[{i}] must hold integers that int64 holds, got {tensor.dtype}")
-            tensors.append(tensor.to(torch.int64))
+        tensors = [as_flat_integers(f"sequences[{i}]", sequence) for i, sequence in enumerate(sequences)]
+        place = next((x.device for x in tensors if x.device.type != "cpu"), torch.device("cpu"))
+        tensors = [tensor.to(place) for tensor in tensors]
         cu_seqlens = torch.tensor([0] + [len(tensor) for tensor in tensors], device="cpu").cumsum(0)
         input_ids = torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int64, device=place)
-        batch = fold(input_ids, _to_device(cu_seqlens, place), pad_multiple_of=pad_multiple_of)
+        batch = fold(input_ids, to_device(cu_seqlens, place), pad_multiple_of=pad_multiple_of)
         return batch if device is None else batch.to(device, non_blocking=True)
 
     @classmethod
     def from_padded(
         cls,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor | None = None,
+        input_ids: Tensor | np.ndarray,
+        attention_mask: Tensor | np.ndarray,
+        position_ids: Tensor | np.ndarray | None = None,
         *,
         device: torch.device | str | None = None,
         pad_multiple_of: int = 1,
@@ -84,16 +76,20 @@ class FoldedBatch:
         """Folds the real tokens of a padded batch, input_ids [B, T], where attention_mask [B, T] is 1 (else 0).
 
         Padding may stand on either side of a row or on both; a row of padding alone is an empty sequence. Positions
-        count from 0 at each row's first real token unless `position_ids` [B, T] gives them. The fold runs where the
-        tensors are; the batch then travels to `device`, if one is given, without blocking the host. On CUDA the host
-        waits once, as in any fold, and B * T may be 2^31 - 1 at most. Raises TypeError for anything but tensors,
+        count from 0 at each row's first real token unless `position_ids` [B, T] gives them. Ids and positions are
+        tensors or NumPy arrays as `fold` takes them, the mask is one of any dtype. The fold runs where the tensors
+        are; the batch then travels to `device`, if one is given, without blocking the host. On CUDA the host waits
+        once, as in any fold, and B * T may be 2^31 - 1 at most. Raises TypeError for anything but tensors and arrays,
         ValueError for shapes or devices that differ, a mask with other values than 0 and 1, and a mask with a hole.
         """
+        input_ids = as_integers("input_ids", as_tensor("input_ids", input_ids))
+        attention_mask = as_tensor("attention_mask", attention_mask)
+        if attention_mask.dtype in STORED_ONLY:
+            attention_mask = attention_mask.to(torch.int64)
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
-        given |= {} if position_ids is None else {"position_ids": position_ids}
+        if position_ids is not None:
+            given["position_ids"] = position_ids = as_integers("position_ids", as_tensor("position_ids", position_ids))
         for name, tensor in given.items():
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
             if tensor.dim() != 2 or tensor.shape != input_ids.shape:
                 raise ValueError(
                     "input_ids, attention_mask and position_ids must have one shape [B, T], "
@@ -193,13 +189,36 @@ class FoldedBatch:
         """
         device = torch.device(device)
         non_blocking = non_blocking and device.type == "cuda" and torch.cuda.is_available()
+        if non_blocking and self.input_ids.device.type == "cpu":
+            return self._moved(lambda tensors: copy_together(tensors, device))
+        return self._moved(lambda tensors: [x.to(device, non_blocking=non_blocking) for x in tensors])
+
+    def pin_memory(self) -> FoldedBatch:
+        """The batch, which must be on the CPU, with its tensors side by side in pinned memory.
+
+        `to(device, non_blocking=True)` then copies nothing on the host. A DataLoader with `pin_memory` calls it.
+        Raises ValueError for a batch on another device, RuntimeError as torch does where there is no accelerator.
+        """
+        if self.input_ids.device.type != "cpu":
+            raise ValueError(
+                f"pin_memory: only a batch on the CPU can be pinned, this one is on {self.input_ids.device}"
+            )
+        return self._moved(pin_together)
+
+    def _moved(self, move: Callable[[list[Tensor]], list[Tensor]]) -> FoldedBatch:
+        """A batch of the tensors that `move` makes of this one's; what is one tensor stays one."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         tensors = {id(value): value for value in fields.values() if isinstance(value, Tensor)}
-        if non_blocking and self.input_ids.device.type == "cpu":
-            moved = dict(zip(tensors, _copy_together(list(tensors.values()), device), strict=True))
-        else:
-            moved = {key: tensor.to(device, non_blocking=non_blocking) for key, tensor in tensors.items()}
+        moved = dict(zip(tensors, move(list(tensors.values())), strict=True))
         return FoldedBatch(**{name: moved.get(id(value), value) for name, value in fields.items()})
+
+    def __setstate__(self, state: dict) -> None:
+        """Of a pickle or a copy. Raises ValueError where a field is missing or of another kind."""
+        for field in dataclasses.fields(self):
+            kinds, named = ((Tensor,), "a tensor") if field.type == "Tensor" else ((int, torch.SymInt), "an integer")
+            if not isinstance(state.get(field.name), kinds):
+                raise ValueError(f"a saved FoldedBatch must hold {field.name}, {named}")
+        vars(self).update(state)
 
     def _check_length(self, method: str, x: Tensor, wanted: int, name: str) -> None:
         if x.dim() < 1 or x.shape[0] != wanted:
@@ -213,32 +232,42 @@ class FoldedBatch:
 
 
 torch.export.register_dataclass(FoldedBatch, serialized_type_name="radix_ops.FoldedBatch")
+# Making one runs no code of the file's: torch.load may do it with weights_only, its default.
+torch.serialization.add_safe_globals([FoldedBatch])
 
 
 def fold(
-    input_ids: Tensor, cu_seqlens: Tensor, position_ids: Tensor | None = None, pad_multiple_of: int = 1
+    input_ids: Tensor | np.ndarray,
+    cu_seqlens: Tensor | np.ndarray,
+    position_ids: Tensor | np.ndarray | None = None,
+    pad_multiple_of: int = 1,
 ) -> FoldedBatch:
     """Merges B packed sequences into their prefix trie.
 
     Args:
-        input_ids: [N] int32 or int64, the sequences' tokens end to end.
-        cu_seqlens: [B + 1] int32 or int64, 0 and then the end of each sequence.
-        position_ids: [N] int32 or int64; each sequence counts from 0 if left out. Tokens merge only at equal positions.
+        input_ids: [N] integers, the sequences' tokens end to end.
+        cu_seqlens: [B + 1] integers, 0 and then the end of each sequence.
+        position_ids: [N] integers; each sequence counts from 0 if left out. Tokens merge only at equal positions.
         pad_multiple_of: the number of rows is rounded up to a multiple of it.
 
-    Exact for every input. Raises TypeError for dtypes, ValueError for shapes, devices and values.
+    All three are tensors on one device, or NumPy arrays. Ids and positions in int32 and int64 keep their dtype, those
+    of other integers become int64. Exact for every input. Raises TypeError for types and dtypes (bool is no integer),
+    ValueError for shapes, devices and values.
     """
     return _fold_by("fold_plan", input_ids, cu_seqlens, position_ids, pad_multiple_of)
 
 
 def pack(
-    input_ids: Tensor, cu_seqlens: Tensor, position_ids: Tensor | None = None, pad_multiple_of: int = 1
+    input_ids: Tensor | np.ndarray,
+    cu_seqlens: Tensor | np.ndarray,
+    position_ids: Tensor | np.ndarray | None = None,
+    pad_multiple_of: int = 1,
 ) -> FoldedBatch:
     """The same batch with nothing folded: row i is packed token i. A model's baseline, through the same code.
 
     Arguments and errors are those of `fold`.
     """
-    position_ids = _check(input_ids, cu_seqlens, position_ids, pad_multiple_of)
+    input_ids, cu_seqlens, position_ids = _check(input_ids, cu_seqlens, position_ids, pad_multiple_of)
     ends = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(ends)]
     num_tokens = input_ids.shape[0]
@@ -255,8 +284,8 @@ def pack(
     tokens = torch.arange(num_tokens, dtype=torch.int32, device=device)
     indptr = torch.arange(num_tokens + padding + 1, dtype=torch.int32, device=device).clamp_(max=num_tokens)
     runs = [s for s, length in enumerate(lengths) if length]
-    run_sequences = _to_device(torch.tensor(runs, dtype=torch.int32, device="cpu"), device)
-    run_ends = _to_device(torch.tensor([0] + [ends[s + 1] for s in runs], dtype=torch.int32, device="cpu"), device)
+    run_sequences = to_device(torch.tensor(runs, dtype=torch.int32, device="cpu"), device)
+    run_ends = to_device(torch.tensor([0] + [ends[s + 1] for s in runs], dtype=torch.int32, device="cpu"), device)
     return FoldedBatch(
         input_ids=padded(input_ids),
         position_ids=padded(position_ids),
@@ -279,7 +308,7 @@ def pack(
 
 
 def _fold_by(op: str, input_ids, cu_seqlens, position_ids, pad_multiple_of) -> FoldedBatch:
-    position_ids = _check(input_ids, cu_seqlens, position_ids, pad_multiple_of)
+    input_ids, cu_seqlens, position_ids = _check(input_ids, cu_seqlens, position_ids, pad_multiple_of)
     try:
         *tensors, counts = getattr(torch.ops.radix, op)(input_ids, position_ids, cu_seqlens, pad_multiple_of)
     except RuntimeError as error:
@@ -302,54 +331,29 @@ def _check_rows(attention_mask: Tensor, is_bad: Tensor) -> None:
         )
 
 
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on `device`, without waiting for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def _copy_together(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors of the CPU as parts of one on a CUDA device, copied at once."""
-    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-    starts = [0, *itertools.accumulate(-(-size // 256) * 256 for size in sizes)]
-
-    def parts(buffer: Tensor) -> list[Tensor]:
-        return [
-            buffer[start : start + size].view(tensor.dtype)
-            for start, size, tensor in zip(starts, sizes, tensors, strict=False)
-        ]
-
-    staging = torch.empty(starts[-1], dtype=torch.uint8, device="cpu", pin_memory=True)
-    for part, tensor in zip(parts(staging), tensors, strict=True):
-        part.copy_(tensor)
-    return parts(staging.to(device, non_blocking=True))
-
-
-def _check(input_ids: Tensor, cu_seqlens: Tensor, position_ids: Tensor | None, pad_multiple_of: int) -> Tensor:
-    """Checks what needs no look at values, and returns the positions."""
-    given = {"input_ids": input_ids, "cu_seqlens": cu_seqlens, "position_ids": position_ids}
-    for name, tensor in given.items():
-        if tensor is None and name == "position_ids":
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in INDEX_DTYPES:
-            raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
+def _check(input_ids, cu_seqlens, position_ids, pad_multiple_of) -> tuple[Tensor, Tensor, Tensor]:
+    """input_ids, cu_seqlens and position_ids for the op, after the checks that need no look at values."""
+    given = {"input_ids": input_ids, "cu_seqlens": cu_seqlens}
+    given |= {} if position_ids is None else {"position_ids": position_ids}
+    for name, values in given.items():
+        given[name] = tensor = as_integers(name, as_tensor(name, values))
         if tensor.dim() != 1:
             raise ValueError(f"{name} must have 1 dimension, got shape {list(tensor.shape)}")
-        if tensor.device != input_ids.device:
-            raise ValueError(f"{name} is on {tensor.device}, but input_ids is on {input_ids.device}")
+        if tensor.device != given["input_ids"].device:
+            raise ValueError(f"{name} is on {tensor.device}, but input_ids is on {given['input_ids'].device}")
+    input_ids, cu_seqlens, position_ids = given["input_ids"], given["cu_seqlens"], given.get("position_ids")
     if isinstance(pad_multiple_of, bool) or not isinstance(pad_multiple_of, (int, torch.SymInt)):
         raise TypeError(f"pad_multiple_of must be an int, got {type(pad_multiple_of).__name__}")
     if not 1 <= pad_multiple_of < 2**31:
         raise ValueError(f"pad_multiple_of must be from 1 to {2**31 - 1}, got {pad_multiple_of}")
     if position_ids is None:
-        return _positions_from_zero(input_ids, cu_seqlens)
+        return input_ids, cu_seqlens, _positions_from_zero(input_ids, cu_seqlens)
     if position_ids.shape != input_ids.shape:
         raise ValueError(
             f"position_ids must be as long as input_ids, got {position_ids.shape[0]} positions for "
             f"{input_ids.shape[0]} tokens"
         )
-    return position_ids
+    return input_ids, cu_seqlens, position_ids
 
 
 def _positions_from_zero(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:

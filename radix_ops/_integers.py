@@ -1,0 +1,106 @@
+"""Token ids, positions and lengths as callers hold them -> int32 or int64 tensors, with every value kept."""
+
+from __future__ import annotations
+
+import operator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._check import INDEX_DTYPES
+
+# torch stores and converts these, and computes little with them.
+STORED_ONLY = (torch.uint16, torch.uint32, torch.uint64)
+_WIDENED = (torch.uint8, torch.int8, torch.int16, *STORED_ONLY)
+_INT64 = np.iinfo(np.int64)
+
+
+def as_tensor(name: str, values: object) -> Tensor:
+    """A tensor as it is, or an array of NumPy or of its interfaces, in any order of bytes, as a tensor."""
+    if isinstance(values, Tensor):
+        return values
+    if hasattr(values, "__cuda_array_interface__"):
+        return torch.as_tensor(values)
+    if not hasattr(values, "__array__") and not hasattr(values, "__array_interface__"):
+        raise TypeError(f"{name} must be a torch.Tensor or a NumPy array, got {type(values).__name__}")
+    return _from_array(name, values)
+
+
+def as_integers(name: str, tensor: Tensor) -> Tensor:
+    """int32 and int64 as they are, other integers in int64.
+
+    Raises TypeError for other dtypes and bool, ValueError for a value of uint64 that int64 does not hold; to find one
+    on CUDA, the host waits.
+    """
+    if tensor.dtype in INDEX_DTYPES:
+        return tensor
+    if tensor.dtype not in _WIDENED:
+        raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
+    if tensor.dtype != torch.uint64:
+        return tensor.to(torch.int64)
+    signed = tensor.view(torch.int64)
+    if torch.compiler.is_compiling():
+        torch._assert_async((signed >= 0).all(), f"{name} must hold integers that int64 holds")
+    elif (signed < 0).any():
+        raise _too_large(name, 2**64 + int(signed[signed < 0][0]))
+    return signed
+
+
+def as_flat_integers(name: str, values: object) -> Tensor:
+    """A list, array or tensor of one dimension in int64, on the device where it is.
+
+    Raises TypeError for other types, floats and bools, also among integers; ValueError for other shapes and for values
+    that int64 does not hold.
+    """
+    if isinstance(values, (list, tuple)):
+        tensor = _from_list(name, values)
+    elif isinstance(values, Tensor) or hasattr(values, "__cuda_array_interface__"):
+        tensor = as_tensor(name, values)
+    else:
+        tensor = _from_array(name, values)
+    if tensor.dim() != 1:
+        raise _not_flat(name, list(tensor.shape))
+    return as_integers(name, tensor).to(torch.int64) if len(tensor) else tensor.to(torch.int64)
+
+
+def _from_array(name: str, values: object) -> Tensor:
+    if np.ma.is_masked(values):
+        raise TypeError(f"{name} must hold integers, got an array with masked values")
+    array = np.asarray(values)
+    if array.dtype.kind == "O" and array.ndim == 1:
+        return _from_list(name, array.tolist())
+    if array.dtype.kind not in "biuf":
+        got = type(values).__name__ if array.ndim == 0 else array.dtype
+        raise TypeError(f"{name} must hold integers, got {got}")
+    # torch takes neither strange strides and byte orders nor, without a warning, arrays that can't be written to.
+    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), "CAWE"))
+
+
+def _from_list(name: str, values: list | tuple) -> Tensor:
+    # True and np.uint64(3) would make int64 and float64 of the integers beside them.
+    if not set(map(type, values)) <= {int}:
+        values = [_index(name, values, x) for x in values]
+    try:
+        return torch.from_numpy(np.array(values, np.int64))
+    except OverflowError:
+        raise _too_large(name, next(x for x in values if not _INT64.min <= x <= _INT64.max)) from None
+
+
+def _index(name: str, values: list | tuple, value: object) -> int:
+    is_bool = isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) in (torch.bool, np.bool_)
+    try:
+        if not is_bool:
+            return operator.index(value)
+    except TypeError:
+        if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0):
+            raise _not_flat(name, [len(values), len(value)]) from None
+    raise TypeError(f"{name} must hold integers, got {value!r}")
+
+
+def _not_flat(name: str, shape: list[int]) -> ValueError:
+    return ValueError(f"{name} must be a flat list of token ids, got shape {shape}")
+
+
+def _too_large(name: str, value: int) -> ValueError:
+    return ValueError(f"{name} must hold integers that int64 holds, got {value}")

@@ -1,0 +1,60 @@
+"""Small tensors of the CPU on their way to a CUDA device: as parts of one buffer they travel in one copy."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+# Each part starts at a multiple of it, as an allocation of CUDA's would.
+_ALIGNMENT = 256
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`, without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def pin_together(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies of tensors of the CPU as parts of one buffer in pinned memory."""
+    buffer = torch.empty(_starts(tensors)[-1], dtype=torch.uint8, device="cpu", pin_memory=True)
+    parts = _parts(buffer, tensors)
+    for part, tensor in zip(parts, tensors, strict=True):
+        part.copy_(tensor)
+    return parts
+
+
+def copy_together(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of the CPU as parts of one on a CUDA device, without waiting for it."""
+    if not _are_pinned_together(tensors):
+        tensors = pin_together(tensors)
+    buffer = torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensors[0].untyped_storage())
+    return _parts(buffer.to(device, non_blocking=True), tensors)
+
+
+def _starts(tensors: list[Tensor]) -> list[int]:
+    """Of each part in bytes, and the size of the buffer."""
+    sizes = (tensor.numel() * tensor.element_size() for tensor in tensors)
+    return [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
+
+
+def _parts(buffer: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    return [
+        buffer[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+        for start, tensor in zip(_starts(tensors), tensors, strict=False)
+    ]
+
+
+def _are_pinned_together(tensors: list[Tensor]) -> bool:
+    starts, storage = _starts(tensors), tensors[0].untyped_storage()
+    return (
+        storage.nbytes() == starts[-1]
+        and all(
+            x.is_contiguous()
+            and x.untyped_storage().data_ptr() == storage.data_ptr()
+            and x.storage_offset() * x.element_size() == start
+            for x, start in zip(tensors, starts, strict=False)
+        )
+        and tensors[0].is_pinned()
+    )
