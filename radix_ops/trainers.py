@@ -22,6 +22,14 @@ from . import _hf_loss, hf
 
 __all__ = ["GroupSampler", "enable", "keep_groups_together", "loss_on_rows"]
 
+_PREFERENCES = ("logits/chosen", "logits/rejected")
+# What trainers of TRL's log of logits at padding, which folded batches don't have.
+_READ_PADDING = {
+    "CPOTrainer": _PREFERENCES,
+    "ORPOTrainer": _PREFERENCES,
+    "OnlineDPOTrainer": tuple(f"objective/{name}" for name in ("kl", "entropy", "non_score_reward", "rlhf_reward")),
+}
+
 
 def enable(trainer: Trainer, threshold: float | None = None, layout: str = "auto", verify: str = "first") -> Trainer:
     """Makes a trainer run its models folded, in place, and returns it. Call it before `train()`.
@@ -32,7 +40,7 @@ def enable(trainer: Trainer, threshold: float | None = None, layout: str = "auto
     TRL's trainers are their own. Where one adds the load-balancing loss of experts, all its batches run unfolded.
 
     Raises TypeError for what is no Trainer, and ValueError for one with a `model_init`, which makes a new model each
-    time it trains: enable the model there.
+    time it trains: enable the model there; also for those of TRL's that log numbers made of logits at padding.
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(f"trainer must be a transformers Trainer, got {type(trainer).__name__}")
@@ -42,6 +50,13 @@ def enable(trainer: Trainer, threshold: float | None = None, layout: str = "auto
         # Batches that are trained on have their router logits asked for and so run unfolded. Those that they are
         # compared with have not, and folding would set equal outputs apart by rounding.
         threshold = 0
+    for kind in type(trainer).__mro__:
+        if kind.__name__ in _READ_PADDING and kind.__module__.startswith("trl."):
+            raise ValueError(
+                f"{type(trainer).__name__} logs {' and '.join(_READ_PADDING[kind.__name__])} over padding too, where "
+                "folded batches have no logits, so these numbers would not be those of the plain trainer; all else "
+                "is: if you can do without them, call radix_ops.hf.enable(trainer.model) in place of this"
+            )
     models = [trainer.model, getattr(trainer, "ref_model", None)]
     for model in models:
         if isinstance(model, nn.Module):
