@@ -9,7 +9,7 @@ OLDER_TRANSFORMERS ?= 5.17.0 5.10.4 5.2.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := setup.py $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: demo test test-elsewhere test-oldest lint build wheel bench models clean
 build: $(VENV)/.built

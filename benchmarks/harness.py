@@ -129,8 +129,8 @@ def bandwidths() -> dict[str, float]:
 
 
 def environment() -> dict[str, object]:
-    packages = {}
-    for name in ("torch", "numpy", "radix-ops", "radix-mlp", "transformers"):
+    packages = {"radix_ops": radix_ops.__version__}
+    for name in ("torch", "numpy", "radix-mlp", "transformers"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

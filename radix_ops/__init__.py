@@ -1,15 +1,10 @@
 """Shared prefixes of a batch, computed once: fold a batch into a prefix trie, run the model on the trie's rows."""
 
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-try:
-    __version__ = version("radix-ops")
-except PackageNotFoundError:  # a source tree on the path, not installed
-    __version__ = "0+unknown"
-
+__version__ = "0.1.0"
 _OLDEST_TORCH = (2, 11)
 
 
@@ -23,7 +18,7 @@ def _load_extension() -> None:
     if not library.exists():
         raise ImportError(
             f"radix_ops was not built: {library} is missing. In a source tree, run `make build`; "
-            "elsewhere, reinstall radix-ops"
+            "elsewhere, install it from a checkout: pip install --no-build-isolation ."
         )
     torch.ops.load_library(library)
 

@@ -54,6 +54,43 @@ def test_a_missing_library_says_how_to_build(monkeypatch, tmp_path):
         radix_ops._load_extension()
 
 
+ROOT = Path(__file__).parents[1]
+TEXTS = [*ROOT.glob("*.md"), ROOT / "Makefile", ROOT / "pyproject.toml"] + [
+    path
+    for folder in ("docs", "examples", "radix_ops", "benchmarks", "tools")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".md", ".py")
+]
+# Which an index would take for another's package, or for none.
+BY_NAME = re.compile(r"install\s+(-\S+\s+)*[`\"']?(torch-)?radix[-_]ops|radix[-_]ops\[", re.IGNORECASE)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_by_name"),
+    [
+        ("pip install radix-ops[trl]", True),
+        ("uv pip install --upgrade 'torch-radix-ops'", True),
+        ("reinstall\nradix-ops", True),
+        ("pip install --no-build-isolation .[trl]", False),
+        ("`radix-ops` is installed from a checkout", False),
+    ],
+)
+def test_what_counts_as_an_install_by_name(text, is_by_name):
+    assert bool(BY_NAME.search(text)) == is_by_name
+
+
+def test_no_text_tells_to_install_the_package_by_name():
+    assert len(TEXTS) > 60
+    assert [path.name for path in TEXTS if BY_NAME.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_distribution_import_and_command_have_their_names():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'^name = "torch-radix-ops"$', project, re.MULTILINE)
+    assert re.search(r'^radix-ops = "radix_ops.cli:main"$', project, re.MULTILINE)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", radix_ops.__version__)
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc (CUDA toolkit) compiles the CUDA sources")
 def test_a_build_where_nvcc_is_has_cuda_kernels_with_or_without_a_gpu():
     assert torch._C._dispatch_has_kernel_for_dispatch_key("radix::_fold_by_short_hashes", "CUDA")
