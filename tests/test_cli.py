@@ -180,6 +180,23 @@ def test_score_continues_when_lines_were_added_to_the_input(model_folder, questi
     check_results(read_jsonl(output), more)
 
 
+def test_results_of_a_file_with_blank_lines_name_its_lines_and_continue(model_folder, tmp_path, capsys):
+    lines, output = [json.dumps(question) for question in QUESTIONS], tmp_path / "scores.jsonl"
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("\n".join([lines[0], "", "  ", *lines[1:], "", ""]))
+    assert score(model_folder, "--plain", "--output", output, questions) == 0
+    found = read_jsonl(output)
+    assert [result["line"] for result in found] == [1, 4, 5, 6]
+    output.write_text("".join(json.dumps(found[i]) + "\n" for i in (3, 1)))
+    assert score(model_folder, "--plain", "--output", output, questions) == 0
+    assert read_jsonl(output) == found
+    check_results([{**result, "line": i} for i, result in enumerate(found, 1)])
+    output.write_text(json.dumps({**found[0], "line": 2}) + "\n")
+    assert "line 1 is no result of this input" in failing(
+        capsys, model_folder, "--plain", "--output", output, questions
+    )
+
+
 def test_score_refuses_to_continue_what_is_not_its_own(model_folder, questions, tmp_path, capsys):
     needs_hf()
     output = tmp_path / "scores.jsonl"

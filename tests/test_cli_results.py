@@ -167,7 +167,15 @@ def test_an_input_that_stands_where_the_output_is_made_is_refused(tmp_path, suff
 
 
 @pytest.mark.parametrize(
-    "line", ['{"line": 1.0, "key": "x"}', '{"line": 1.5, "key": "x"}', '{"line": "1", "key": "x"}']
+    "line",
+    [
+        '{"line": 1.0, "key": "x"}',
+        '{"line": 1.5, "key": "x"}',
+        '{"line": "1", "key": "x"}',
+        '{"line": %s, "key": "x"}' % ("1" * 5000),
+        '{"line": 1, "key": "x", "n": [%s]}' % ("1" * 5000),
+    ],
+    ids=range(5),
 )
 def test_lines_of_other_programs_are_no_results(tmp_path, line):
     path = tmp_path / "out.jsonl"

@@ -1,6 +1,7 @@
 """radix-ops inspect: input formats, their errors, the report and its verdicts."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -217,6 +218,41 @@ def test_errors_of_packed_arrays(capsys, tmp_path, arrays, message):
     assert message in failing(capsys, tmp_path / "ids.npz")
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
     assert "torn.npz is no .npz file, which is a zip archive of arrays" in failing(capsys, tmp_path / "torn.npz")
+
+
+def test_packed_ids_of_any_byte_order_are_taken_by_value(tmp_path, capsys):
+    sequences = [[5, 300, 70_000], [5, 300, 2**31 - 1], [5]]
+    for kind in (">i8", "<i8", ">u4", ">i4", ">u8"):
+        ids, ends = np.concatenate(sequences).astype(kind), np.array([0, 3, 6, 7], kind)
+        np.savez(tmp_path / "i.npz", input_ids=ids, cu_seqlens=ends)
+        assert cli.main(["inspect", "--json", str(tmp_path / "i.npz")]) == 0
+        check_sequences(json.loads(capsys.readouterr().out), sequences)
+    np.savez(tmp_path / "i.npz", input_ids=np.array([5 << 32], ">i8"), cu_seqlens=[0, 1])
+    assert "must hold token ids from 0 to 2147483647, got 21474836480" in failing(capsys, tmp_path / "i.npz")
+
+
+def test_damaged_archives_end_in_a_sentence(tmp_path, capsys):
+    """Each byte of a small archive changed, the shapes of its arrays made huge, and ends that overflow."""
+    path = tmp_path / "ids.npz"
+    np.savez_compressed(path, input_ids=np.arange(9), cu_seqlens=[0, 9])
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 5):
+        for change in (0, 0xFF, whole[at] ^ 1):
+            path.write_bytes(whole[:at] + bytes([change]) + whole[at + 1 :])
+            status = cli.main(["inspect", "--json", str(path)])
+            out, err = capsys.readouterr()
+            assert status == 0 or (status == 1 and not out and err.startswith("radix-ops: ")), (at, change)
+    header = np.lib.format.header_data_from_array_1_0(np.arange(9))
+    for shape in ((2**40,), (2**62,), (2**64,), (-1,), (2**32, 2**32), ()):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in ("input_ids", "cu_seqlens"):
+                with archive.open(f"{name}.npy", "w") as file:
+                    np.lib.format.write_array_header_1_0(file, {**header, "shape": shape})
+                    file.write(bytes(80))
+        assert "ids.npz" in failing(capsys, path)
+    for ends in ([0, 2**64 - 1], [0, 2**63 + 1], [2**64 - 1, 1]):
+        np.savez(path, input_ids=[1], cu_seqlens=np.array(ends, np.uint64))
+        assert "cu_seqlens must start at 0, not decrease and end at the 1 tokens" in failing(capsys, path)
 
 
 # What is said.

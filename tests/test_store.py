@@ -46,7 +46,7 @@ def disk_with_room():
 def test_appends_that_fail_on_a_full_disk_leave_the_store_as_it_was(disk_with_room, room, looks):
     store = store_on_disk(5)
     if looks:
-        store.input_ids
+        assert len(store.input_ids) == store.num_tokens
     disk_with_room(4 * LONG * 4 + room)
     held, failures = list(range(5)), 0
     for value in range(100, 104):
@@ -86,7 +86,7 @@ def test_parent_and_child_of_a_fork_append_to_stores_of_their_own(count):
     def work():
         for value in range(100, 105):
             store.append([value] * LONG)
-        store.input_ids
+        assert len(store.input_ids) == store.num_tokens
         os.write(child_writes, b"x")  # the parent appends between this process's writing and its reading
         os.read(parent_reads, 1)
         assert set(store[count].tolist()) == {7}
@@ -97,7 +97,7 @@ def test_parent_and_child_of_a_fork_append_to_stores_of_their_own(count):
     os.read(child_reads, 1)
     for value in range(200, 206):
         store.append([value] * LONG)
-    store.input_ids
+    assert len(store.input_ids) == store.num_tokens
     os.write(parent_writes, b"x")
     assert os.waitpid(child, 0)[1] == 0
     assert store[count].tolist() == before.tolist()

@@ -7,8 +7,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from .records import Record, Records, T, UserError
+from .records import LONGEST_TEXT, Record, Records, T, UserError
+from .streams import LONGEST_LINE
 
+FILE_HELP = f"""\
+FILE may be compressed by gzip, or a pipe. Blank lines of JSONL are skipped, and lines are counted with them. A line
+has {LONGEST_LINE:,} bytes at most, and a text in it {LONGEST_TEXT:,}.
+"""
 # Of files beside --output while it is made.
 HELPER_SUFFIXES = (".part", ".rows", ".rows.tmp")
 MOST_THREADS = 1024

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from . import embedding, running
-from .common import add_command, add_format_argument, check_output, positive_int, read_records
+from .common import FILE_HELP, add_command, add_format_argument, check_output, positive_int, read_records
 from .fingerprint import fingerprint
 from .items import Items
 from .loading import load_config, load_runner, load_tokenizer
@@ -46,6 +46,7 @@ when it is finished.
 It does not pay where texts start differently: documents without a prompt, or with one that is short beside them.
 `radix-ops inspect` says how much a file shares, --compare how much time that saves.
 
+{FILE_HELP}
 {running.MODEL_HELP}"""
 
 
@@ -145,7 +146,9 @@ class _Job:
             key = key_of_parts(self.base, store.lengths.tobytes(), memoryview(store.input_ids))
             return MatrixFile(output, (count, self.dim), key, self.args.overwrite)
         if output:
-            return _Lines(ResultFile(output, count, self._key_of, self.args.overwrite), self.records)
+            return _Lines(
+                ResultFile(output, count, self._key_of, self.args.overwrite, self.records.index_of), self.records
+            )
         return _Lines(ResultStream(count, self._key_of), self.records)
 
     def _key_of(self, item: int) -> str:

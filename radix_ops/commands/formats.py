@@ -120,23 +120,26 @@ def formats(text_key: str = "text", prompt: str = "", template: str | None = Non
 
 def packed_arrays(path: str) -> Items:
     """The sequences of a .npz file: input_ids [N] end to end and cu_seqlens [B + 1]. UserError for anything else."""
+    if os.path.isfile(path) and not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is no .npz file, which is a zip archive of arrays")
     try:
-        if os.path.isfile(path) and not zipfile.is_zipfile(path):
-            raise UserError(f"{path} is no .npz file, which is a zip archive of arrays")
         with np.load(path) as arrays:
-            missing = [name for name in ("input_ids", "cu_seqlens") if name not in arrays]
-            if missing:
-                raise UserError(f"{path} has no array {missing[0]}; it must hold input_ids and cu_seqlens")
-            ids, ends = arrays["input_ids"], arrays["cu_seqlens"]
-        if ends.dtype.kind not in "iu":
-            raise UserError(f"{path}: cu_seqlens holds {ends.dtype}; it must hold whole numbers")
-        store = TokenStore.from_packed(ids, ends)
-    except UserError:
-        raise
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} can't be used: {getattr(error, 'strerror', None) or error}") from error
+            names = set(arrays.files)
+            ids, ends = (arrays[name] if name in names else None for name in ("input_ids", "cu_seqlens"))
+    except Exception as error:  # an archive may be damaged in any way
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"{path} can't be used: {reason}") from error
+    missing = "input_ids" if ids is None else "cu_seqlens" if ends is None else None
+    if missing:
+        raise UserError(f"{path} has no array {missing}; it must hold input_ids and cu_seqlens")
+    ends = np.asarray(ends)
+    if ends.dtype.kind not in "iu":
+        raise UserError(f"{path}: cu_seqlens holds {ends.dtype}; it must hold whole numbers")
     items = Items()
-    items.store = store
+    try:
+        items.store = TokenStore.from_packed(ids, ends)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} can't be used: {error}") from error
     return items
 
 
@@ -227,6 +230,7 @@ def _rendered(line: _Line, tokenizer) -> list[str]:
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"{line.where} holds messages, and the tokenizer has no chat template")
     try:
-        return [tokenizer.apply_chat_template(chat, tools=line.tools, tokenize=False) for chat in line.contents]
+        texts = [tokenizer.apply_chat_template(chat, tools=line.tools, tokenize=False) for chat in line.contents]
     except Exception as error:  # whatever a template does
         raise UserError(f"{line.where}: the chat template can't render the messages: {error}") from error
+    return [check_text(text, f"{line.where}: what the chat template writes") for text in texts]

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Callable
 
-from .common import add_command, add_format_argument, add_trust_argument, positive_int, read_records
+from .common import FILE_HELP, add_command, add_format_argument, add_trust_argument, positive_int, read_records
 from .flops import forward_cost
 from .formats import PAIRS, FormatParser, formats, packed_arrays
 from .items import Items
@@ -38,6 +38,7 @@ FILE holds one text a line (.txt), or one JSON object a line, of which the first
   {{"input_ids": [...]}}                     token ids, which need no tokenizer
 or it is a .npz file of two arrays, input_ids [N] end to end and cu_seqlens [B + 1].
 
+{FILE_HELP}
   radix-ops inspect --tokenizer Qwen/Qwen3-0.6B --plot sharing.png questions.jsonl
 
 Tokens that two sequences of a batch have in common at their starts are computed once, as one row. The report says

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from . import reranking, running
-from .common import add_command, check_output, read_records
+from .common import FILE_HELP, add_command, check_output, read_records
 from .fingerprint import fingerprint
 from .loading import load_config, load_runner, load_tokenizer
 from .recipes import check_cross_encoder
@@ -48,6 +48,7 @@ A document that is too long with its query is an error, unless --truncate-right;
 It does not pay where a line has one document, or documents that are long beside template and query.
 `radix-ops inspect` says how much a file shares, --compare how much time that saves.
 
+{FILE_HELP}
 {running.MODEL_HELP}"""
 
 
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
         )
 
     score = reranking.scorer(runner, yes_and_no)
-    job = running.ItemJob(args, runner, items, key_of, execute, {"scores": np.float32}, fields_of, "reranked")
+    job = running.ItemJob(args, runner, items, records, key_of, execute, {"scores": np.float32}, fields_of, "reranked")
     if args.compare:
         job.compare("order", "orders", "score", "scores")
     else:

@@ -32,7 +32,7 @@ def _fields_of(line: bytes) -> dict | None:
     """The object of a complete line, None unless it has what every result has."""
     try:
         fields = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # JSON with integers of too many digits is a ValueError, too
         return None
     return fields if isinstance(fields, dict) and fields.keys() >= {"line", "key"} else None
 
@@ -40,12 +40,21 @@ def _fields_of(line: bytes) -> dict | None:
 class ResultFile:
     """JSON lines in a file. Each is appended as its item finishes, so that a kill loses the current batch at most.
 
-    `key_of(i)` identifies the result of item i, which is that of input line i + 1. Lines that an earlier run left are
-    kept if their keys fit, a torn last line is dropped. Memory holds a byte an item and 16 a line.
+    `key_of(i)` identifies the result of item i, and `index_of(line)` is the item of an input line, None where it holds
+    none; by default line i + 1 holds item i. Lines that an earlier run left are kept if their keys fit, a torn last
+    line is dropped. Memory holds a byte an item and 16 a line.
     """
 
-    def __init__(self, path: str, num_items: int, key_of: Callable[[int], str], overwrite: bool):
+    def __init__(
+        self,
+        path: str,
+        num_items: int,
+        key_of: Callable[[int], str],
+        overwrite: bool,
+        index_of: Callable[[int], int | None] = lambda line: line - 1,
+    ):
         self.path, self.key_of = Path(path).resolve(), key_of  # not a link to it, which would be replaced
+        self._index_of = index_of
         self.done = np.zeros(num_items, bool)
         self._items = array.array("q")  # of each line
         self._ends = array.array("q")  # of each line, in bytes
@@ -73,8 +82,8 @@ class ResultFile:
     def _item_of(self, line: bytes) -> int:
         fields = _fields_of(line)
         if fields is not None and isinstance(fields["line"], int):
-            index = fields["line"] - 1
-            if 0 <= index < len(self.done) and self.key_of(index) == fields["key"]:
+            index = self._index_of(fields["line"])
+            if index is not None and 0 <= index < len(self.done) and self.key_of(index) == fields["key"]:
                 return index
         raise UserError(
             f"{self.path}, line {len(self._ends) + 1} is no result of this input, model, dtype and mode; {_REPLACE}"

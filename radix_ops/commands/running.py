@@ -17,7 +17,7 @@ from .common import add_trust_argument, positive_int, progress_bar, thread_count
 from .items import Collector, Items
 from .loading import context_length
 from .matrix import check_incomplete, is_matrix, side_of
-from .records import UserError
+from .records import Records, UserError
 from .results import ResultFile, ResultStream, check_first_line
 from .runner import RunStats
 
@@ -161,6 +161,7 @@ class ItemJob:
     args: argparse.Namespace
     runner: object
     items: Items
+    records: Records
     key_of: Callable[[int], str]
     execute: Callable
     dtypes: dict[str, type]
@@ -214,7 +215,9 @@ class ItemJob:
 
     def _results(self) -> ResultFile | ResultStream:
         if self.args.output:
-            return ResultFile(self.args.output, len(self.items), self.key_of, self.args.overwrite)
+            return ResultFile(
+                self.args.output, len(self.items), self.key_of, self.args.overwrite, self.records.index_of
+            )
         return ResultStream(len(self.items), self.key_of)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from . import running, scoring
-from .common import add_command, check_output, read_records
+from .common import FILE_HELP, add_command, check_output, read_records
 from .fingerprint import fingerprint
 from .loading import context_length, load_config, load_runner, load_tokenizer
 from .records import Records
@@ -37,6 +37,7 @@ The output holds one object a line in the input's order:
 It does not pay where nothing long is shared: one choice a line, contexts of a few tokens, contexts that all start
 differently. `radix-ops inspect` says how much a file shares, --compare how much time that saves.
 
+{FILE_HELP}
 {running.MODEL_HELP}"""
 
 
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
 
     execute = functools.partial(scoring.score, runner)
     dtypes = {"logprobs": np.float64, "greedy": bool}
-    job = running.ItemJob(args, runner, choices, key_of, execute, dtypes, fields_of, "scored")
+    job = running.ItemJob(args, runner, choices, records, key_of, execute, dtypes, fields_of, "scored")
     if args.compare:
         job.compare("best", "answers", "choice's log-probability", "logprobs")
     else:
