@@ -301,7 +301,7 @@ def test_trainer(plain, tmp_path):
     for model in models:
         arguments = sentence_transformers.SentenceTransformerTrainingArguments(
             str(tmp_path), per_device_train_batch_size=6, max_steps=4, logging_steps=1, report_to=[], use_cpu=True,
-            save_strategy="no", learning_rate=1e-3, disable_tqdm=True,
+            save_strategy="no", optim="sgd", learning_rate=0.1, disable_tqdm=True,
         )  # fmt: skip
         loss = losses.MultipleNegativesRankingLoss(model)
         trainer = sentence_transformers.SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=loss)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from hf_models import error
 from trl_runs import (
     MARKS,
     assert_same_run,
@@ -67,24 +68,27 @@ def test_folded_run_is_the_plain_run(folder, tmp_path, run, quiet):
         assert (stats.skipped, stats.rows < stats.tokens) == (0, True)
 
 
-def test_fifty_steps_stay_as_close_as_other_padding_does(folder, tmp_path):
-    """Rounding is all that folding changes, and it adds up as that of padding to other lengths does."""
+def test_fifty_steps_stay_as_close_to_float64_as_those_of_the_plain_run(folder, tmp_path):
+    """Rounding is all that folding changes, and it adds up as that of the plain run does."""
 
-    def run(folds, **changes):
-        trainer = grpo(folder, tmp_path, max_steps=50, gradient_checkpointing=False, **changes)
+    def run(folds, exact=False):
+        trainer = grpo(folder, tmp_path, max_steps=50, gradient_checkpointing=False)
         trainers.keep_groups_together(trainer)
+        if exact:
+            trainer.model.double()
+            trainer.ref_model.double()
         if folds:
             trainers.enable(trainer, threshold=1.0)
         logged, changed = train(trainer)
         assert not folds or trainer.model.radix_stats.folded == 50
         return torch.tensor([entry["loss"] for entry in logged]), torch.cat([x.flatten() for x in changed.values()])
 
-    losses, changed = run(False)
-    padded, folded = run(False, pad_to_multiple_of=8), run(True)
-    assert losses.std() > 1e-2
-    for want, by_padding, by_folding in zip((losses, changed), padded, folded, strict=True):
-        assert 0 < (by_padding - want).norm() < 1e-4 * want.norm()
-        assert (by_folding - want).norm() <= 3 * (by_padding - want).norm()
+    exact, plain, folded = run(False, exact=True), run(False), run(True)
+    assert exact[1].dtype == torch.float64
+    assert exact[0].std() > 1e-2
+    for want, theirs, ours in zip(exact, plain, folded, strict=True):
+        assert error(theirs, want.double()) < 1e-4
+        assert error(ours, want.double()) <= 3 * error(theirs, want.double()) + torch.finfo(torch.float32).eps
 
 
 def test_model_enabled_before_its_trainer_is_made(folder, tmp_path, quiet):
