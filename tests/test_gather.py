@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from large import require_memory, untouched_zeros
 
 import radix_ops  # noqa: F401  (registers torch.ops.radix)
 
@@ -99,8 +100,8 @@ def test_gather_of_many_rows():
 
 
 def test_gather_offsets_past_2_to_the_31():
-    # On the CPU, 2.25 GiB of untouched zero pages: only the rows that are read cost memory.
-    x = torch.zeros(36 * 1024, 64 * 1024, dtype=torch.int8)
+    require_memory(2.5)
+    x = untouched_zeros(36 * 1024, 64 * 1024)
     x[-1, -1], x[-1, 0] = 7, 5
     assert_bits(GATHER(x, torch.tensor([0, 36 * 1024 - 1])), torch.stack([x[0], x[-1]]))
     wide = GATHER(x[-1:], torch.zeros(33 * 1024, dtype=torch.int32))

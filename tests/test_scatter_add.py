@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from large import require_memory, untouched_zeros
 
 from radix_ops import reference
 
@@ -122,8 +123,8 @@ def test_scatter_add_of_one_member_keeps_special_values():
 
 
 def test_scatter_add_offsets_past_2_to_the_31():
-    # On the CPU, 2.25 GiB of untouched zero pages: only the rows that are read cost memory.
-    src = torch.zeros(36 * 1024, 64 * 1024, dtype=torch.int8)
+    require_memory(2.5)
+    src = untouched_zeros(36 * 1024, 64 * 1024)
     src[-1, -1], src[-2, -1] = 7, 5
     index = torch.zeros(36 * 1024, dtype=torch.int32)
     index[-2:] = 1
