@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from batches import NAMED, pack
@@ -249,9 +248,9 @@ def test_saved_by_torch_and_read_without_pickles_that_run(tmp_path, make):
     batch = make(ids, cu_seqlens)
     torch.save(batch, tmp_path / "batch.pt")
     assert_same_batch(torch.load(tmp_path / "batch.pt", weights_only=True), batch)
-    command = [sys.executable, "-W", "error", "-c", READ, str(tmp_path / "batch.pt")]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert found == f"{batch} {ids.tolist()} {make is radix_ops.pack}\n"
+    found = processes.run_python("-W", "error", "-c", READ, tmp_path / "batch.pt")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == f"{batch} {ids.tolist()} {make is radix_ops.pack}\n"
 
 
 def test_a_pickle_that_lacks_a_table_is_refused():

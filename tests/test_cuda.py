@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
+import processes
 import pytest
 import radix_mlp
 import torch
@@ -378,7 +377,7 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    run = processes.run_python("-c", program)
     assert run.stdout.startswith("sound\n"), run.stderr
     assert "device-side assert" in run.stdout
     assert message in run.stderr

@@ -94,6 +94,7 @@ def test_parent_and_child_of_a_fork_append_to_stores_of_their_own(count):
             assert set(store[count + 1 + index].tolist()) == {100 + index}
 
     child = in_a_fork(work)
+    os.close(child_writes)  # so that the next line ends where the child has failed
     os.read(child_reads, 1)
     for value in range(200, 206):
         store.append([value] * LONG)
@@ -102,7 +103,7 @@ def test_parent_and_child_of_a_fork_append_to_stores_of_their_own(count):
     assert os.waitpid(child, 0)[1] == 0
     assert store[count].tolist() == before.tolist()
     assert [set(store[count + 1 + index].tolist()) for index in range(6)] == [{value} for value in range(200, 206)]
-    for end in (child_reads, child_writes, parent_reads, parent_writes):
+    for end in (child_reads, parent_reads, parent_writes):
         os.close(end)
 
 

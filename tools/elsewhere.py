@@ -42,7 +42,10 @@ ENVIRONMENTS = {
     "onednn-sse41": Environment("a CPU without AVX, to oneDNN", {"ONEDNN_MAX_CPU_ISA": "SSE41"}),
     "onednn-avx2": Environment("a CPU without AVX-512, to oneDNN", {"ONEDNN_MAX_CPU_ISA": "AVX2"}),
     "mkl-compatible": Environment("any CPU, to MKL, which multiplies float32 otherwise", {"MKL_CBWR": "COMPATIBLE"}),
-    "threads": Environment("four threads", {"RADIX_TEST_THREADS": "4", "OMP_NUM_THREADS": "4"}),
+    # They sleep while they wait: with more of them than cores, spinning would take most of the time.
+    "threads": Environment(
+        "four threads", {"RADIX_TEST_THREADS": "4", "OMP_NUM_THREADS": "4", "OMP_WAIT_POLICY": "PASSIVE"}
+    ),
     "random": Environment("a random order, dealt out in another way", {}, ("-p", "randomly", "--dist", "worksteal")),
     "busy": Environment("a loop that spins on each core beside it"),
     "bare": Environment(
