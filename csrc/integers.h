@@ -1,13 +1,8 @@
 // Index arrays of either width, as kernels of both devices read them.
 #pragma once
 
+#include "both.h"
 #include "check.h"
-
-#ifdef __CUDACC__
-#define RADIX_BOTH __host__ __device__
-#else
-#define RADIX_BOTH
-#endif
 
 namespace radix {
 

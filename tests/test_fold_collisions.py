@@ -1,4 +1,4 @@
-"""Folds whose hashes have a few bits, so that nearly every look-up meets a collision."""
+"""Folds whose hashes have a few bits, and tokens chosen by someone who knows the key of the hash."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,33 +20,45 @@ from radix_ops import reference
 CSRC = Path(__file__).parent.parent / "csrc"
 PROGRAM = """
 #include "cpu/trie.h"
-extern "C" long fold(const long* ids, const long* positions, const long* ends, long num_sequences, int* unfold_index) {
-  radix::Trie<long, long> trie(ids, positions, num_sequences);
+using radix::HashKey;
+extern "C" long fold(
+    const long* ids, const long* positions, const long* ends, long num_sequences, int* unfold_index, HashKey* key) {
+  radix::Trie<long, long> trie(ids, positions, num_sequences, key ? *key : HashKey::draw());
   for (long s = 0; s < num_sequences; ++s) trie.insert(s, ends[s], ends[s + 1], unfold_index);
   return trie.num_rows();
 }
+extern "C" void draw(HashKey* key) { *key = HashKey::draw(); }
 """
 
 
-@pytest.fixture(scope="module", params=[0, 4])
-def colliding_fold(request, tmp_path_factory):
+def compiled(folder: Path, *flags: str) -> ctypes.CDLL:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler (a wheel is under test)")
-    folder = tmp_path_factory.mktemp("collisions")
     (folder / "fold.cpp").write_text(PROGRAM)
-    command = [compiler, "-O1", "-std=c++20", "-fPIC", "-shared", f"-DRADIX_TEST_HASH_BITS={request.param}"]
-    subprocess.run([*command, f"-I{CSRC}", "fold.cpp", "-o", "fold.so"], cwd=folder, check=True)
+    command = [compiler, "-O2", "-std=c++20", "-fPIC", "-shared", *flags, f"-I{CSRC}", "fold.cpp", "-o", "fold.so"]
+    subprocess.run(command, cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "fold.so"))
+    library.fold.restype = ctypes.c_long
+    return library
 
-    def fold(ids, positions, cu_seqlens):
-        unfold_index = torch.full((len(ids),), -1, dtype=torch.int32)
-        pointers = [ctypes.c_void_p(x.data_ptr()) for x in (ids, positions, cu_seqlens)]
-        count = len(cu_seqlens) - 1
-        num_rows = library.fold(*pointers, ctypes.c_long(count), ctypes.c_void_p(unfold_index.data_ptr()))
-        return num_rows, unfold_index
 
-    return fold
+def folded(library, ids, positions, cu_seqlens, key=None):
+    unfold_index = torch.full((len(ids),), -1, dtype=torch.int32)
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (ids, positions, cu_seqlens)]
+    count = ctypes.c_long(len(cu_seqlens) - 1)
+    num_rows = library.fold(*pointers, count, ctypes.c_void_p(unfold_index.data_ptr()), key)
+    return num_rows, unfold_index
+
+
+@pytest.fixture(scope="module", params=[0, 4])
+def colliding(request, tmp_path_factory):
+    return compiled(tmp_path_factory.mktemp("collisions"), f"-DRADIX_TEST_HASH_BITS={request.param}")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return compiled(tmp_path_factory.mktemp("keyed"))
 
 
 def batches():
@@ -62,12 +76,59 @@ def batches():
         yield pack(sequences), random_positions(rng, sequences)
 
 
-def test_fold_is_exact_under_hash_collisions(colliding_fold):
+def test_fold_is_exact_under_hash_collisions(colliding):
     for (ids, _, cu_seqlens), positions in batches():
-        num_rows, unfold_index = colliding_fold(ids, positions, cu_seqlens)
+        num_rows, unfold_index = folded(colliding, ids, positions, cu_seqlens)
         compact_ids, _, want, _ = reference.fold(ids, positions, cu_seqlens)
         assert num_rows == len(compact_ids)
         assert torch.equal(unfold_index, want)
+
+
+COUNT = 100_000  # sequences of one token each
+KNOWN_KEY = (ctypes.c_uint64 * 3)(
+    0, 1, 1
+)  # under which the hash of a token at position 0 is the token, but for its place
+NUMBERS = torch.arange(COUNT)
+NOUGHT = torch.zeros_like(NUMBERS)
+CRAFTED = {  # ids, positions: under the known key all fall into a stretch of a table of 2^19 slots
+    "ids of 31 bits, one stretch": ((NUMBERS % 4096 << 19) | NUMBERS // 4096, NOUGHT),
+    "ids of 64 bits, one slot": (NUMBERS << 40, NOUGHT),
+    "positions, one hash": (NOUGHT, NUMBERS << 20),
+}
+
+
+def seconds(library, ids, positions, key=None) -> float:
+    """The least processor time of a few folds of `COUNT` sequences, no two of which are alike."""
+    best = float("inf")
+    for _ in range(4):
+        start = time.thread_time()
+        num_rows, unfold_index = folded(library, ids, positions, torch.arange(COUNT + 1), key)
+        best = min(best, time.thread_time() - start)
+        assert num_rows == COUNT
+        assert torch.equal(unfold_index.long(), NUMBERS)
+    return best
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_tokens_chosen_by_the_key_take_no_longer_than_others(library, name):
+    # Without a second key they would take a hundred times as long.
+    assert seconds(library, *CRAFTED[name], KNOWN_KEY) < 5 * seconds(library, torch.randperm(COUNT), NOUGHT)
+
+
+def test_tokens_that_always_collide_are_sorted(library, colliding):
+    # About 5 times is usual; a walk through all that collide would take thousands.
+    assert seconds(colliding, torch.randperm(COUNT), NOUGHT) < 40 * seconds(library, torch.randperm(COUNT), NOUGHT)
+
+
+def test_each_fold_draws_a_key_of_its_own(library):
+    draw = "import ctypes, sys; key = (ctypes.c_uint64 * 3)(); ctypes.CDLL(sys.argv[1]).draw(key); print(*key)"
+    command = [sys.executable, "-c", draw, library._name]
+    keys = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(2)]
+    for _ in range(100):
+        key = (ctypes.c_uint64 * 3)()
+        library.draw(key)
+        keys.append(list(map(str, key)))
+    assert len({number for key in keys for number in key}) == 3 * len(keys)
 
 
 @pytest.mark.cuda

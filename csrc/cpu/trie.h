@@ -1,12 +1,16 @@
 // A compressed prefix trie over packed sequences: its edges are spans of tokens, its nodes are compact rows.
 #pragma once
 
+#include "../hash.h"
+#include "inverse.h"
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <map>
+#include <tuple>
+#include <utility>
 #include <vector>
-
-#include "inverse.h"
 
 namespace radix {
 
@@ -35,12 +39,14 @@ inline int64_t common_prefix(const T* a, const T* b, int64_t length) {
 
 // Inserts sequences one after another, in one pass over their tokens. Two tokens share a row exactly when the
 // (token, position) paths that lead to them from the start of their sequences are equal: every match is decided by
-// comparing tokens and positions themselves; hashes only choose where to look.
+// comparing tokens and positions themselves; hashes only choose where to look. Where looking takes long under a second
+// key as well, the children are sorted instead: N tokens of B sequences take O(N log B), whatever they are.
 template <typename Id, typename Position>
 class Trie {
  public:
   // `ids` and `positions` must outlive the trie. It will hold at most `max_sequences` non-empty sequences.
-  Trie(const Id* ids, const Position* positions, int64_t max_sequences) : ids_(ids), positions_(positions) {
+  Trie(const Id* ids, const Position* positions, int64_t max_sequences, const HashKey& key = HashKey::draw())
+      : ids_(ids), positions_(positions), key_(key) {
     // A sequence adds at most one edge and splits at most one, so the table stays at most half full.
     edges_.reserve(2 * max_sequences);
     int64_t capacity = 8;
@@ -56,14 +62,13 @@ class Trie {
     int32_t parent = kRoot;
     int64_t at = begin;
     while (at < end) {
-      const uint64_t hash = hash_child(parent, at);
-      const int64_t slot = find(hash, parent, at);
-      if (slots_[slot].edge == kEmpty) {
-        add_edge(slot, hash, parent, at, end);
+      int32_t& child = find_child(parent, at);
+      if (child == kEmpty) {
+        child = add_edge(parent, at, end);
         add_run(sequence, at, end, unfold_index);
         return;
       }
-      const int32_t edge = slots_[slot].edge;
+      const int32_t edge = child;
       const int64_t limit = std::min<int64_t>(edges_[edge].length, end - at);
       const int64_t shared = matching_tokens(edges_[edge].start, at, limit);
       fill_range(unfold_index + at, edges_[edge].first_row, shared);
@@ -72,7 +77,7 @@ class Trie {
         return;
       }
       if (shared < edges_[edge].length) {
-        parent = split(slot, shared);
+        parent = split(child, shared);
       } else if (edges_[edge].is_leaf && edges_[edge].first_row + edges_[edge].length == num_rows_) {
         extend(edge, at - shared, end);
         add_run(sequence, at, end, unfold_index);
@@ -111,31 +116,68 @@ class Trie {
     uint32_t tag = 0;
   };
 
-  uint64_t hash_child(int32_t parent, int64_t at) const {
-    uint64_t h = static_cast<uint64_t>(ids_[at]) * 0x9e3779b97f4a7c15ull;
-    h = (h ^ (h >> 32) ^ static_cast<uint64_t>(positions_[at])) * 0xd6e8feb86659fd93ull;
-    h = (h ^ (h >> 32) ^ static_cast<uint32_t>(parent)) * 0xa0761d6478bd642full;
-    h ^= h >> 32;
+  struct Child {
+    int32_t edge = kEmpty;
+  };
+
+  // How many slots beyond their first look-ups may see in all: so many for each, and a few for chance to even out. In a
+  // table that is half full those that find nothing see 1.5 on average, the others 0.5.
+#ifndef RADIX_TEST_HASH_BITS
+  static constexpr int64_t kGranted = 16;
+  static constexpr int64_t kSpare = 1024;
+#else
+  static constexpr int64_t kGranted = 1;
+  static constexpr int64_t kSpare = 1;
+#endif
+
+  // Where the child of `parent` for the token at `at` is listed, or the empty place where it belongs. It stays there
+  // until the next look-up.
+  int32_t& find_child(int32_t parent, int64_t at) {
+    if (is_sorted_) {
+      return sorted_[{parent, ids_[at], positions_[at]}].edge;
+    }
+    uint64_t hash = key_.hash(ids_[at], positions_[at], static_cast<uint32_t>(parent));
 #ifdef RADIX_TEST_HASH_BITS
     // Lets a test make nearly all hashes collide.
-    h &= (uint64_t{1} << RADIX_TEST_HASH_BITS) - 1;
+    hash &= (uint64_t{1} << RADIX_TEST_HASH_BITS) - 1;
 #endif
-    return h;
-  }
-
-  // The slot that holds the child of `parent` for the token at `at`, or the empty slot where it belongs.
-  int64_t find(uint64_t hash, int32_t parent, int64_t at) const {
     const uint32_t tag = static_cast<uint32_t>(hash >> 32);
-    for (uint64_t slot = hash & slot_mask_;; slot = (slot + 1) & slot_mask_) {
-      const Slot& candidate = slots_[slot];
+    uint64_t slot = hash & slot_mask_;
+    steps_left_ += kGranted;
+    while (true) {
+      Slot& candidate = slots_[slot];
       if (candidate.edge == kEmpty) {
-        return static_cast<int64_t>(slot);
+        candidate.tag = tag;
+        return candidate.edge;
       }
       if (candidate.tag == tag) {
         const Edge& edge = edges_[candidate.edge];
         if (edge.parent == parent && ids_[edge.start] == ids_[at] && positions_[edge.start] == positions_[at]) {
-          return static_cast<int64_t>(slot);
+          return candidate.edge;
         }
+      }
+      if (--steps_left_ < 0) [[unlikely]] {
+        list_again();
+        return find_child(parent, at);
+      }
+      slot = (slot + 1) & slot_mask_;
+    }
+  }
+
+  // Lists all children by another key, which nobody can have chosen tokens for, and the next time by order.
+  void list_again() {
+    const std::vector<Slot> listed = std::move(slots_);
+    if (has_second_key_) {
+      is_sorted_ = true;
+    } else {
+      has_second_key_ = true;
+      key_ = HashKey::draw();
+      steps_left_ = kSpare;
+      slots_.assign(listed.size(), Slot{});
+    }
+    for (const Slot& slot : listed) {
+      if (slot.edge != kEmpty) {
+        find_child(edges_[slot.edge].parent, edges_[slot.edge].start) = slot.edge;
       }
     }
   }
@@ -156,19 +198,19 @@ class Trie {
     return done;
   }
 
-  void add_edge(int64_t slot, uint64_t hash, int32_t parent, int64_t begin, int64_t end) {
-    slots_[slot] = Slot{static_cast<int32_t>(edges_.size()), static_cast<uint32_t>(hash >> 32)};
+  int32_t add_edge(int32_t parent, int64_t begin, int64_t end) {
     edges_.push_back(
         Edge{begin, static_cast<int32_t>(end - begin), static_cast<int32_t>(num_rows_), parent, /*is_leaf=*/true});
     if (parent != kRoot) {
       edges_[parent].is_leaf = false;
     }
+    return static_cast<int32_t>(edges_.size() - 1);
   }
 
-  // Cuts the edge in `slot` after its first `length` tokens and returns the new upper part. The lower part keeps the
-  // edge's number, so the entries of its children stay valid.
-  int32_t split(int64_t slot, int64_t length) {
-    const int32_t lower = slots_[slot].edge;
+  // Cuts the edge that is listed at `child` after its first `length` tokens and returns the new upper part. The lower
+  // part keeps the edge's number, so the entries of its children stay valid.
+  int32_t split(int32_t& child, int64_t length) {
+    const int32_t lower = child;
     const int32_t upper = static_cast<int32_t>(edges_.size());
     Edge upper_edge = edges_[lower];
     upper_edge.length = static_cast<int32_t>(length);
@@ -179,10 +221,9 @@ class Trie {
     lower_edge.first_row += static_cast<int32_t>(length);
     lower_edge.length -= static_cast<int32_t>(length);
     lower_edge.parent = upper;
-    slots_[slot].edge = upper;
-    const uint64_t hash = hash_child(upper, lower_edge.start);
-    // No entry has `upper` as its parent yet, so this finds an empty slot.
-    slots_[find(hash, upper, lower_edge.start)] = Slot{lower, static_cast<uint32_t>(hash >> 32)};
+    child = upper;
+    // No entry has `upper` as its parent yet, so this finds an empty place.
+    find_child(upper, lower_edge.start) = lower;
     return upper;
   }
 
@@ -200,9 +241,14 @@ class Trie {
 
   const Id* ids_;
   const Position* positions_;
+  HashKey key_;
   std::vector<Edge> edges_;
   std::vector<Slot> slots_;
   uint64_t slot_mask_ = 0;
+  int64_t steps_left_ = kSpare;
+  bool has_second_key_ = false;
+  bool is_sorted_ = false;
+  std::map<std::tuple<int32_t, Id, Position>, Child> sorted_;
   std::vector<Run> runs_;
   int64_t num_rows_ = 0;
 };
