@@ -15,6 +15,7 @@ from trl_runs import (
     MARKS,
     OPTIONS,
     assert_same_run,
+    language_model,
     load,
     saved_models,  # noqa: F401
     sentence,
@@ -150,11 +151,15 @@ def test_every_number_is_that_of_the_plain_trainer(folder, tmp_path, name):
         trainers.keep_groups_together(plain)
     is_padded = watch_padding(plain)
     trainers.enable(trainer, threshold=1.0)
+    if "teacher_model" in EQUAL[name][0]:
+        hf.enable(trainer.teacher_model, threshold=1.0)
     with pytest.warns(UserWarning, match=UNFOLDED[name]) if name in UNFOLDED else contextlib.nullcontext():
         got = train(trainer)
     assert_same_run(got, train(plain))
     assert any(is_padded)
-    assert (trainer.model.radix_stats.folded == 0) == (name in UNFOLDED)
+    for model in (trainer.model, getattr(trainer, "ref_model", None), getattr(trainer, "teacher_model", None)):
+        if hasattr(model, "radix_stats"):
+            assert (model.radix_stats.folded == 0) == (name in UNFOLDED)
 
 
 @pytest.mark.parametrize("name", READ_PADDING)
@@ -185,3 +190,23 @@ def test_subclasses_of_those_are_refused_and_namesakes_are_not(folder, tmp_path)
     trainer.__class__ = type("ORPOTrainer", (transformers.Trainer,), {})
     trainers.enable(trainer, threshold=1.0)
     assert hasattr(trainer.model, "radix_stats")
+
+
+def test_metrics_of_an_evaluation_that_leave_padding_out(folder, tmp_path):
+    """transformers gathers the logits of all positions for them."""
+
+    def metrics(prediction):
+        logits, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+        real = labels != -100
+        return {"accuracy": (logits.argmax(-1) == labels)[real].mean(), "highest": logits.max(-1)[real].mean()}
+
+    found = []
+    for folds in (False, True):
+        trainer = language_model(folder, tmp_path, compute_metrics=metrics)
+        trainer.eval_dataset = trainer.train_dataset
+        if folds:
+            trainers.enable(trainer, threshold=1.0)
+        found.append({key: x for key, x in trainer.evaluate().items() if not key.endswith(("time", "second"))})
+    assert trainer.model.radix_stats.folded > 0
+    assert {"eval_accuracy", "eval_highest", "eval_loss"} <= found[0].keys()
+    assert found[1] == pytest.approx(found[0], rel=2e-4)

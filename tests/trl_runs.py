@@ -159,7 +159,8 @@ def language_model(folder, tmp_path, **changes):
     tokenize = tokenizer()
     rows = [tokenize(row["prompt"] + row["chosen"]) for row in preferences()]
     rows = [{"input_ids": row["input_ids"], "attention_mask": row["attention_mask"]} for row in rows]
-    further = {key: changes.pop(key) for key in ("compute_loss_func", "eval_dataset") if key in changes}
+    names = ("compute_loss_func", "compute_metrics", "eval_dataset")
+    further = {key: changes.pop(key) for key in names if key in changes}
     return transformers.Trainer(
         load(folder),
         transformers.TrainingArguments(str(tmp_path), **OPTIONS | changes),
