@@ -74,7 +74,11 @@ def _from_array(name: str, values: object) -> Tensor:
         got = type(values).__name__ if array.ndim == 0 else array.dtype
         raise TypeError(f"{name} must hold integers, got {got}")
     # torch takes neither strange strides and byte orders nor, without a warning, arrays that can't be written to.
-    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), "CAWE"))
+    usable = np.require(array, array.dtype.newbyteorder("="), "CAWE")
+    try:
+        return torch.from_numpy(usable)
+    except TypeError:  # floats wider than its own
+        raise TypeError(f"{name} must hold integers, got {array.dtype}") from None
 
 
 def _from_list(name: str, values: list | tuple) -> Tensor:

@@ -165,6 +165,7 @@ UINT64 = torch.tensor([1, 2**64 - 2], dtype=torch.uint64)
         (np.array([1.0, 2.0]), TypeError, "must hold integers, got torch.float64"),
         (torch.ones(2, dtype=torch.bfloat16), TypeError, "must hold integers, got torch.bfloat16"),
         (np.array([True, False]), TypeError, "must hold integers, got torch.bool"),
+        (np.array([1, 2], np.longdouble), TypeError, f"must hold integers, got (torch.)?{np.dtype(np.longdouble)}"),
         (np.array(["1", "2"]), TypeError, "must hold integers, got <U1"),
         (np.array([1, 2], "m8[s]"), TypeError, r"must hold integers, got timedelta64\[s\]"),
         (np.array([1, None]), TypeError, "must hold integers, got None"),
