@@ -4,10 +4,10 @@ A row sees its ancestors and itself. `trie_order` numbers the rows in depth-firs
 interval: row k is on the path to row q exactly when enter[k] <= enter[q] < leave[k]. At each row the rest of its own
 run comes first, so a run stands side by side in this order too.
 
-The forward on the CPU is csrc/cpu/trie_attention.cpp. On CUDA in bfloat16 and float16 forward and backward are the
-kernels of `_trie_cuda`. All else, the backward on the CPU and other dtypes on CUDA, is here: the runs are cut into
-edges, rows side by side of which only the last has further branches, and everything below an edge attends to it at
-once, so that a key is read once for a block of queries, not once for each sequence.
+On the CPU csrc/cpu computes it. On CUDA in bfloat16 and float16 forward and backward are the kernels of `_trie_cuda`.
+What has no kernel, other dtypes on CUDA, is here: the runs are cut into edges, rows side by side of which only the last
+has further branches, and everything below an edge attends to it at once, so that a key is read once for a block of
+queries, not once for each sequence.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class _Edges(NamedTuple):
         cls, enter: Tensor, leave: Tensor, depth: Tensor, row_of: Tensor, cu_seqlens_q: Tensor, count: int
     ) -> _Edges:
         enter, leave, row_of = enter[:count].long(), leave[:count].long(), row_of[:count].long()
+        if count and not bool(((leave > enter) & (leave <= count)).all()):
+            raise RuntimeError("radix::trie_attention: leave must be more than enter, and at most num_nodes")
         is_first = torch.ones(count, dtype=torch.bool, device=enter.device)
         if count:
             is_first[1:] = leave[1:] != leave[:-1]

@@ -300,7 +300,7 @@ def _backward_kv(
         factor = scale * _LOG2_E
         keys = _load_rows(k, row, kv_head, stride_kr, stride_kh, is_key, True, D, BLOCK_D)
         values = _load_rows(v, row, kv_head, stride_vr, stride_vh, is_key, True, DV, BLOCK_DV)
-        leaves = tl.load(leave + row, mask=is_key, other=0)
+        leaves = tl.minimum(tl.load(leave + row, mask=is_key, other=0), num_nodes)
         key_depth = tl.load(depth + row, mask=is_key, other=0)
         # Pairs of a number and a head of the group: first those of the block's own numbers, then those that see all
         # of its keys, then those that see some.

@@ -13,8 +13,8 @@ from ._check import ATTENTION_DTYPES
 from .batch import FoldedBatch
 
 LAYOUTS = ("auto", "compact", "trie", "unfold")
-# How often unfolding must repeat keys on average for "auto" to take "trie" on the CPU where that is not always faster.
-_REPEATS_FOR_TRIE = {torch.float32: 6, torch.float64: 6, torch.bfloat16: 16, torch.float16: 16}
+# How often unfolding must repeat keys on average for "auto" to take "trie" on the CPU in half precision.
+_REPEATS_FOR_TRIE = 16
 
 
 def attention(
@@ -45,9 +45,10 @@ def attention(
             "unfold" unfolds q, k and v, attends all packed tokens and folds the output, as RadixMLP does (arXiv
             2601.15013): for comparison.
             "auto" takes "trie" on CUDA where our kernels run, unless nothing is shared; on the CPU in float32 and
-            float64 where no gradient is wanted, and otherwise where unfolding would repeat keys 6 times or more on
-            average, 16 times in bfloat16 and float16; "compact" elsewhere. In compiled code it does not look at the
-            batch, so that one graph serves all.
+            float64, and in bfloat16 and float16 where unfolding would repeat keys 16 times or more on average;
+            "compact" elsewhere. In compiled code it does not look at the batch, so that one graph serves all.
+
+    With and without gradients it is computed in one way, to the same bits.
 
     On CUDA in bfloat16 and float16, compute capability 8.0 or more, head_dim up to 256, kernels do it (torch's flash
     attention, and ours for "trie", in Triton, which are compiled in a second or two on the first call of a kind: dtype,
@@ -120,7 +121,7 @@ def attend(
     window = sliding_window or 0
     factor = 1.0 / math.sqrt(q.shape[2]) if scale is None else float(scale)
     layout = plan.layout
-    if plan.otherwise is not None and not _trie_is_faster(q, k, v, plan):
+    if plan.otherwise is not None and not _trie_is_faster(q, v, plan):
         layout = plan.otherwise
     if layout == "trie":
         tables = *plan.order, batch.kv_index, batch.cu_seqlens_q, batch.num_nodes
@@ -146,19 +147,17 @@ def _varlen(q, k, v, ends_q, ends_k, num_queries, max_seqlen_q, max_seqlen_k, sc
     return torch.ops.radix.varlen_attention(q, k, v, ends_q, ends_k, scale, window)
 
 
-def _trie_is_faster(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> bool:
+def _trie_is_faster(q: Tensor, v: Tensor, plan: AttentionPlan) -> bool:
     """Whether "auto" takes "trie" for these tensors.
 
-    On an H200 it was 1.0 to 1.3 times as fast as "compact" in whole models, and 0.96 to 1.26 in training. On a CPU of
-    2 cores its forward was 1.2 to 1.9 times as fast in float32 (benchmarks/bench_attention_cpu.py); its backward was so
-    only from 6 repeats on, and its forward in bfloat16 and float16, which that CPU multiplies by itself, from about 16.
+    On an H200 it was 1.0 to 1.3 times as fast as "compact" in whole models, and 0.96 to 1.26 in training. On CPUs of 2
+    cores it was faster in float32, forward and backward (benchmarks/bench_attention_cpu.py); its forward in bfloat16
+    and float16, which one of them multiplied by itself, only from about 16 repeats on. Whether a gradient is wanted
+    must not matter: a policy that is trained and its reference that is not are compared.
     """
     if q.is_cuda:
         return _trie.has_kernels(q, v)
-    wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if q.dtype in (torch.float32, torch.float64) and not wants_grad:
-        return True
-    return plan.repeats >= _REPEATS_FOR_TRIE[q.dtype]
+    return q.dtype in (torch.float32, torch.float64) or plan.repeats >= _REPEATS_FOR_TRIE
 
 
 def _zero_padding_rows(rows: Tensor, batch: FoldedBatch) -> Tensor:

@@ -41,8 +41,8 @@ trie_attention(q, k [num_rows, H_kv, D], v, enter, leave, depth, row_of, path, k
     -> out [num_rows, H, D_v], logsumexp [H, num_rows]: attention to the rows on the path, with no key or value
     unfolded. In every floating dtype; on the CPU, where sums are in fp32 (fp64 for float64) and the bits the same for
     any number of threads, by a kernel for AVX-512, AVX2 or neither (ATEN_CPU_CAPABILITY holds it to less, as it does
-    torch); on CUDA in bfloat16 and float16 by Triton kernels, otherwise it waits there for the host and is slow. The
-    index tensors must be a fold's and trie_order's; only the forward on the CPU checks that none leads outside.
+    torch), forward and backward; on CUDA in bfloat16 and float16 by Triton kernels, otherwise it waits there for the
+    host and is slow. The index tensors must be a fold's and trie_order's, which is checked on the CPU alone.
 
 What `radix_ops.plan` calls, on the CPU (sequence i is input_ids[starts[i]:starts[i] + lengths[i]], ids not negative):
 
@@ -418,7 +418,7 @@ for _module, _name, _keys in (
     (_varlen, "varlen_attention", ("CPU", "CUDA")),
     (_varlen, "varlen_attention_backward", ("CPU", "CUDA")),
     (_trie, "trie_attention", ("CUDA",)),
-    (_trie, "trie_attention_backward", ("CPU", "CUDA")),
+    (_trie, "trie_attention_backward", ("CUDA",)),
 ):
     for _key in _keys:
         _library.impl(_name, _apart_from_autocast(getattr(_module, _name)), _key)

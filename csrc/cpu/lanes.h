@@ -3,8 +3,11 @@
 // neither they nor the scores are ever transposed or summed across a vector.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
+#include <string>
 #include <type_traits>
 
 // Vectors wider than what the file is compiled for stay inside of functions that are compiled for them.
@@ -82,70 +85,94 @@ RADIX_INLINE void exp_of_negative(typename Lanes<T, kBytes>::Vector& x) {
   x = x < least ? Vector{} : sum * reinterpret_cast<const Vector&>(scale);
 }
 
-// scores[key][lane] = factor * sum over d of keys[key][d] * queries[d][lane], of kKeys keys and kVectors vectors.
-template <typename T, int kBytes, int kKeys, int kVectors>
-RADIX_INLINE void score_lanes(
-    const T* __restrict keys,
-    const T* __restrict queries,
-    int64_t size,
-    int64_t num_lanes,
+// a[row][i] stands at data[row * row_stride + i * stride].
+template <typename T>
+struct Strided {
+  const T* __restrict data;
+  int64_t row_stride, stride;
+};
+
+// What a product is added to.
+enum class Onto { kNothing, kItself, kFaded };
+
+// sums[row][lane] = the sum over i < count of a[row][i] * b[i][lane], of kRows rows and kVectors vectors of lanes:
+// times factor onto nothing, or onto sums[row][lane], or onto fade[lane] * sums[row][lane].
+template <typename T, int kBytes, int kRows, int kVectors, Onto kOnto>
+RADIX_INLINE void multiply_some(
+    const Strided<T>& a,
+    const T* __restrict b,
+    int64_t b_stride,
+    int64_t count,
     T factor,
-    T* __restrict scores) {
+    const T* __restrict fade,
+    T* __restrict sums,
+    int64_t sums_stride) {
   using L = Lanes<T, kBytes>;
-  typename L::Vector sums[kKeys][kVectors] = {};
-  for (int64_t d = 0; d < size; ++d) {
+  typename L::Vector inner[kRows][kVectors] = {};
+  if constexpr (kOnto != Onto::kNothing) {
 #pragma GCC unroll 8
-    for (int key = 0; key < kKeys; ++key) {
+    for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
       for (int i = 0; i < kVectors; ++i) {
-        sums[key][i] += L::at(queries + d * num_lanes + i * L::kCount) * keys[key * size + d];
+        inner[row][i] = L::at(sums + row * sums_stride + i * L::kCount);
+        if constexpr (kOnto == Onto::kFaded) {
+          inner[row][i] *= L::at(fade + i * L::kCount);
+        }
+      }
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        inner[row][j] += L::at(b + i * b_stride + j * L::kCount) * a.data[row * a.row_stride + i * a.stride];
       }
     }
   }
 #pragma GCC unroll 8
-  for (int key = 0; key < kKeys; ++key) {
+  for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
-      L::at(scores + key * num_lanes + i * L::kCount) = sums[key][i] * factor;
+      L::at(sums + row * sums_stride + i * L::kCount) =
+          kOnto == Onto::kNothing ? inner[row][i] * factor : inner[row][i];
     }
   }
 }
 
-// outs[d][lane] = fade[lane] * outs[d][lane] + sum over keys of values[key][d] * weights[key][lane], of kSizes numbers
-// of each value and kVectors vectors. `stride` is from one value to the next.
-template <typename T, int kBytes, int kSizes, int kVectors>
-RADIX_INLINE void add_values(
-    const T* __restrict values,
-    const T* __restrict weights,
-    const T* __restrict fade,
-    int64_t num_keys,
-    int64_t stride,
+// As multiply_some, of num_rows rows, a multiple of kRows, and num_lanes lanes, which fill vectors.
+template <typename T, int kBytes, int kRows, Onto kOnto>
+RADIX_INLINE void multiply(
+    int64_t num_rows,
     int64_t num_lanes,
-    T* __restrict outs) {
-  using L = Lanes<T, kBytes>;
-  typename L::Vector sums[kSizes][kVectors];
-#pragma GCC unroll 8
-  for (int d = 0; d < kSizes; ++d) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) {
-      sums[d][i] = L::at(outs + d * num_lanes + i * L::kCount) * L::at(fade + i * L::kCount);
-    }
-  }
-  for (int64_t key = 0; key < num_keys; ++key) {
-#pragma GCC unroll 8
-    for (int d = 0; d < kSizes; ++d) {
-#pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) {
-        sums[d][i] += L::at(weights + key * num_lanes + i * L::kCount) * values[key * stride + d];
+    const Strided<T>& a,
+    const T* b,
+    int64_t b_stride,
+    int64_t count,
+    T factor,
+    const T* fade,
+    T* sums,
+    int64_t sums_stride) {
+  constexpr int64_t kCount = Lanes<T, kBytes>::kCount;
+  for (int64_t lane = 0; lane < num_lanes;) {
+    // 4 vectors go as 2 and 2: one alone would wait for its own sums.
+    const int64_t left = (num_lanes - lane) / kCount;
+    const int64_t vectors = left == 4 ? 2 : std::min<int64_t>(left, 3);
+    for (int64_t row = 0; row < num_rows; row += kRows) {
+      const Strided<T> rows{a.data + row * a.row_stride, a.row_stride, a.stride};
+      T* const to = sums + row * sums_stride + lane;
+      if (vectors == 3) {
+        multiply_some<T, kBytes, kRows, 3, kOnto>(
+            rows, b + lane, b_stride, count, factor, fade + lane, to, sums_stride);
+      } else if (vectors == 2) {
+        multiply_some<T, kBytes, kRows, 2, kOnto>(
+            rows, b + lane, b_stride, count, factor, fade + lane, to, sums_stride);
+      } else {
+        multiply_some<T, kBytes, kRows, 1, kOnto>(
+            rows, b + lane, b_stride, count, factor, fade + lane, to, sums_stride);
       }
     }
-  }
-#pragma GCC unroll 8
-  for (int d = 0; d < kSizes; ++d) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) {
-      L::at(outs + d * num_lanes + i * L::kCount) = sums[d][i];
-    }
+    lane += vectors * kCount;
   }
 }
 
@@ -191,5 +218,50 @@ RADIX_INLINE bool all_finite(const T* data, int64_t count) {
   }
   return finite;
 }
+
+#if defined(__x86_64__) && defined(__GNUC__)
+// Bytes of the vectors that the processor has, or that ATEN_CPU_CAPABILITY holds it to, as it does torch.
+inline int vector_bytes() {
+  static const int bytes = [] {
+    const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string most = wanted == nullptr ? "avx512" : wanted;
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && most != "default";
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && most != "avx2";
+    return has_avx512 ? 64 : has_avx2 ? 32 : 16;
+  }();
+  return bytes;
+}
+
+template <typename Kernel, typename... Args>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void run_avx512(Args&... args) {
+  Kernel::template run<64, 8>(args...);
+}
+
+template <typename Kernel, typename... Args>
+__attribute__((target("avx2,fma"))) void run_avx2(Args&... args) {
+  Kernel::template run<32, 4>(args...);
+}
+
+// Kernel::run<bytes of a vector, rows that are multiplied together>(args...), which must be RADIX_INLINE, for this
+// processor: as many rows as its registers hold sums of.
+template <typename Kernel, typename... Args>
+void run_for_processor(Args&... args) {
+  switch (vector_bytes()) {
+    case 64:
+      return run_avx512<Kernel>(args...);
+    case 32:
+      return run_avx2<Kernel>(args...);
+    default:
+      return Kernel::template run<16, 4>(args...);
+  }
+}
+#else
+// 32 registers of 16 bytes, as Arm has them.
+template <typename Kernel, typename... Args>
+void run_for_processor(Args&... args) {
+  Kernel::template run<16, 8>(args...);
+}
+#endif
 
 }  // namespace radix

@@ -1,0 +1,36 @@
+// The tables of radix::trie_order as the kernels of trie attention on the CPU read them.
+#pragma once
+
+#include "../check.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace radix {
+
+// By the numbers of depth-first order, and private: what another thread writes to the tensors can't lead outside.
+struct TrieTables {
+  std::vector<int32_t> row_of;  // the row of each number
+  std::vector<int32_t> leave;   // the number behind all that is below
+  std::vector<int32_t> depth;   // how many rows are above
+  std::vector<int32_t> parent;  // the number of the row right above, or -1
+
+  int64_t num_nodes() const {
+    return static_cast<int64_t>(row_of.size());
+  }
+};
+
+// Raises unless the tables are those of one trie over the first num_nodes of num_rows rows, every path in kv_index too.
+TrieTables checked_trie_tables(
+    const char* op,
+    const Tensor& enter,
+    const Tensor& leave,
+    const Tensor& depth,
+    const Tensor& row_of,
+    const Tensor& path,
+    const Tensor& kv_index,
+    const Tensor& cu_seqlens_q,
+    int64_t num_rows,
+    int64_t num_nodes);
+
+}  // namespace radix
