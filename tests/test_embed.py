@@ -217,6 +217,19 @@ def stop_after(monkeypatch, batches, arguments):
 
 
 @pytest.mark.parametrize("suffix", ["npy", "jsonl"])
+def test_the_same_command_again_has_nothing_to_do(tmp_path, texts, qwen3, monkeypatch, capsys, suffix):
+    output = tmp_path / f"e.{suffix}"
+    assert embed(qwen3, "--output", output, texts) == 0
+    held = output.read_bytes()
+    capsys.readouterr()
+    monkeypatch.setattr(Qwen3Runner, "states", lambda *arguments: pytest.fail("computed again"))
+    assert embed(qwen3, "--output", output, texts) == 0
+    assert f"holds {len(TEXTS)} of {len(TEXTS)} results already" in capsys.readouterr().err
+    assert output.read_bytes() == held
+    assert sorted(p.name for p in tmp_path.iterdir()) == [output.name, "texts.txt"]
+
+
+@pytest.mark.parametrize("suffix", ["npy", "jsonl"])
 def test_embed_continues_an_interrupted_run(tmp_path, texts, qwen3, monkeypatch, capsys, suffix):
     output = tmp_path / f"e.{suffix}"
     arguments = [qwen3, "--output", output, "--token-budget", 1, texts]
@@ -262,7 +275,11 @@ def test_a_matrix_outlives_a_kill_at_any_step(tmp_path):
     assert np.load(path).tolist() == rows.tolist()
     assert [p.name for p in tmp_path.iterdir()] == ["m.npy"]
     with pytest.raises(ValueError, match="exists and is complete"):
-        MatrixFile(str(path), shape, "k", False)
+        MatrixFile(str(path), shape, "another", False)
+    finished = MatrixFile(str(path), shape, "k", False)
+    assert finished.done.all()
+    finished.finish()
+    assert np.load(path).tolist() == rows.tolist()
 
 
 def test_compare_reports_both_runs(tmp_path, texts, qwen3, capsys):

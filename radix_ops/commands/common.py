@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from pathlib import Path
 
+from .output import HELPER_SUFFIXES, beside
 from .records import LONGEST_TEXT, Record, Records, T, UserError
 from .streams import LONGEST_LINE
 
@@ -14,8 +14,6 @@ FILE_HELP = f"""\
 FILE may be compressed by gzip, or a pipe. Blank lines of JSONL are skipped, and lines are counted with them. A line
 has {LONGEST_LINE:,} bytes at most, and a text in it {LONGEST_TEXT:,}.
 """
-# Of files beside --output while it is made.
-HELPER_SUFFIXES = (".part", ".rows", ".rows.tmp")
 MOST_THREADS = 1024
 
 
@@ -82,14 +80,16 @@ def check_output(output: str | None, *inputs: str) -> None:
         return
     if not output or (os.path.exists(output) and not os.path.isfile(output)):
         raise UserError(f"--output {output!r} is not a regular file")
-    folder = Path(output).parent
-    if not folder.is_dir():
+    path = beside(output, "")
+    if path.is_symlink():  # no path that has its links resolved is one
+        raise UserError(f"--output {output} is a symbolic link that leads back to itself")
+    if not path.parent.is_dir():
         raise UserError(f"--output {output}: its folder does not exist")
-    if not os.access(folder, os.W_OK) or (os.path.exists(output) and not os.access(output, os.W_OK)):
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise UserError(f"--output {output} can't be written")
-    for path in inputs:
-        if os.path.exists(output) and os.path.exists(path) and os.path.samefile(path, output):
+    for name in filter(os.path.exists, inputs):
+        if path.exists() and path.samefile(name):
             raise UserError(f"--output {output} is the input file itself")
-        for helper in (output + suffix for suffix in HELPER_SUFFIXES):
-            if os.path.exists(helper) and os.path.exists(path) and os.path.samefile(path, helper):
+        for helper in (beside(output, suffix) for suffix in HELPER_SUFFIXES):
+            if helper.exists() and helper.samefile(name):
                 raise UserError(f"--output {output} is made by way of {helper}, which is the input file")

@@ -40,8 +40,8 @@ model, and normalises after that; a folder's truncate_dim does before, as in sen
   radix-ops embed --model Qwen/Qwen3-Embedding-0.6B --output queries.npy queries.txt \\
       --prompt $'Instruct: Given a web search query, retrieve relevant passages that answer the query\\nQuery:'
 
-{running.RESUME_HELP}A .npy is made as PATH.npy.part, and a side file, PATH.npy.rows, says which rows are done; both go
-when it is finished.
+{running.RESUME_HELP}A .npy is made as PATH.npy.part, and a side file, PATH.npy.rows, says which rows are done, by a checksum of each; both
+go when it is finished.
 
 It does not pay where texts start differently: documents without a prompt, or with one that is short beside them.
 `radix-ops inspect` says how much a file shares, --compare how much time that saves.
@@ -53,7 +53,11 @@ It does not pay where texts start differently: documents without a prompt, or wi
 def run(args: argparse.Namespace) -> None:
     check_output(args.output, args.file)
     device = running.find_device(args.device)
-    running.check_existing(args, may_be_matrix=True)
+    with running.claimed_output(args, may_be_matrix=True):
+        _run(args, device)
+
+
+def _run(args: argparse.Namespace, device: torch.device) -> None:
     shape = f'one object {{"{args.text_key}": ...}} a line'
     records = read_records(args.file, embedding.parse_text(args.text_key), shape, args.format)
     if args.threads:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import tempfile
-from pathlib import Path
+import zlib
 
 import numpy as np
 from numpy.lib import format as npy
 
+from .output import beside, open_helper, put_in_place
 from .records import UserError
 
-_SIDE_SUFFIX = ".rows"
+_ALIGNMENT, _KEY_BITS = 64, 64
+_MAGIC = npy.magic(1, 0)
 
 
 def is_matrix(path: str) -> bool:
@@ -21,14 +24,14 @@ def is_matrix(path: str) -> bool:
     return path.lower().endswith(".npy")
 
 
-def side_of(path: str) -> str:
-    """The file that tells of an interrupted run, beside what `path` may be a link to."""
-    return os.path.realpath(path) + _SIDE_SUFFIX
-
-
 def check_incomplete(path: str) -> None:
-    """UserError for a file that no interrupted run has a side file for."""
-    if os.path.exists(path) and not os.path.exists(side_of(path)):
+    """UserError for a file that no run made, finished or not; of which run it is is seen when its key is known."""
+    if not os.path.exists(path) or os.path.exists(beside(path, ".rows")):
+        return
+    with open(path, "rb") as file:
+        start = file.read(len(_MAGIC) + 2)
+        header = file.read(int.from_bytes(start[-2:], "little")) if start.startswith(_MAGIC) else b""
+    if b"\t" not in header[-1 - _KEY_BITS :]:
         raise UserError(f"--output {path} exists and is complete; --overwrite replaces it")
 
 
@@ -43,58 +46,119 @@ class MatrixFile:
     """A float32 matrix as a .npy file, made row by row in any order.
 
     Until it is complete, the rows stand in PATH.part and a side file, PATH.rows, says which of them are done: a line of
-    JSON with the shape and `key`, which identifies the run, then one byte a row. A run that was killed leaves both, and
-    the same run continues with them. `finish` puts the matrix in its place and removes the side file.
+    JSON with the shape and `key`, which identifies the run, then a checksum of each row, 0 for one that is not done. A
+    run that was killed leaves both, and the same run continues with them: a row that does not fit its checksum, as
+    after a crash of the machine, is not done. `finish` puts the matrix in its place and removes the side file. The
+    header of the matrix tells of the key, so that the same run knows that it is done.
     """
 
     def __init__(self, path: str, shape: tuple[int, int], key: str, overwrite: bool):
-        self.path = Path(path).resolve()  # not a link to it, which would be replaced
-        self._part, self._side = self.path.with_name(self.path.name + ".part"), Path(side_of(path))
-        self._header = json.dumps({"rows": shape[0], "columns": shape[1], "key": key}).encode() + b"\n"
+        self.path, self._part, self._side = (beside(path, suffix) for suffix in ("", ".part", ".rows"))
+        self._side_header = json.dumps({"rows": shape[0], "columns": shape[1], "key": key}).encode() + b"\n"
+        self._header, self._shape = _header_of(shape, key), shape
         if overwrite or not self._side.exists():
-            if not overwrite:
-                check_incomplete(path)
-                if self._part.exists():
-                    raise UserError(f"{self._part} exists and is of no run; --overwrite replaces it")
-            self._start(shape)
-        self._check_side()
-        self.done = np.memmap(self._side, bool, "r+", offset=len(self._header), shape=shape[:1])
+            if not overwrite and self.path.exists():
+                self._open_finished()
+                return
+            if not (overwrite or self._is_of_a_start()):
+                raise UserError(f"{self._part} exists and is of no run; --overwrite replaces it")
+            self._start()
+        self._marks = marks = self._open_marks()
         # Where a kill came just before the side file would have gone, the matrix is in its place.
-        is_placed = self.done.all() and not self._part.exists()
-        source = self.path if is_placed else self._part
-        try:
-            self.rows = np.load(source, mmap_mode="r+")
-        except (OSError, ValueError) as error:
+        self._is_placed = bool(marks.all()) and not os.path.lexists(self._part)
+        source = self.path if self._is_placed else self._part
+        self.rows = None
+        if os.path.lexists(source):
+            self._file = open_helper(source)
+            self.rows = self._map_if_ours(self._file)
+        if self.rows is not None:
+            self.done = (marks != 0) & (marks == _checksums(self.rows, marks != 0))
+        if self.rows is None or (self._is_placed and not self.done.all()):
             raise UserError(
                 f"{source} is not what the interrupted run left beside {self._side}; --overwrite starts anew"
-            ) from error
+            )
 
-    def _start(self, shape: tuple[int, int]) -> None:
+    def _open_finished(self) -> None:
+        with open(self.path, "rb") as file:
+            self.rows = self._map_if_ours(file, "r")
+        if self.rows is None:
+            raise UserError(f"--output {self.path} exists and is complete; --overwrite replaces it")
+        self._is_placed, self.done = True, np.ones(self._shape[0], bool)
+
+    def _map_if_ours(self, file, mode: str = "r+") -> np.ndarray | None:
+        """The rows of the file; None unless its header and its size are those of this run."""
+        size = len(self._header) + 4 * self._shape[0] * self._shape[1]
+        if file.read(len(self._header)) != self._header or os.fstat(file.fileno()).st_size != size:
+            return None
+        return np.memmap(file, np.float32, mode, len(self._header), self._shape)
+
+    def _is_of_a_start(self) -> bool:
+        """Whether .part, if it is there, is what this run left when it was stopped before its side file stood."""
+        if not os.path.lexists(self._part):
+            return True
+        with open_helper(self._part) as file:
+            return self._header.startswith(file.read(len(self._header)).rstrip(b"\0"))
+
+    def _start(self) -> None:
         self._side.unlink(missing_ok=True)
-        with open(self._part, "wb") as file:
-            header = {"descr": npy.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
-            npy.write_array_header_1_0(file, header)
-            _reserve(file, file.tell() + 4 * shape[0] * shape[1])
+        try:
+            with open_helper(self._part, os.O_CREAT | os.O_TRUNC) as file:
+                file.write(self._header)
+                _reserve(file, len(self._header) + 4 * self._shape[0] * self._shape[1])
+                os.fsync(file.fileno())
+        except OSError:
+            self._part.unlink(missing_ok=True)
+            raise
         # The side file says that the other is whole, so it comes last and at once.
-        temporary = self._side.with_name(self._side.name + ".tmp")
-        temporary.write_bytes(self._header + bytes(shape[0]))
-        os.replace(temporary, self._side)
+        temporary = beside(self.path, ".rows.tmp")
+        with open_helper(temporary, os.O_CREAT | os.O_TRUNC) as file:
+            file.write(self._side_header + bytes(4 * self._shape[0]))
+            file.flush()
+            put_in_place(file, temporary, self._side)
 
-    def _check_side(self) -> None:
-        with open(self._side, "rb") as file:
-            header = file.read(len(self._header))
-        if header != self._header:
-            raise UserError(f"{self._side} is of another input, model, dtype, mode or option; --overwrite starts anew")
+    def _open_marks(self) -> np.ndarray:
+        with open_helper(self._side) as file:
+            if file.read(len(self._side_header)) != self._side_header:
+                raise UserError(
+                    f"{self._side} is of another input, model, dtype, mode or option; --overwrite starts anew"
+                )
+            if os.fstat(file.fileno()).st_size != len(self._side_header) + 4 * self._shape[0]:
+                raise UserError(f"{self._side} is not as the interrupted run left it; --overwrite starts anew")
+            return np.asarray(np.memmap(file, np.uint32, "r+", len(self._side_header), self._shape[:1]))
 
     def write(self, indices: np.ndarray, rows: np.ndarray) -> None:
+        rows = np.ascontiguousarray(rows, np.float32)
         self.rows[indices] = rows
+        self._marks[indices] = _checksums(rows)
         self.done[indices] = True
 
     def finish(self) -> None:
-        self.rows.flush()
-        if self._part.exists():
-            os.replace(self._part, self.path)
-        self._side.unlink()
+        """The matrix in its place, and no file beside it."""
+        if not self._is_placed:
+            self.rows.flush()
+            put_in_place(self._file, self._part, self.path)
+        elif self._is_of_a_start():
+            self._part.unlink(missing_ok=True)
+        self._side.unlink(missing_ok=True)
+
+
+def _header_of(shape: tuple[int, int], key: str) -> bytes:
+    """Of a .npy file. The white space that may stand at its end spells 64 bits of the key, a tab for each that is 1."""
+    descr = npy.dtype_to_descr(np.dtype(np.float32))
+    text = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape!r}, }}"
+    bits = int.from_bytes(hashlib.sha256(key.encode()).digest()[: _KEY_BITS // 8], "little")
+    spelled = f"{bits:0{_KEY_BITS}b}".replace("0", " ").replace("1", "\t") + "\n"
+    padding = -(len(_MAGIC) + 2 + len(text) + len(spelled)) % _ALIGNMENT
+    text += " " * padding + spelled
+    return _MAGIC + len(text).to_bytes(2, "little") + text.encode()
+
+
+def _checksums(rows: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
+    """Of each row, or of the chosen ones, a CRC-32 that is never 0; of others 0. uint32 [len(rows)]."""
+    found, rows = np.zeros(len(rows), np.uint32), np.asarray(rows)  # a memory map is slow to index
+    for index in range(len(rows)) if chosen is None else np.flatnonzero(chosen).tolist():
+        found[index] = zlib.crc32(rows[index]) or 1
+    return found
 
 
 def _reserve(file, size: int) -> None:

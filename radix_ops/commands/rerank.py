@@ -55,7 +55,11 @@ It does not pay where a line has one document, or documents that are long beside
 def run(args: argparse.Namespace) -> None:
     check_output(args.output, args.file)
     device = running.find_device(args.device)
-    running.check_existing(args)
+    with running.claimed_output(args):
+        _run(args, device)
+
+
+def _run(args: argparse.Namespace, device: torch.device) -> None:
     trust = args.trust_remote_code
     config = load_config(args.model, trust_remote_code=trust)
     classifies = (getattr(config, "architectures", None) or [""])[0].endswith("ForSequenceClassification")

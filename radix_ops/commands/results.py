@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 import json
 import os
-import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .output import beside, open_helper, put_in_place, stands_at
 from .records import UserError
 
 _TORN_START = b'{"line": '
@@ -22,10 +23,27 @@ _REPLACE = "--overwrite replaces it"
 def check_first_line(path: str) -> None:
     """UserError for a file whose first line is no run's result; of which run is seen when all keys are known."""
     with open(path, "rb") as file:
-        line = file.readline()
-    is_torn = not line.endswith(b"\n")
-    if not line.startswith(_TORN_START[: len(line)]) or not (is_torn or _fields_of(line)):
-        raise UserError(f"--output {path} exists and holds no results; {_REPLACE}")
+        # A file of another kind may be one huge line.
+        start = file.read(len(_TORN_START))
+        line = start + file.readline() if start == _TORN_START else start
+        is_torn = not line.endswith(b"\n")
+        if not _may_be_torn(line) or not (is_torn or _fields_of(line)):
+            raise UserError(f"--output {path} exists and holds no results; {_REPLACE}")
+
+
+def check_part(path: str | Path) -> None:
+    """UserError for a PATH.part that no run left which was stopped while it put its lines in order."""
+    part = beside(path, ".part")
+    if os.path.lexists(part):
+        with open_helper(part) as file:
+            if not _may_be_torn(file.read(len(_TORN_START))):
+                raise UserError(f"{part} exists and is of no run; remove it, or name another --output")
+
+
+def _may_be_torn(line: bytes) -> bool:
+    """Whether a line that breaks off may be of a result; a crash of the machine may leave zeros in place of its end."""
+    line = line.rstrip(b"\0")
+    return line.startswith(_TORN_START[: len(line)])
 
 
 def _fields_of(line: bytes) -> dict | None:
@@ -53,13 +71,15 @@ class ResultFile:
         overwrite: bool,
         index_of: Callable[[int], int | None] = lambda line: line - 1,
     ):
-        self.path, self.key_of = Path(path).resolve(), key_of  # not a link to it, which would be replaced
+        self.path, self._part = beside(path, ""), beside(path, ".part")
+        self.key_of = key_of
         self._index_of = index_of
         self.done = np.zeros(num_items, bool)
         self._items = array.array("q")  # of each line
         self._ends = array.array("q")  # of each line, in bytes
         keeps = self.path.is_file() and not overwrite
-        self._file = open(path, "r+b" if keeps else "w+b")  # noqa: SIM115
+        check_part(path)
+        self._file = open(self.path, "r+b" if keeps else "w+b")  # noqa: SIM115
         try:
             self._keep_finished_lines()
         except BaseException:
@@ -69,7 +89,7 @@ class ResultFile:
     def _keep_finished_lines(self) -> None:
         for line in self._file:
             if not line.endswith(b"\n"):
-                if not line.startswith(_TORN_START[: len(line)]):
+                if not _may_be_torn(line):
                     raise UserError(f"{self.path} ends in a line that is no result; {_REPLACE}")
                 break
             index = self._item_of(line)
@@ -108,18 +128,26 @@ class ResultFile:
         self._file.flush()
 
     def finish(self) -> None:
-        """Close the file, its lines in the input's order; a kill leaves either the old file or the sorted one."""
+        """Close the file, its lines in the input's order; a kill leaves either the old file or the sorted one.
+
+        Where the file was removed meanwhile it is written anew; UserError where another one took its place.
+        """
         self.flush()
         items, ends = np.frombuffer(self._items, np.int64), np.frombuffer(self._ends, np.int64)
-        if (np.diff(items) < 0).any():
+        is_there = stands_at(self._file, self.path)
+        if is_there and (np.diff(items) >= 0).all():
+            os.fsync(self._file.fileno())
+            self._part.unlink(missing_ok=True)
+        else:
             starts = np.concatenate([[0], ends[:-1]])
-            handle, temporary = tempfile.mkstemp(".tmp", self.path.name + ".", self.path.parent)
-            with open(handle, "wb") as ordered:
+            with open_helper(self._part, os.O_CREAT | os.O_TRUNC) as ordered:
                 for i in np.argsort(items):
                     self._file.seek(starts[i])
                     ordered.write(self._file.read(ends[i] - starts[i]))
-            shutil.copymode(self.path, temporary)
-            os.replace(temporary, self.path)
+                os.fchmod(ordered.fileno(), stat.S_IMODE(os.fstat(self._file.fileno()).st_mode))
+                if not is_there and os.path.lexists(self.path):
+                    raise UserError(f"{self.path} was replaced while the run wrote to it; its results are {self._part}")
+                put_in_place(ordered, self._part, self.path)
         self._file.close()
 
 

@@ -16,9 +16,10 @@ from .._budget import Budget, find_budget
 from .common import add_trust_argument, positive_int, progress_bar, thread_count
 from .items import Collector, Items
 from .loading import context_length
-from .matrix import check_incomplete, is_matrix, side_of
+from .matrix import check_incomplete, is_matrix
+from .output import beside, claimed
 from .records import Records, UserError
-from .results import ResultFile, ResultStream, check_first_line
+from .results import ResultFile, ResultStream, check_first_line, check_part
 from .runner import RunStats
 
 MODEL_HELP = """\
@@ -29,7 +30,8 @@ its own dtype on CUDA, where one of float32 computes in bfloat16.
 RESUME_HELP = """\
 An interrupted run leaves complete lines in --output, in the order in which they were finished. The same command
 then continues behind them: a torn last line is dropped, and a line whose key is not that of this input, model,
-dtype and mode (folded or --plain) is an error. The finished file is put into the input's order.
+dtype and mode (folded or --plain) is an error. The finished file is put into the input's order, by way of
+--output.part. One run at a time can write to an --output, which it holds by --output.lock.
 """
 
 
@@ -94,15 +96,27 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
-def check_existing(args: argparse.Namespace, may_be_matrix: bool = False) -> None:
-    """UserError where --output can't hold such results, or holds what, as far as is known before a run, no run left."""
-    if args.output is None:
-        return
-    if is_matrix(args.output) and not may_be_matrix:
+@contextlib.contextmanager
+def claimed_output(args: argparse.Namespace, may_be_matrix: bool = False) -> Iterator[None]:
+    """Holds --output for this process alone.
+
+    UserError where another one holds it, where it can't hold such results, or where it holds what, as far as is known
+    before a run, no run left.
+    """
+    if args.output is not None and is_matrix(args.output) and not may_be_matrix:
         raise UserError(f"--output {args.output}: results are JSON lines, and a .npy file holds a matrix")
+    with claimed(args.output):
+        if args.output is not None:
+            _check_existing(args)
+        yield
+
+
+def _check_existing(args: argparse.Namespace) -> None:
+    if not is_matrix(args.output):
+        check_part(args.output)
     if args.overwrite:
         return
-    held = [path for path in (args.output, side_of(args.output)) if os.path.exists(path)]
+    held = [path for path in (args.output, beside(args.output, ".rows")) if os.path.exists(path)]
     if args.compare and held:
         raise UserError(f"--output {held[0]} exists and --compare times whole runs; --overwrite replaces it")
     if is_matrix(args.output):

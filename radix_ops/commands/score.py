@@ -44,7 +44,11 @@ differently. `radix-ops inspect` says how much a file shares, --compare how much
 def run(args: argparse.Namespace) -> None:
     check_output(args.output, args.file)
     device = running.find_device(args.device)
-    running.check_existing(args)
+    with running.claimed_output(args):
+        _run(args, device)
+
+
+def _run(args: argparse.Namespace, device: torch.device) -> None:
     records = read_records(args.file, scoring.parse_item, scoring.SHAPE)
     if args.threads:
         torch.set_num_threads(args.threads)
