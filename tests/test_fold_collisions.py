@@ -110,7 +110,7 @@ def seconds(library, ids, positions, key=None) -> float:
 
 
 @pytest.mark.parametrize("name", CRAFTED)
-def test_tokens_chosen_by_the_key_take_no_longer_than_others(library, name):
+def test_tokens_chosen_by_the_key_take_no_longer(library, name):
     # Without a second key they would take a hundred times as long.
     assert seconds(library, *CRAFTED[name], KNOWN_KEY) < 5 * seconds(library, torch.randperm(COUNT), NOUGHT)
 
@@ -131,24 +131,94 @@ def test_each_fold_draws_a_key_of_its_own(library):
     assert len({number for key in keys for number in key}) == 3 * len(keys)
 
 
+def fold_by_key(ids, positions, cu_seqlens, key=(0, 1, 1), hash_bits=64):
+    """fold_plan on CUDA under a key given, and how many ways it tried: two keys, then sorting."""
+    arguments = (ids.cuda(), positions.cuda(), cu_seqlens.cuda())
+    return torch.ops.radix._fold_by_key(*arguments, torch.tensor(key), hash_bits)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("hash_bits", [0, 4, 12])
 def test_fold_on_cuda_is_exact_under_hash_collisions(hash_bits):
-    collisions = total = 0
+    collisions = sorts = total = 0
     for (ids, _, cu_seqlens), positions in batches():
-        arguments = (ids.cuda(), positions.cuda(), cu_seqlens.cuda())
-        *got, collided = torch.ops.radix._fold_by_short_hashes(*arguments, hash_bits)
+        *got, ways = fold_by_key(ids, positions, cu_seqlens, hash_bits=hash_bits)
         for g, want in zip(got, torch.ops.radix.fold_plan(ids, positions, cu_seqlens), strict=True):
             assert torch.equal(g.cpu(), want)
         for g, want in zip(got[:4], reference.fold(ids, positions, cu_seqlens), strict=True):
             assert torch.equal(g.cpu(), want)
-        collisions += collided
+        collisions += ways > 1
+        sorts += ways == 3
         total += 1
     assert collisions > {0: 0.8, 4: 0.6, 12: 0.04}[hash_bits] * total
+    assert sorts > {0: 0.8, 4: 0.5, 12: 0}[hash_bits] * total
 
 
 @pytest.mark.cuda
 def test_fold_on_cuda_meets_no_collision_by_whole_hashes():
+    rng = np.random.default_rng(3)
     for (ids, _, cu_seqlens), positions in batches():
-        arguments = (ids.cuda(), positions.cuda(), cu_seqlens.cuda())
-        assert not torch.ops.radix._fold_by_short_hashes(*arguments, 63)[-1]
+        key = rng.integers(-(2**63), 2**63, 3).tolist()
+        assert fold_by_key(ids, positions, cu_seqlens, key)[-1] == 1
+
+
+def unmixed(h: np.ndarray) -> np.ndarray:
+    """The inverse of `mix` in csrc/hash.h."""
+    inverse = np.uint64(pow(0xD6E8FEB86659FD93, -1, 2**64))
+    for _ in range(2):
+        h = (h ^ (h >> np.uint64(32))) * inverse
+    return h ^ (h >> np.uint64(32))
+
+
+ONE_SLOT = torch.from_numpy(unmixed(unmixed(np.arange(COUNT, dtype=np.uint64) << np.uint64(20))).view(np.int64))
+CRAFTED_ON_CUDA = {  # ids, positions, key, bits of the hashes, how many ways are tried, how often the time of others
+    "ids, one slot": (ONE_SLOT, NOUGHT, (0, 1, 1), 64, 2, 5),
+    "ids, one hash": (NUMBERS, NOUGHT, (0, 0, 1), 64, 2, 5),
+    "positions, one hash": (NOUGHT, NUMBERS << 20, (0, 1, 1), 64, 2, 5),
+    "all collide whatever the key": (NUMBERS, NOUGHT, (0, 1, 1), 0, 3, 20),
+}
+
+
+def cuda_seconds(function) -> float:
+    best = float("inf")
+    for _ in range(7):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", CRAFTED_ON_CUDA)
+def test_tokens_chosen_by_the_key_fold_on_cuda_as_on_the_cpu(name):
+    ids, positions, key, hash_bits, ways, _ = CRAFTED_ON_CUDA[name]
+    cu_seqlens = torch.arange(COUNT + 1)
+    *got, tried = fold_by_key(ids, positions, cu_seqlens, key, hash_bits)
+    assert tried == ways
+    for g, want in zip(got, torch.ops.radix.fold_plan(ids, positions, cu_seqlens), strict=True):
+        assert torch.equal(g.cpu(), want)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", CRAFTED_ON_CUDA)
+def test_tokens_chosen_by_the_key_take_no_longer_on_cuda(name):
+    ids, positions, key, hash_bits, _, times = CRAFTED_ON_CUDA[name]
+    given = [x.cuda() for x in (ids, positions, torch.arange(COUNT + 1))]
+    others = [torch.randperm(COUNT).cuda(), *given[1:]]
+    usual = cuda_seconds(lambda: torch.ops.radix.fold_plan(*others))
+    assert cuda_seconds(lambda: fold_by_key(*given, key, hash_bits)) < times * usual
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("length", [1, 8])
+def test_equal_sequences_take_no_longer_on_cuda(length):
+    count = COUNT // length
+    cu_seqlens = torch.arange(0, COUNT + 1, length).cuda()
+    positions = torch.arange(length).repeat(count).cuda()
+    equal = (torch.arange(length).repeat(count).cuda(), positions, cu_seqlens)
+    others = (torch.randperm(COUNT).cuda(), positions, cu_seqlens)
+    assert torch.equal(torch.ops.radix.fold(*equal)[2].cpu().long(), torch.arange(length).repeat(count))
+    usual = cuda_seconds(lambda: torch.ops.radix.fold(*others))
+    assert cuda_seconds(lambda: torch.ops.radix.fold(*equal)) < 5 * usual

@@ -18,7 +18,7 @@ LIBRARY = Path(radix_ops.__file__).with_name("_C.abi3.so")
 def test_every_op_has_schema_fake_and_cpu_kernel():
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("radix::")]
     # A build with CUDA has one for tests.
-    names = [name for name in names if name != "radix::_fold_by_short_hashes"]
+    names = [name for name in names if name != "radix::_fold_by_key"]
     assert sorted(names) == sorted(f"radix::{name}" for name in radix_ops.ops._ALL_OPS)
     for name in names:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
@@ -93,5 +93,5 @@ def test_distribution_import_and_command_have_their_names():
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc (CUDA toolkit) compiles the CUDA sources")
 def test_a_build_where_nvcc_is_has_cuda_kernels_with_or_without_a_gpu():
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("radix::_fold_by_short_hashes", "CUDA")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("radix::_fold_by_key", "CUDA")
     assert b".nv_fatbin" in LIBRARY.read_bytes()

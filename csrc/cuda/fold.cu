@@ -3,12 +3,15 @@
 // Every token is looked up in a hash table by a hash of its path, and the first token of each path represents it. Then
 // each token that is not first is compared with its representative: token, position, and the representatives of the
 // tokens before them. If all are equal the merges are right, since a token without one before it has a path of one
-// step, and by induction. If one differs, two paths had one hash, and the representatives are found again by names
-// that are exact whatever the hashes (see fold_exactly). Nothing but a Summary travels to the host.
+// step, and by induction. If one differs, two paths had one hash. Then, and where a token found no slot within a few
+// steps, all is done again under another key and, should that fail too, the representatives are found by sorting,
+// without a hash (see path_names.cuh). Nothing but a Summary travels to the host.
 //
 // A small fold is all launches, so one kernel does all up to the Summary, its blocks waiting for each other in between.
 #include "../fold.h"
+#include "fold_batch.cuh"
 #include "inverse.cuh"
+#include "path_names.cuh"
 
 #include <cooperative_groups.h>
 #include <cub/block/block_reduce.cuh>
@@ -21,71 +24,16 @@ namespace radix {
 namespace {
 
 constexpr int32_t kEmpty = -1;
-constexpr int32_t kNone = -1;
 constexpr int64_t kFewSequences = 4 * kThreads;
 
-__host__ __device__ inline uint64_t mix(uint64_t h) {
-  h = (h ^ (h >> 32)) * 0xd6e8feb86659fd93ull;
-  h = (h ^ (h >> 32)) * 0xd6e8feb86659fd93ull;
-  return h ^ (h >> 32);
-}
-
-// The packed tokens. `sequences` holds the sequence of each. cu_seqlens may be malformed until its verdict is known, so
-// what is read from it is clamped before it is used as an index. With `front` the tokens are those up to the end of
-// cu_seqlens, which the host does not know before that verdict: num_tokens is then how many there may be.
-struct Batch {
-  Integers ids;
-  Integers positions;
-  Integers cu_seqlens;
-  int64_t num_tokens;
-  int64_t num_sequences;
-  int32_t* sequences;
-  bool front;
-
-  __device__ int64_t tokens() const {
-    if (!front) {
-      return num_tokens;
-    }
-    const int64_t end = cu_seqlens[num_sequences];
-    return end < 0 ? 0 : end > num_tokens ? num_tokens : end;
-  }
-
-  __device__ int64_t start(int64_t token) const {
-    const int64_t start = cu_seqlens[sequences[token]];
-    return start < 0 ? 0 : start > token ? token : start;
-  }
-
-  __device__ bool same_token(int64_t a, int64_t b) const {
-    return ids[a] == ids[b] && positions[a] == positions[b];
-  }
-
-  __device__ uint64_t token_hash(int64_t token) const {
-    return mix(
-        mix(static_cast<uint64_t>(ids[token]) + 0x9e3779b97f4a7c15ull) ^ static_cast<uint64_t>(positions[token]));
-  }
-
-  // A hash of the token, its position and its place in the sequence.
-  __device__ uint64_t step_hash(int64_t token) const {
-    return mix(token_hash(token) + static_cast<uint64_t>(token - start(token)));
-  }
-
-  __device__ int64_t length(int64_t sequence) const {
-    const int64_t length = cu_seqlens[sequence + 1] - cu_seqlens[sequence];
-    return length < 0 ? 0 : length > num_tokens ? num_tokens : length;
-  }
-
-  __device__ bool well_formed_at(int64_t sequence) const {
-    return cu_seqlens[sequence] <= cu_seqlens[sequence + 1] && (sequence > 0 || cu_seqlens[0] == 0) &&
-           (sequence + 1 < num_sequences || cu_seqlens[num_sequences] == tokens());
-  }
-};
-
-// An open-addressing table of tokens, in which all tokens of equal keys find one slot; it holds the first of them.
+// An open-addressing table of tokens, in which all tokens whose paths have one hash find one slot; it holds the first
+// of them.
 struct Table {
   int32_t* slots;
   uint32_t mask;
-  uint32_t* slot_of;   // [num_tokens]
-  uint64_t hash_bits;  // those of the hashes that are used: all, but for tests
+  int32_t longest_search;  // in slots
+  uint32_t* slot_of;       // [num_tokens]
+  uint64_t hash_bits;      // those of the hashes that are used: all, but for tests
 
   __device__ int32_t first(int64_t token) const {
     return slots[slot_of[token]];
@@ -137,51 +85,6 @@ struct ContinuePath {
   }
 };
 
-// Keys of Table: equal ones must have equal hashes.
-
-// The path of a token, up to collisions: the sum of the hashes of its steps.
-struct PathKey {
-  const uint64_t* path_hashes;
-  uint64_t hash_bits;
-
-  __device__ uint64_t hash(int64_t token) const {
-    return mix(path_hashes[token] & hash_bits);
-  }
-  __device__ bool equal(int64_t a, int64_t b) const {
-    return ((path_hashes[a] ^ path_hashes[b]) & hash_bits) == 0;
-  }
-};
-
-// A token and its position.
-struct TokenKey {
-  Batch batch;
-
-  __device__ uint64_t hash(int64_t token) const {
-    return batch.token_hash(token);
-  }
-  __device__ bool equal(int64_t a, int64_t b) const {
-    return batch.same_token(a, b);
-  }
-};
-
-// The names of the `step` tokens that end with a token and of the `step` before those.
-struct PairKey {
-  Batch batch;
-  const int32_t* names;
-  int64_t step;
-
-  __device__ int32_t earlier(int64_t token) const {
-    return token - step < batch.start(token) ? kNone : names[token - step];
-  }
-  __device__ uint64_t hash(int64_t token) const {
-    return mix(
-        (static_cast<uint64_t>(static_cast<uint32_t>(names[token])) << 32) | static_cast<uint32_t>(earlier(token)));
-  }
-  __device__ bool equal(int64_t a, int64_t b) const {
-    return names[a] == names[b] && earlier(a) == earlier(b);
-  }
-};
-
 // What the steps of a fold pass to each other, in device memory.
 struct Steps {
   Batch batch;
@@ -211,50 +114,61 @@ __device__ inline int32_t find_sequence(const Batch& batch, int64_t token) {
   return static_cast<int32_t>(low);
 }
 
-// Empties the table and takes every sequence for one that adds nothing.
-__device__ inline void clear_steps(const Steps& steps) {
-  for_each(steps.capacity / 4, [&](int64_t i) {
-    reinterpret_cast<int4*>(steps.table.slots)[i] = make_int4(kEmpty, kEmpty, kEmpty, kEmpty);
-  });
+// Takes every sequence for one that adds nothing.
+__device__ inline void clear_sequences(const Steps& steps) {
   for_each(
       steps.batch.num_sequences, [&](int64_t s) { steps.shared[s] = static_cast<int32_t>(steps.batch.length(s)); });
   for_each(1, [&](int64_t) { *steps.verified = 1; });
 }
 
-template <typename Key>
-__device__ inline void insert_token(const Key& key, const Table& table, int32_t token) {
-  uint32_t slot = static_cast<uint32_t>(key.hash(token) & table.hash_bits) & table.mask;
-  for (;; slot = (slot + 1) & table.mask) {
-    // A slot that is taken stays with its key, whichever of the key's tokens it holds at the moment. What the key of
-    // that token is made of was written before the token was.
+__device__ inline void insert_token(const Steps& steps, int32_t token) {
+  const Table& table = steps.table;
+  const uint64_t path = steps.path_hashes[token] & table.hash_bits;
+  uint32_t slot = static_cast<uint32_t>(mix(path) & table.hash_bits) & table.mask;
+  for (int32_t looked = 1;; ++looked, slot = (slot + 1) & table.mask) {
+    // A slot that is taken stays with its path, whichever of the path's tokens it holds at the moment. The hash of that
+    // token's path was written before the token was.
     cuda::atomic_ref<int32_t, cuda::thread_scope_device> place(table.slots[slot]);
     int32_t held = place.load(cuda::memory_order_acquire);
     if (held == kEmpty && place.compare_exchange_strong(held, token, cuda::memory_order_acq_rel)) {
       break;
     }
-    if (key.equal(held, token)) {
+    if ((steps.path_hashes[held] & table.hash_bits) == path) {
       if (token < held) {
         place.fetch_min(token, cuda::memory_order_release);
       }
+      break;
+    }
+    if (looked == table.longest_search) {
+      *steps.verified = 0;
       break;
     }
   }
   table.slot_of[token] = slot;
 }
 
+// The representative of a token, by the table or, where that failed, as it was found by sorting.
+template <bool kNamed>
+__device__ inline int32_t first_of(const Steps& steps, int64_t token) {
+  return kNamed ? steps.representatives[token] : steps.table.first(token);
+}
+
 // Writes a token's representative and where its sequence leaves the earlier ones, and compares the two tokens.
+template <bool kNamed>
 __device__ inline void verify_token(const Steps& steps, int64_t token) {
   const Batch& batch = steps.batch;
   const int64_t start = batch.start(token);
-  const int32_t first = steps.table.first(token);
-  const int32_t before = token == start ? kNone : steps.table.first(token - 1);
-  steps.representatives[token] = first;
+  const int32_t first = first_of<kNamed>(steps, token);
+  const int32_t before = token == start ? kNone : first_of<kNamed>(steps, token - 1);
+  if constexpr (!kNamed) {
+    steps.representatives[token] = first;
+  }
   if (first == token) {
     if (token == start || before != token - 1) {
       steps.shared[batch.sequences[token]] = static_cast<int32_t>(token - start);
     }
   } else {
-    const int32_t before_first = first == batch.start(first) ? kNone : steps.table.first(first - 1);
+    const int32_t before_first = first == batch.start(first) ? kNone : first_of<kNamed>(steps, first - 1);
     if (before != before_first || !batch.same_token(token, first)) {
       *steps.verified = 0;
     }
@@ -288,8 +202,8 @@ struct Share {
   }
 };
 
-// All steps up to the summaries or, where the table is filled already, from verifying on.
-template <bool kFilled>
+// All steps up to the summaries or, where the representatives are known by sorting, from verifying on.
+template <bool kNamed>
 __global__ void __launch_bounds__(kThreads, 3) run_steps(Steps steps) {
   using PathScan = cub::BlockScan<PathSum, kThreads>;
   using SummaryScan = cub::BlockScan<Summary, kThreads>;
@@ -303,9 +217,14 @@ __global__ void __launch_bounds__(kThreads, 3) run_steps(Steps steps) {
   const auto grid = cooperative_groups::this_grid();
   const Batch& batch = steps.batch;
   const Share tokens(batch.tokens(), gridDim.x);
-  if constexpr (!kFilled) {
+  clear_sequences(steps);
+  if constexpr (kNamed) {
+    grid.sync();
+  } else {
     // Hashes of paths: of the block's share of tokens first, then with what the blocks before it add.
-    clear_steps(steps);
+    for_each(steps.capacity / 4, [&](int64_t i) {
+      reinterpret_cast<int4*>(steps.table.slots)[i] = make_int4(kEmpty, kEmpty, kEmpty, kEmpty);
+    });
     PathSum total{0, false};
     for (int64_t base = tokens.begin; base < tokens.end; base += kThreads) {
       const int64_t token = base + threadIdx.x;
@@ -339,12 +258,12 @@ __global__ void __launch_bounds__(kThreads, 3) run_steps(Steps steps) {
       if (batch.start(token) < tokens.begin) {
         steps.path_hashes[token] += before.sum;
       }
-      insert_token(PathKey{steps.path_hashes, steps.table.hash_bits}, steps.table, static_cast<int32_t>(token));
+      insert_token(steps, static_cast<int32_t>(token));
     }
     grid.sync();
   }
   for (int64_t token = tokens.begin + threadIdx.x; token < tokens.end; token += kThreads) {
-    verify_token(steps, token);
+    verify_token<kNamed>(steps, token);
   }
   grid.sync();
   // Few sequences are summed up by one block, for which no other needs to wait.
@@ -387,20 +306,6 @@ __global__ void __launch_bounds__(kThreads, 3) run_steps(Steps steps) {
   for (int64_t sequence = sequences.begin + threadIdx.x; sequence < sequences.end; sequence += kThreads) {
     steps.summaries[sequence] = Combine{}(earlier, steps.summaries[sequence]);
   }
-}
-
-// The steps of fold_exactly.
-__global__ void clear(Steps steps) {
-  clear_steps(steps);
-}
-
-template <typename Key>
-__global__ void insert(Key key, Table table, int64_t num_tokens) {
-  for_each(num_tokens, [&](int64_t token) { insert_token(key, table, static_cast<int32_t>(token)); });
-}
-
-__global__ void take_names(Table table, int64_t num_tokens, int32_t* names) {
-  for_each(num_tokens, [&](int64_t token) { names[token] = table.first(token); });
 }
 
 // What one sequence adds, from the summary of the sequences up to it.
@@ -487,6 +392,7 @@ class DeviceFold {
       const Tensor& cu_seqlens,
       int64_t pad_multiple_of,
       bool front = false,
+      const HashKey& key = HashKey::draw(),
       uint64_t hash_bits = ~uint64_t{0})
       : op_(op),
         place_(cuda_place({&input_ids, &position_ids, &cu_seqlens})),
@@ -507,7 +413,8 @@ class DeviceFold {
         ids_.size(0),
         cu_seqlens_.size(0) - 1,
         nullptr,
-        front};
+        front,
+        key};
     steps_.table.hash_bits = hash_bits;
     if (steps_.batch.num_sequences == 0) {
       // No token has a sequence: cu_seqlens holds one number, and all is said once it is 0 and equals the tokens.
@@ -591,8 +498,9 @@ class DeviceFold {
         counts};
   }
 
-  bool collided() const {
-    return collided_;
+  // 1: the key served, 2: a second one did, 3: paths were sorted.
+  int64_t ways_tried() const {
+    return ways_tried_;
   }
 
  private:
@@ -617,7 +525,10 @@ class DeviceFold {
     const int64_t wanted = (std::max(num_tokens, num_sequences) + kThreads - 1) / kThreads;
     blocks_ = static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, most_blocks()));
     // In a small fold the longest search counts, which a table that is nearly empty shortens.
-    const int64_t slots_each = num_tokens < (1 << 20) ? 4 : 2;
+    const bool is_small = num_tokens < (1 << 20);
+    const int64_t slots_each = is_small ? 4 : 2;
+    // Longer than chance makes any search of a batch in a table that is a quarter or half full.
+    steps_.table.longest_search = is_small ? 64 : 256;
     steps_.capacity = 4;
     while (steps_.capacity < slots_each * num_tokens) {
       steps_.capacity *= 2;
@@ -657,29 +568,18 @@ class DeviceFold {
       unfold_index_ = empty(summary_.tokens);
     }
     if (!summary_.verified) {
-      collided_ = true;
-      fold_exactly();
+      steps_.batch.key = HashKey::draw();
+      ways_tried_ = 2;
+      device_.launch_cooperative(&run_steps<false>, blocks_, steps_);
       copy_summary();
-      RADIX_CHECK(summary_.verified, op_, "the arguments changed while they were read");
     }
-  }
-
-  // Names stretches of tokens, twice as long in each round: a name is the first token at which such a stretch ends, and
-  // two tokens have one name exactly when the stretches that end with them are equal. Stretches stop at the start of
-  // their sequence, so after the last round they are whole paths. Keys are compared, so no answer rests on a hash.
-  void fold_exactly() {
-    const int64_t num_tokens = steps_.batch.num_tokens;
-    int32_t* names = steps_.representatives;
-    auto insert_by = [&](auto key) {
-      device_.launch_over(std::max(steps_.capacity / 4, steps_.batch.num_sequences), &clear, steps_);
-      device_.launch_over(num_tokens, &insert<decltype(key)>, key, steps_.table, num_tokens);
-    };
-    insert_by(TokenKey{steps_.batch});
-    for (int64_t step = 1; step < summary_.longest; step *= 2) {
-      device_.launch_over(num_tokens, &take_names, steps_.table, num_tokens, names);
-      insert_by(PairKey{steps_.batch, names, step});
+    if (!summary_.verified) {
+      ways_tried_ = 3;
+      name_paths(op_, place_, device_, steps_.batch, summary_.longest, steps_.representatives);
+      device_.launch_cooperative(&run_steps<true>, blocks_, steps_);
+      copy_summary();
     }
-    device_.launch_cooperative(&run_steps<true>, blocks_, steps_);
+    RADIX_CHECK(summary_.verified, op_, "the arguments changed while they were read");
   }
 
   // How many blocks of run_steps the device runs at once, asked for once.
@@ -755,7 +655,7 @@ class DeviceFold {
   unsigned blocks_ = 0;
   Workspace workspace_;
   Summary summary_{};
-  bool collided_ = false;
+  int64_t ways_tried_ = 1;
   int64_t num_rows_ = 0;
   Tensor out_ids_;
   Tensor out_positions_;
@@ -777,13 +677,25 @@ Plan fold_plan_front_cuda(
   return DeviceFold("fold_plan_front", input_ids, position_ids, cu_seqlens, pad_multiple_of, true).plan();
 }
 
-// For tests: fold_plan by hashes of `hash_bits` bits, and whether a collision was met.
-decltype(std::tuple_cat(std::declval<Plan>(), std::declval<std::tuple<bool>>())) fold_by_short_hashes(
-    const Tensor& input_ids, const Tensor& position_ids, const Tensor& cu_seqlens, int64_t hash_bits) {
-  const char* op = "_fold_by_short_hashes";
-  RADIX_CHECK(hash_bits >= 0 && hash_bits <= 63, op, "hash_bits must be from 0 to 63, got ", hash_bits);
-  DeviceFold fold(op, input_ids, position_ids, cu_seqlens, 1, false, (uint64_t{1} << hash_bits) - 1);
-  return std::tuple_cat(fold.plan(), std::tuple(fold.collided()));
+// For tests: fold_plan with the numbers of a HashKey given and hashes of `hash_bits` bits, and how many ways were
+// tried.
+decltype(std::tuple_cat(std::declval<Plan>(), std::declval<std::tuple<int64_t>>())) fold_by_key(
+    const Tensor& input_ids,
+    const Tensor& position_ids,
+    const Tensor& cu_seqlens,
+    const Tensor& key,
+    int64_t hash_bits) {
+  const char* op = "_fold_by_key";
+  check_index_like(op, "key", key, cpu());
+  RADIX_CHECK(key.size(0) == 3 && !is_int32(key), op, "key must hold 3 numbers of int64, got ", key.size(0));
+  RADIX_CHECK(hash_bits >= 0 && hash_bits <= 64, op, "hash_bits must be from 0 to 64, got ", hash_bits);
+  const Tensor held = as_contiguous(key);
+  const int64_t* numbers = held.const_data_ptr<int64_t>();
+  const HashKey given{
+      static_cast<uint64_t>(numbers[0]), static_cast<uint64_t>(numbers[1]), static_cast<uint64_t>(numbers[2])};
+  const uint64_t bits = hash_bits == 64 ? ~uint64_t{0} : (uint64_t{1} << hash_bits) - 1;
+  DeviceFold fold(op, input_ids, position_ids, cu_seqlens, 1, false, given, bits);
+  return std::tuple_cat(fold.plan(), std::tuple(fold.ways_tried()));
 }
 
 }  // namespace
@@ -791,14 +703,14 @@ decltype(std::tuple_cat(std::declval<Plan>(), std::declval<std::tuple<bool>>()))
 
 STABLE_TORCH_LIBRARY_FRAGMENT(radix, m) {
   m.def(
-      "_fold_by_short_hashes(Tensor input_ids, Tensor position_ids, Tensor cu_seqlens, int hash_bits)"
+      "_fold_by_key(Tensor input_ids, Tensor position_ids, Tensor cu_seqlens, Tensor key, int hash_bits)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,"
-      " bool)");
+      " int)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(radix, CUDA, m) {
   m.impl("fold", TORCH_BOX(&radix::fold_cuda));
   m.impl("fold_plan", TORCH_BOX(&radix::fold_plan_cuda));
   m.impl("fold_plan_front", TORCH_BOX(&radix::fold_plan_front_cuda));
-  m.impl("_fold_by_short_hashes", TORCH_BOX(&radix::fold_by_short_hashes));
+  m.impl("_fold_by_key", TORCH_BOX(&radix::fold_by_key));
 }

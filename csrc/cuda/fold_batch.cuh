@@ -1,0 +1,57 @@
+// What a fold reads on CUDA.
+#pragma once
+
+#include "../hash.h"
+#include "common.cuh"
+
+namespace radix {
+
+constexpr int32_t kNone = -1;
+
+// The packed tokens. `sequences` holds the sequence of each. cu_seqlens may be malformed until its verdict is known, so
+// what is read from it is clamped before it is used as an index. With `front` the tokens are those up to the end of
+// cu_seqlens, which the host does not know before that verdict: num_tokens is then how many there may be.
+struct Batch {
+  Integers ids;
+  Integers positions;
+  Integers cu_seqlens;
+  int64_t num_tokens;
+  int64_t num_sequences;
+  int32_t* sequences;
+  bool front;
+  HashKey key;
+
+  __device__ int64_t tokens() const {
+    if (!front) {
+      return num_tokens;
+    }
+    const int64_t end = cu_seqlens[num_sequences];
+    return end < 0 ? 0 : end > num_tokens ? num_tokens : end;
+  }
+
+  __device__ int64_t start(int64_t token) const {
+    const int64_t start = cu_seqlens[sequences[token]];
+    return start < 0 ? 0 : start > token ? token : start;
+  }
+
+  __device__ bool same_token(int64_t a, int64_t b) const {
+    return ids[a] == ids[b] && positions[a] == positions[b];
+  }
+
+  // A hash of the token, its position and its place in the sequence.
+  __device__ uint64_t step_hash(int64_t token) const {
+    return mix(key.hash(ids[token], positions[token], static_cast<uint32_t>(token - start(token))));
+  }
+
+  __device__ int64_t length(int64_t sequence) const {
+    const int64_t length = cu_seqlens[sequence + 1] - cu_seqlens[sequence];
+    return length < 0 ? 0 : length > num_tokens ? num_tokens : length;
+  }
+
+  __device__ bool well_formed_at(int64_t sequence) const {
+    return cu_seqlens[sequence] <= cu_seqlens[sequence + 1] && (sequence > 0 || cu_seqlens[0] == 0) &&
+           (sequence + 1 < num_sequences || cu_seqlens[num_sequences] == tokens());
+  }
+};
+
+}  // namespace radix
