@@ -251,8 +251,8 @@ def fold(
         pad_multiple_of: the number of rows is rounded up to a multiple of it.
 
     All three are tensors on one device, or NumPy arrays. Ids and positions in int32 and int64 keep their dtype, those
-    of other integers become int64. Exact for every input. Raises TypeError for types and dtypes (bool is no integer),
-    ValueError for shapes, devices and values.
+    of other integers become int64; to check uint64 on CUDA, the host waits once more. Exact for every input. Raises
+    TypeError for types and dtypes (bool is no integer), ValueError for shapes, devices and values.
     """
     return _fold_by("fold_plan", input_ids, cu_seqlens, position_ids, pad_multiple_of)
 
