@@ -42,6 +42,15 @@ def add_trust_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def utf8_text(text: str) -> str:
+    """A type for arguments: what a tokenizer can read. Bytes that aren't UTF-8 come as halves of surrogate pairs."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from error
+    return text
+
+
 def positive_int(text: str) -> int:
     """A type for arguments: a whole number from 1."""
     value = int(text) if text.isdecimal() else 0

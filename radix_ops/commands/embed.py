@@ -10,11 +10,20 @@ import numpy as np
 import torch
 
 from . import embedding, running
-from .common import FILE_HELP, add_command, add_format_argument, check_output, positive_int, read_records
+from .common import (
+    FILE_HELP,
+    add_command,
+    add_format_argument,
+    check_output,
+    positive_int,
+    read_records,
+    utf8_text,
+)
 from .fingerprint import fingerprint
 from .items import Items
 from .loading import load_config, load_runner, load_tokenizer
 from .matrix import MatrixFile, is_matrix, scratch_matrix
+from .messages import Chat
 from .recipes import POOLINGS, Recipe, find_recipe
 from .records import Records, UserError
 from .results import ResultFile, ResultStream, key_of_parts
@@ -33,8 +42,10 @@ tokens, model, dtype and options.
 
 A sentence-transformers folder (one with a modules.json) says itself how to pool and whether to normalise, and which
 prompt stands before each text; options here go before that. Any other model pools the last token and normalises.
-Special tokens are those that the model's tokenizer puts around a text. --dim keeps the first numbers of a Matryoshka
-model, and normalises after that; a folder's truncate_dim does before, as in sentence-transformers.
+Special tokens are those that the model's tokenizer puts around a text. Where the folder has the modality "message", the
+tokenizer's chat template renders each text as the user's message and the prompt as the system's, as in
+sentence-transformers 6. What a folder sets and embed does not know is refused by name. --dim keeps the first numbers
+of a Matryoshka model, and normalises after that; a folder's truncate_dim does before, as in sentence-transformers.
 
   radix-ops embed --model Qwen/Qwen3-Embedding-0.6B --output documents.npy documents.txt
   radix-ops embed --model Qwen/Qwen3-Embedding-0.6B --output queries.npy queries.txt \\
@@ -71,7 +82,8 @@ def _run(args: argparse.Namespace, device: torch.device) -> None:
     runner = load_runner(recipe.source, config, "AutoModel", args.dtype, device, trust)
     running.check_runner(args, runner, items)
     skip = embedding.tokens_to_skip(tokenizer, recipe)
-    how = dataclasses.replace(recipe, source="", prompt="", max_length=None)  # tokens tell of prompt and length
+    # Tokens tell of the rest.
+    how = dataclasses.replace(recipe, source="", prompt="", max_length=None, messages=None)
     base = fingerprint(runner, "embed", "plain" if args.plain else "folded", dataclasses.astuple(how), skip)
     job = _Job(args, runner, records, items, embedding.embedder(runner, recipe, skip), recipe.dim, base)
     job.compare() if args.compare else job.run_remaining()
@@ -87,7 +99,10 @@ def _complete(args: argparse.Namespace, recipe: Recipe, config, tokenizer) -> Re
     hidden_size = config.get_text_config().hidden_size
     if recipe.dim is not None and recipe.dim > hidden_size:
         raise UserError(f"--dim {recipe.dim} is more than the model has, {hidden_size}")
-    return dataclasses.replace(recipe, dim=recipe.dim or hidden_size)
+    messages = recipe.messages and recipe.messages.fitted(tokenizer, config.model_type)
+    if messages:
+        Chat(tokenizer, messages, recipe.prompt).check(("user",))
+    return dataclasses.replace(recipe, dim=recipe.dim or hidden_size, messages=messages)
 
 
 @dataclasses.dataclass
@@ -189,7 +204,11 @@ def add_parser(commands) -> None:
     command.add_argument("file", metavar="FILE", help="the texts, JSONL or one a line")
     add_format_argument(command)
     command.add_argument(
-        "--text-key", default="text", metavar="KEY", help="of the text in a JSON object (default: %(default)s)"
+        "--text-key",
+        type=utf8_text,
+        default="text",
+        metavar="KEY",
+        help="of the text in a JSON object (default: %(default)s)",
     )
     running.add_model_arguments(
         command, "where the embeddings go, a matrix where it ends in .npy (default: JSON lines on standard output)"
@@ -198,7 +217,10 @@ def add_parser(commands) -> None:
         "--pooling", choices=POOLINGS, help="of hidden states (default: as the model's folder says, else last)"
     )
     command.add_argument(
-        "--prompt", metavar="TEXT", help='stands before each text; "" for none (default: as the model\'s folder says)'
+        "--prompt",
+        type=utf8_text,
+        metavar="TEXT",
+        help='stands before each text; "" for none (default: as the model\'s folder says)',
     )
     command.add_argument("--dim", type=positive_int, metavar="N", help="keep the first N numbers (default: all)")
     command.add_argument("--no-normalize", action="store_true", help="leave embeddings at the length that they have")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from torch.nn import functional as F
 
 from .items import Items
+from .messages import Chat
 from .recipes import Recipe
 from .records import Record, UserError
 
@@ -37,23 +38,16 @@ def parse_text(key: str) -> Callable[[Record], Text]:
 
 
 def encode(texts: Iterable[Text], tokenizer, recipe: Recipe, truncate_right: bool) -> Items:
-    """Token ids of prompt and text, with the special tokens that the tokenizer puts around a text.
+    """Token ids of prompt and text, with the special tokens that the tokenizer puts around a text, or as the recipe's
+    messages, which its chat template renders.
 
     A text of more than `recipe.max_length` tokens is a UserError or, with `truncate_right`, loses its end; special
     tokens behind it stay. So is one of no tokens, and one that leaves a mean nothing behind its prompt.
     """
-    num_special = tokenizer.num_special_tokens_to_add()
-    if recipe.max_length is not None and recipe.max_length <= num_special:
-        raise UserError(f"--max-length {recipe.max_length} leaves no room beside {num_special} special tokens")
-    options = {"verbose": False}
-    if truncate_right and recipe.max_length is not None:
-        tokenizer.truncation_side = "right"
-        options |= {"truncation": True, "max_length": recipe.max_length}
-    skip = tokens_to_skip(tokenizer, recipe)
-    encoded, texts = Items(), iter(texts)
+    encoded, texts, skip = Items(), iter(texts), tokens_to_skip(tokenizer, recipe)
+    make = _as_messages if recipe.messages else _as_texts
     while part := list(itertools.islice(texts, _TEXTS_AT_ONCE)):
-        batch = tokenizer([recipe.prompt + text.text for text in part], **options)
-        for text, ids in zip(part, batch["input_ids"], strict=True):
+        for text, ids in zip(part, make(part, tokenizer, recipe, truncate_right), strict=True):
             if not ids:
                 raise UserError(f"{text.where} yields no tokens, so it has no embedding")
             if recipe.max_length is not None and len(ids) > recipe.max_length:
@@ -67,6 +61,25 @@ def encode(texts: Iterable[Text], tokenizer, recipe: Recipe, truncate_right: boo
                 )
             encoded.append([ids])
     return encoded
+
+
+def _as_texts(texts: list[Text], tokenizer, recipe: Recipe, truncate_right: bool) -> list[list[int]]:
+    num_special = tokenizer.num_special_tokens_to_add()
+    if recipe.max_length is not None and recipe.max_length <= num_special:
+        raise UserError(f"--max-length {recipe.max_length} leaves no room beside {num_special} special tokens")
+    options = {"verbose": False}
+    if truncate_right and recipe.max_length is not None:
+        tokenizer.truncation_side = "right"
+        options |= {"truncation": True, "max_length": recipe.max_length}
+    return tokenizer([recipe.prompt + text.text for text in texts], **options)["input_ids"]
+
+
+def _as_messages(texts: list[Text], tokenizer, recipe: Recipe, truncate_right: bool) -> Iterator[list[int]]:
+    chat = Chat(tokenizer, recipe.messages, recipe.prompt)
+    turns = [[("user", text.text)] for text in texts]
+    for text, turn, ids in zip(texts, turns, chat.ids(turns), strict=True):
+        is_long = truncate_right and recipe.max_length is not None and len(ids) > recipe.max_length
+        yield chat.cut(ids, turn, recipe.max_length, text.where) if is_long else ids
 
 
 def tokens_to_skip(tokenizer, recipe: Recipe) -> int:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
+import stat
 import sys
 from pathlib import Path
 
 import torch
 
+from .._files import shards
 from .records import UserError
 from .runner import ClassifierRunner, Qwen3Runner, TransformersRunner
 
@@ -71,6 +74,9 @@ def load_runner(
     with loading("weights", source):
         import transformers
 
+        if Path(source).is_dir() and not options:
+            check_weights(Path(source), is_quantised=bool(getattr(config, "quantization_config", None)))
+
         load = getattr(transformers, auto_class).from_pretrained
         options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
         model, report = load(source, dtype=dtype or own or "auto", **options)
@@ -106,9 +112,37 @@ def _source(name: str, option: str) -> tuple[str, dict]:
         return str(path.parent), {"gguf_file": path.name}
     if path.is_file():
         raise UserError(f"{option} {name} is a file; it must be a model's folder, a hub id or a .gguf file")
+    if path.is_dir():
+        check_regular_files(path)
     if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise UserError(f"{option} {name} does not exist")
     return name, {}
+
+
+def check_regular_files(folder: Path) -> None:
+    """UserError for a pipe, a socket or a device in a model's folder: whoever reads it may wait for ever."""
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere
+            mode = entry.stat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise UserError(f"{entry.path} is no regular file; a model's folder must hold files and folders alone")
+
+
+def check_weights(folder: Path, is_quantised: bool) -> None:
+    """ValueError for what transformers reads without a word: shards that an index has outside of the folder, weights of
+    whole numbers in a model that isn't quantised; and for an adapter, whose weights folding doesn't know."""
+    from safetensors import safe_open
+
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} holds an adapter (adapter_config.json): merge it into its model and save that")
+    for index in folder.glob("*.index.json"):
+        shards(index)
+    for path in () if is_quantised else folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
+                dtype = tensors.get_slice(name).get_dtype()
+                if name.endswith(".weight") and dtype not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(f"{path.name} holds {name} of {dtype}; weights must be of floating point")
 
 
 @contextlib.contextmanager
@@ -139,7 +173,7 @@ def hub_file(name: str, file: str) -> Path | None:
     if name.endswith(".gguf"):
         return None
     if Path(name).is_dir():
-        return path if (path := Path(name) / file).is_file() else None
+        return path if (path := Path(name) / file).exists() else None
     _source(name, "--model")
     with loading(file, name):
         from transformers.utils import cached_file

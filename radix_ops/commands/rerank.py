@@ -10,9 +10,9 @@ import torch
 
 from . import reranking, running
 from .common import FILE_HELP, add_command, check_output, read_records
+from .cross_encoders import CrossEncoder, chat_of, find_cross_encoder
 from .fingerprint import fingerprint
 from .loading import load_config, load_runner, load_tokenizer
-from .recipes import check_cross_encoder
 from .records import UserError
 from .results import key_of_parts
 from .runner import run as run_batches
@@ -25,7 +25,7 @@ computed once for all its documents.
 FILE holds one JSON object a line: {{"query": "...", "documents": ["...", "..."]}}, perhaps with an "instruction".
 Other keys are copied to the output, which holds one object a line in the input's order:
   line    the input line, counted from 1, then the input's other keys
-  scores  of each document, from 0 to 1
+  scores  of each document, from 0 to 1, but for a cross-encoder whose folder says otherwise
   order   the documents by score, the best first, counted from 0
   key     a hash of input line, tokens, model, dtype, mode and template
 
@@ -38,7 +38,10 @@ tokens, as text or as ids. What stands behind {{document}} is tokenised apart, s
 whole; the text brings all special tokens along.
 
 A model with a classification head of one label (a cross-encoder) reads query and document as the pair that its
-tokenizer makes, or in a template if one is given; its score is the sigmoid of its logit.
+tokenizer makes or, where the tokenizer has a chat template that takes the roles query and document, as that renders
+them; or in a template if one is given. Its score is the sigmoid of its logit. A folder that sentence-transformers saved
+says itself which of the two, how the logit becomes a score, and which prompt stands before each query; so does that of
+a language model with a LogitScore. What it sets and rerank does not know is refused by name.
 
 A document that is too long with its query is an error, unless --truncate-right; nothing else is ever cut.
 
@@ -62,9 +65,10 @@ def run(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace, device: torch.device) -> None:
     trust = args.trust_remote_code
     config = load_config(args.model, trust_remote_code=trust)
-    classifies = (getattr(config, "architectures", None) or [""])[0].endswith("ForSequenceClassification")
+    encoder = find_cross_encoder(args.model, config)
+    classifies = encoder is not None and encoder.classifies
     pad_token_id = _check_head(args.model, config) if classifies else 0
-    template = _template_of(args, config, classifies)
+    template = _template_of(args, config, encoder)
 
     def parse(record):
         return reranking.check_instruction(reranking.parse_query(record), template)
@@ -73,15 +77,21 @@ def _run(args: argparse.Namespace, device: torch.device) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     tokenizer = load_tokenizer(args.model, trust_remote_code=trust)
-    yes_and_no = None if classifies else template.token_ids(tokenizer)
-    max_length = running.max_length_of(args, config, tokenizer)
+    answers, chat, prompt, activation, recommended = None, None, "", "sigmoid", None
+    if encoder is not None:
+        answers, activation, recommended = encoder.answers, encoder.activation, encoder.max_length
+    if template is None:
+        chat, prompt = chat_of(encoder, tokenizer, config), encoder.prompt
+    elif not classifies:
+        answers = template.token_ids(tokenizer)
+    max_length = running.max_length_of(args, config, tokenizer, recommended)
     lines = running.with_progress(records, "tokenising")
-    items = reranking.encode(lines, tokenizer, template, max_length, args.truncate_right)
+    items = reranking.encode(lines, tokenizer, template, max_length, args.truncate_right, chat, prompt)
     auto_class = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
     runner = load_runner(args.model, config, auto_class, args.dtype, device, trust, pad_token_id)
     running.check_runner(args, runner, items)
     how = template and dataclasses.astuple(template)
-    base = fingerprint(runner, "rerank", "plain" if args.plain else "folded", how, yes_and_no)
+    base = fingerprint(runner, "rerank", "plain" if args.plain else "folded", how, answers, activation)
 
     def key_of(item: int) -> str:
         return key_of_parts(base, records.raw(item), *(ids.tobytes() for ids in items[item]))
@@ -94,7 +104,7 @@ def _run(args: argparse.Namespace, device: torch.device) -> None:
             runner, chosen, budget, folded, score, lambda indices, found: on_batch(indices, [found]), warm_up
         )
 
-    score = reranking.scorer(runner, yes_and_no)
+    score = reranking.scorer(runner, answers, activation)
     job = running.ItemJob(args, runner, items, records, key_of, execute, {"scores": np.float32}, fields_of, "reranked")
     if args.compare:
         job.compare("order", "orders", "score", "scores")
@@ -102,10 +112,10 @@ def _run(args: argparse.Namespace, device: torch.device) -> None:
         job.run_remaining()
 
 
-def _template_of(args: argparse.Namespace, config, classifies: bool) -> Template | None:
+def _template_of(args: argparse.Namespace, config, encoder: CrossEncoder | None) -> Template | None:
     if args.template is not None:
         return find_template(args.template)
-    if classifies:
+    if encoder is not None:
         return None
     if config.model_type == "qwen3":
         return TEMPLATES["qwen3-reranker"]
@@ -127,7 +137,6 @@ def _check_head(name: str, config) -> int:
             f"--model {name}: its config has no pad_token_id, by which the head finds the last token of each text of a "
             "batch"
         )
-    check_cross_encoder(name)
     return pad_token_id
 
 

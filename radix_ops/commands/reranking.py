@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .items import Items
+from .messages import Chat
 from .records import Record, UserError
 from .scoring import MAX_LOGIT_BYTES
 from .templates import Template
@@ -54,18 +55,28 @@ def check_instruction(query: Query, template: Template | None) -> Query:
 
 
 def encode(
-    queries: Iterable[Query], tokenizer, template: Template | None, max_length: int | None, truncate_right: bool
+    queries: Iterable[Query],
+    tokenizer,
+    template: Template | None,
+    max_length: int | None,
+    truncate_right: bool,
+    chat: Chat | None = None,
+    prompt: str = "",
 ) -> Items:
-    """Token ids of each query with each of its documents, in the template or as the pair that the tokenizer makes.
+    """Token ids of each query with each of its documents: in the template, as the messages of a chat, or else as the
+    pair that the tokenizer makes of prompt and query, and document.
 
-    The template's text brings all special tokens along; a pair gets those that the tokenizer puts around one. Where
-    that is more than `max_length` tokens it is a UserError or, with `truncate_right`, the document loses its end; at
-    least one token of it stays, or it is a UserError, too.
+    A template's text brings all special tokens along; a pair gets those that the tokenizer puts around one. Where that
+    is more than `max_length` tokens it is a UserError or, with `truncate_right`, the document loses its end; at least
+    one token of it stays, or it is a UserError, too.
     """
     encoded, queries = Items(), iter(queries)
     while part := list(itertools.islice(queries, _QUERIES_AT_ONCE)):
-        make = _in_template if template else _as_pairs
-        found = make(part, tokenizer, template, max_length if truncate_right else None)
+        room = max_length if truncate_right else None
+        if template:
+            found = _in_template(part, tokenizer, template, room)
+        else:
+            found = _as_messages(part, chat, room) if chat else _as_pairs(part, tokenizer, prompt, room)
         for query in part:
             sequences = list(itertools.islice(found, len(query.documents)))
             for index, ids in enumerate(sequences):
@@ -107,8 +118,16 @@ def _in_template(queries: list[Query], tokenizer, template: Template, room: int 
             yield ids + tail
 
 
-def _as_pairs(queries: list[Query], tokenizer, template: None, room: int | None) -> Iterator[list[int]]:
-    first, second = zip(*((q.query, document) for q in queries for document in q.documents), strict=True)
+def _as_messages(queries: list[Query], chat: Chat, room: int | None) -> Iterator[list[int]]:
+    for query in queries:
+        turns = [[("query", query.query), ("document", document)] for document in query.documents]
+        for index, (turn, ids) in enumerate(zip(turns, chat.ids(turns), strict=True)):
+            is_long = room is not None and len(ids) > room
+            yield chat.cut(ids, turn, room, f"{query.where}: documents[{index}]") if is_long else ids
+
+
+def _as_pairs(queries: list[Query], tokenizer, prompt: str, room: int | None) -> Iterator[list[int]]:
+    first, second = zip(*((prompt + q.query, document) for q in queries for document in q.documents), strict=True)
     options = {"add_special_tokens": True, "verbose": False}
     batch = tokenizer(list(first), list(second), **options)
     if any(map(any, batch.get("token_type_ids", []))):
@@ -129,21 +148,33 @@ def _as_pairs(queries: list[Query], tokenizer, template: None, room: int | None)
         yield ids
 
 
-def scorer(runner, yes_and_no: tuple[int, int] | None) -> Callable[[np.ndarray, list[np.ndarray]], np.ndarray]:
-    """A function of (indices, sequences) that returns their scores, float32: P(yes) against no as the next token, or
-    the sigmoid of a cross-encoder's logit."""
+def scorer(
+    runner, answers: tuple[int, int | None] | None, activation: str = "sigmoid"
+) -> Callable[[np.ndarray, list[np.ndarray]], np.ndarray]:
+    """A function of (indices, sequences) that returns their scores, float32: the sigmoid of a logit, or the logit where
+    the activation is "identity".
 
-    def by_logit(indices: np.ndarray, sequences: list[np.ndarray]) -> np.ndarray:
-        return runner.logits(sequences).sigmoid().cpu().numpy()
+    The logit is a cross-encoder's or, with the ids of two answers, the one's as the next token less the other's, whose
+    sigmoid is P(one) against the other; with one answer it is its own.
+    """
 
-    def by_answer(indices: np.ndarray, sequences: list[np.ndarray]) -> np.ndarray:
+    def by_logit(sequences: list[np.ndarray]) -> torch.Tensor:
+        return runner.logits(sequences)
+
+    def by_answer(sequences: list[np.ndarray]) -> torch.Tensor:
         last = runner.states(sequences).last()  # [B, D]
         chunk = max(1, MAX_LOGIT_BYTES // (4 * runner.head.weight.shape[0]))
-        answers = torch.tensor(yes_and_no, device=last.device)
-        logits = torch.cat([runner.head(part)[:, answers] for part in last.split(chunk)])
-        return logits.float().softmax(-1)[:, 0].cpu().numpy()
+        given = torch.tensor([token for token in answers if token is not None], device=last.device)
+        logits = torch.cat([runner.head(part)[:, given] for part in last.split(chunk)]).float()
+        return logits[:, 0] - logits[:, 1] if len(given) == 2 else logits[:, 0]
 
-    return by_logit if yes_and_no is None else by_answer
+    logit_of = by_logit if answers is None else by_answer
+
+    def compute(indices: np.ndarray, sequences: list[np.ndarray]) -> np.ndarray:
+        logits = logit_of(sequences)
+        return (logits.sigmoid() if activation == "sigmoid" else logits).cpu().numpy()
+
+    return compute
 
 
 def order_of(scores: np.ndarray) -> list[int]:
