@@ -6,7 +6,15 @@ import argparse
 import json
 from collections.abc import Callable
 
-from .common import FILE_HELP, add_command, add_format_argument, add_trust_argument, positive_int, read_records
+from .common import (
+    FILE_HELP,
+    add_command,
+    add_format_argument,
+    add_trust_argument,
+    positive_int,
+    read_records,
+    utf8_text,
+)
 from .flops import forward_cost
 from .formats import PAIRS, FormatParser, formats, packed_arrays
 from .items import Items
@@ -64,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     items, meaning, tokenizer = _read(args, tokenizer)
     lengths = items.lengths
     sharing = Sharing(items.store, lengths)
-    summary = {"file": args.file, "meaning": meaning, "model": args.model}
+    summary = {"file": _printable(args.file), "meaning": meaning, "model": args.model}
     summary |= summarise(
         sharing,
         sorted(set(args.batch_sizes)),
@@ -78,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(summary, ensure_ascii=False))
     else:
-        print(f"{args.file}: {meaning}\n\n{to_text(summary)}")
+        print(f"{_printable(args.file)}: {meaning}\n\n{to_text(summary)}")
         if args.plot is not None:
             print(f"\nThe picture is {args.plot}.")
 
@@ -141,8 +149,10 @@ def add_parser(commands) -> None:
     )
     command.add_argument("--model", metavar="M", help="whose config, alone, gives speed-ups of FLOPs")
     add_format_argument(command)
-    command.add_argument("--text-key", default="text", metavar="KEY", help="of the texts (default: %(default)s)")
-    command.add_argument("--prompt", default="", metavar="TEXT", help="stands before each of the texts")
+    command.add_argument(
+        "--text-key", type=utf8_text, default="text", metavar="KEY", help="of the texts (default: %(default)s)"
+    )
+    command.add_argument("--prompt", type=utf8_text, default="", metavar="TEXT", help="stands before each of the texts")
     command.add_argument(
         "--template",
         metavar="T",

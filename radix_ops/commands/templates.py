@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .records import UserError
+from .._files import read_json
+from .records import UserError, check_text
 
 _PLACEHOLDER = re.compile(r"\{(query|document|instruction)\}")
 
@@ -80,11 +80,11 @@ def find_template(name_or_path: str) -> Template:
         return TEMPLATES[name_or_path]
     where, known = f"--template {name_or_path}", " or ".join(TEMPLATES)
     try:
-        fields = json.loads(Path(name_or_path).read_text(encoding="utf-8"))
+        fields = read_json(Path(name_or_path))
     except OSError as error:
         raise UserError(f"{where} is neither {known} nor a file: {error.strerror or error}") from error
     except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from error
+        raise UserError(f"--template {error}") from error
     kinds = {"text": str, "yes": (str, int), "no": (str, int), "instruction": str}
     if not isinstance(fields, dict) or "text" not in fields:
         raise UserError(f'{where} must hold an object with "text" and perhaps "yes", "no" and "instruction"')
@@ -93,6 +93,8 @@ def find_template(name_or_path: str) -> Template:
             raise UserError(f'{where} has the key "{key}"; a template has text, yes, no and instruction')
         if not isinstance(value, kinds[key]) or isinstance(value, bool):
             raise UserError(f'{where}: "{key}" must be a string{" or a token id" if key in ("yes", "no") else ""}')
+        if isinstance(value, str):
+            check_text(value, f'{where}: "{key}"')
     try:
         return Template(**fields)
     except ValueError as error:

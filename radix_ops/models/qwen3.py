@@ -10,11 +10,8 @@ model is that of the Qwen3 technical report (arXiv 2505.09388); YaRN is arXiv 23
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,146 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from .._check import INDEX_DTYPES
 from ..attention import AttentionPlan, attend, plan_attention
 from ..batch import FoldedBatch
+from .qwen3_config import Qwen3Config
+from .weights import DTYPES, find_folder, read_weights
 
-_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rms_norm_eps",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Qwen3Config:
-    """The shape of a Qwen3. `from_pretrained` and `from_dict` read it from a config.json of transformers."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    rms_norm_eps: float
-    head_dim: int
-    rope: dict  # rope_type ("default", "linear" or "yarn"), rope_theta, and what the type needs
-    sliding_windows: tuple[int | None, ...]  # of each layer; None: full attention
-    attention_bias: bool = False
-    max_position_embeddings: int = 32768
-    attention_dropout: float = 0.0
-    tie_word_embeddings: bool = False
-    pad_token_id: int | None = None  # its embedding gets no gradient
-    initializer_range: float = 0.02
-
-    def __post_init__(self):
-        if len(self.sliding_windows) != self.num_hidden_layers:
-            raise ValueError(
-                f"sliding_windows must hold one entry for each of {self.num_hidden_layers} layers, "
-                f"got {len(self.sliding_windows)}"
-            )
-        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even, got {self.head_dim}")
-        kind = self.rope.get("rope_type")
-        needs = {"default": [], "linear": ["factor"], "yarn": ["factor", "original_max_position_embeddings"]}
-        if kind not in needs:
-            raise ValueError(f'rope_type must be "default", "linear" or "yarn", got {kind!r}')
-        lacks = [name for name in ("rope_theta", *needs[kind]) if not self.rope.get(name)]
-        if lacks:
-            raise ValueError(f"rope_type {kind!r} needs {' and '.join(lacks)}")
-
-    @property
-    def longest_sequence(self) -> int:
-        """max_position_embeddings or, where that is more, what the scaling of the rotary embedding is made for."""
-        if self.rope["rope_type"] == "default":
-            return self.max_position_embeddings
-        original = self.rope.get("original_max_position_embeddings") or self.max_position_embeddings
-        return max(self.max_position_embeddings, int(original * self.rope["factor"]))
-
-    @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | Path) -> Qwen3Config:
-        """Reads the config.json of a folder, or of a model on the Hugging Face hub."""
-        path = _folder(path_or_hub_id, ["config.json"]) / "config.json"
-        if not path.exists():
-            raise FileNotFoundError(f"{path.parent} holds no config.json")
-        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-
-    @classmethod
-    def from_dict(cls, config: dict) -> Qwen3Config:
-        """Raises ValueError for what is not a Qwen3, and for what this file does not compute. What is not given is as
-        transformers has it by default."""
-        if not isinstance(config, dict):
-            raise TypeError(f"config must be the dict of a config.json, got {type(config).__name__}")
-        if config.get("model_type") != "qwen3":
-            raise ValueError(f'model_type must be "qwen3", got {config.get("model_type")!r}')
-        missing = [name for name in _REQUIRED if config.get(name) is None]
-        if missing:
-            raise ValueError(f"the config lacks {', '.join(missing)}")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f'hidden_act must be "silu", got {config["hidden_act"]!r}')
-        if config.get("is_causal") is False or config.get("use_bidirectional_attention"):
-            raise ValueError("the config asks for attention that is not causal, which can't be folded")
-        if config.get("quantization_config"):
-            raise ValueError("quantization_config: quantised weights are not supported")
-        return cls(
-            **{name: config[name] for name in _REQUIRED},
-            head_dim=config.get("head_dim") or 128,
-            rope=_rope(config),
-            sliding_windows=_sliding_windows(config),
-            attention_bias=bool(config.get("attention_bias", False)),
-            max_position_embeddings=_longest(config),
-            attention_dropout=config.get("attention_dropout") or 0.0,
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            pad_token_id=config.get("pad_token_id"),
-            initializer_range=config.get("initializer_range", 0.02),
-        )
-
-
-def _longest(config: dict) -> int:
-    return config.get("max_position_embeddings") or 32768
-
-
-def _rope(config: dict) -> dict:
-    """The rotary embedding of a config, in the form of transformers 5 or that of 4, which goes first where both are."""
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    older_name = rope.pop("type", None)
-    rope["rope_type"] = rope.get("rope_type") or older_name or "default"
-    if rope.get("rope_theta") is None:
-        rope["rope_theta"] = config.get("rope_theta") or 10_000.0
-    if (rope.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}")
-    if rope["rope_type"] == "yarn":
-        longest = _longest(config)
-        original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-        rope["original_max_position_embeddings"] = original or longest
-        if rope.get("factor") is None:
-            rope["factor"] = longest / rope["original_max_position_embeddings"]
-    return rope
-
-
-def _sliding_windows(config: dict) -> tuple[int | None, ...]:
-    layers = config["num_hidden_layers"]
-    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
-    types = config.get("layer_types")
-    if types is None:
-        first = config.get("max_window_layers", 28)
-        types = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
-    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
-    if unknown or len(types) != layers:
-        raise ValueError(
-            f"layer_types must name {layers} layers full_attention or sliding_attention, got {len(types)} "
-            f"{'of ' + ', '.join(unknown) if unknown else ''}".rstrip()
-        )
-    if "sliding_attention" in types and not window:
-        raise ValueError("layer_types names sliding_attention, but use_sliding_window and sliding_window set no window")
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+__all__ = ["Qwen3Config", "Qwen3ForCausalLM", "Qwen3Model"]
 
 
 def _inverse_frequencies(config: Qwen3Config, device: torch.device) -> tuple[Tensor, float]:
@@ -437,42 +298,29 @@ class Qwen3ForCausalLM(_Pretrained):
         return logits.float().softmax(-1)[:, 1]
 
 
-def _folder(path_or_hub_id: str | Path, patterns: list[str]) -> Path:
-    path = Path(path_or_hub_id)
-    if str(path_or_hub_id) and path.is_dir():
-        return path
-    if str(path_or_hub_id) and path.exists():
-        raise NotADirectoryError(f"{path} must be a folder that transformers wrote, or a model on the hub")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{str(path_or_hub_id)!r} is no folder, and could not be read from the Hugging Face hub: {error}"
-        ) from None
-
-
 def _from_pretrained(cls, path_or_hub_id, dtype, device):
-    dtype = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and dtype not in _DTYPES.values():
-        raise ValueError(f"dtype must be None or one of {', '.join(_DTYPES)}, got {dtype!r}")
+    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be None or one of {', '.join(DTYPES)}, got {dtype!r}")
     device = torch.device("cpu" if device is None else device)
-    folder = _folder(path_or_hub_id, ["config.json", "*.safetensors", "*.safetensors.index.json"])
+    folder = find_folder(path_or_hub_id, ["config.json", "*.safetensors", "*.safetensors.index.json"])
     config = Qwen3Config.from_pretrained(folder)
     with torch.device("meta"):
         model = cls(config)
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     embedding = "model.embed_tokens.weight" if cls is Qwen3ForCausalLM else "embed_tokens.weight"
-    weights, head = {}, None
-    for name, tensor in _weights(folder):
+    weights, names, head = {}, {}, None
+    for name, tensor in read_weights(folder):
         # A base model's file lacks the prefix that a causal model's has.
         base = name.removeprefix("model.")
         place = f"model.{base}" if cls is Qwen3ForCausalLM and base != "lm_head.weight" else base
+        if name.endswith("rotary_emb.inv_freq"):  # old files hold what is computed here
+            continue
+        if place in names:
+            raise ValueError(f"{folder} holds both {names[place]} and {name}, which are one weight of a Qwen3")
+        names[place] = name
         if base == "lm_head.weight" and (config.tie_word_embeddings or place not in wanted):
             head = tensor
-            continue
-        if name.endswith("rotary_emb.inv_freq"):  # old files hold what is computed here
             continue
         if place not in wanted:
             raise ValueError(f"{folder} holds {name}, which a Qwen3 does not have")
@@ -492,27 +340,3 @@ def _from_pretrained(cls, path_or_hub_id, dtype, device):
     if cls is Qwen3ForCausalLM and config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(True).eval()
-
-
-def _weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import safe_open
-
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    # transformers leaves the index of shards behind where one file follows them.
-    if index.exists() and not (folder / files[0]).exists():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    for file in files:
-        path = folder / file
-        if not path.exists():
-            pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-            if pickles:
-                raise ValueError(
-                    f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is read; "
-                    "convert it once, if you trust it: transformers.AutoModelForCausalLM.from_pretrained(FOLDER)"
-                    ".save_pretrained(NEW_FOLDER)"
-                )
-            raise FileNotFoundError(f"{folder} lacks {file}")
-        with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
-                yield name, tensors.get_tensor(name)
