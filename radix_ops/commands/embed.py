@@ -51,8 +51,8 @@ of a Matryoshka model, and normalises after that; a folder's truncate_dim does b
   radix-ops embed --model Qwen/Qwen3-Embedding-0.6B --output queries.npy queries.txt \\
       --prompt $'Instruct: Given a web search query, retrieve relevant passages that answer the query\\nQuery:'
 
-{running.RESUME_HELP}A .npy is made as PATH.npy.part, and a side file, PATH.npy.rows, says which rows are done, by a checksum of each; both
-go when it is finished.
+{running.RESUME_HELP}A .npy is made as PATH.npy.part, and a side file, PATH.npy.rows, says which rows are done, by a
+checksum of each; both go when it is finished.
 
 It does not pay where texts start differently: documents without a prompt, or with one that is short beside them.
 `radix-ops inspect` says how much a file shares, --compare how much time that saves.
