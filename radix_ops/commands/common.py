@@ -17,6 +17,11 @@ has {LONGEST_LINE:,} bytes at most, and a text in it {LONGEST_TEXT:,}.
 MOST_THREADS = 1024
 
 
+def printable(text: str) -> str:
+    """The text on one line; what doesn't print, or could move a terminal's cursor, is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def add_command(commands, name: str, summary: str, description: str, run: Callable) -> argparse.ArgumentParser:
     """A parser for the subcommand, whose description keeps its line breaks."""
     parser = commands.add_parser(

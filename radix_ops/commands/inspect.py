@@ -12,6 +12,7 @@ from .common import (
     add_format_argument,
     add_trust_argument,
     positive_int,
+    printable,
     read_records,
     utf8_text,
 )
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     items, meaning, tokenizer = _read(args, tokenizer)
     lengths = items.lengths
     sharing = Sharing(items.store, lengths)
-    summary = {"file": _printable(args.file), "meaning": meaning, "model": args.model}
+    summary = {"file": printable(args.file), "meaning": meaning, "model": args.model}
     summary |= summarise(
         sharing,
         sorted(set(args.batch_sizes)),
@@ -84,11 +85,11 @@ def run(args: argparse.Namespace) -> None:
     if args.plot is not None:
         plot(sharing, summary, args.plot)
     if args.json:
-        print(json.dumps(summary, ensure_ascii=False))
+        print(json.dumps(summary))
     else:
-        print(f"{_printable(args.file)}: {meaning}\n\n{to_text(summary)}")
+        print(f"{printable(args.file)}: {meaning}\n\n{to_text(summary)}")
         if args.plot is not None:
-            print(f"\nThe picture is {args.plot}.")
+            print(f"\nThe picture is {printable(args.plot)}.")
 
 
 def _read(args: argparse.Namespace, tokenizer) -> tuple[Items, str, object]:
@@ -119,16 +120,11 @@ def _shower(items: Items, tokenizer) -> Callable[[int, int, int], str]:
         if tokenizer is None:
             return f"[{', '.join(map(str, ids if len(ids) <= 8 else [*ids[:5], '...', *ids[-2:]]))}]"
         if len(ids) <= 2 * _DECODED_TOKENS:
-            return _shortened(_printable(tokenizer.decode(ids)))
+            return _shortened(printable(tokenizer.decode(ids)))
         ends = (tokenizer.decode(part) for part in (ids[:_DECODED_TOKENS], ids[-_DECODED_TOKENS:]))
-        return _shortened(*map(_printable, ends))
+        return _shortened(*map(printable, ends))
 
     return show
-
-
-def _printable(text: str) -> str:
-    """The text on one line; what doesn't print, or could move a terminal's cursor, is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _shortened(start: str, end: str | None = None) -> str:

@@ -57,6 +57,12 @@ class Items:
         return chosen
 
 
+def first_equals(texts: list[str]) -> list[int]:
+    """Of each text the index of the first that is equal to it."""
+    first: dict[str, int] = {}
+    return [first.setdefault(text, index) for index, text in enumerate(texts)]
+
+
 class Collector:
     """Gathers numbers of sequences from batches, and says which items have all of theirs.
 

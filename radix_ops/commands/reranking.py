@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .items import Items
+from .items import Items, first_equals
 from .messages import Chat
 from .records import Record, UserError
 from .scoring import MAX_LOGIT_BYTES
@@ -187,8 +187,7 @@ def result(query: Query, scores: np.ndarray) -> dict:
 
     Equal documents get what the first of them did, which rounding may set apart where they ran in different batches.
     """
-    first = {document: index for index, document in reversed([*enumerate(query.documents)])}
-    scores = scores[[first[document] for document in query.documents]]
+    scores = scores[first_equals(query.documents)]
     for index, score in enumerate(scores.tolist()):
         if not math.isfinite(score):
             raise UserError(f"{query.where}: documents[{index}] got the score {score}; try --dtype float32")

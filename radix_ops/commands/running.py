@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .._budget import Budget, find_budget
-from .common import add_trust_argument, positive_int, progress_bar, thread_count
+from .common import add_trust_argument, positive_int, printable, progress_bar, thread_count
 from .items import Collector, Items
 from .loading import context_length
 from .matrix import check_incomplete, is_matrix
@@ -236,11 +236,12 @@ class ItemJob:
 
 
 def remaining_of(args: argparse.Namespace, results) -> np.ndarray:
-    """The items that are not done yet; says how many are."""
+    """The items that are not done yet; says how many are. From here on the command continues what it started."""
+    args.continues = True
     remaining = np.flatnonzero(~results.done)
     if len(remaining) < len(results.done):
         held = len(results.done) - len(remaining)
-        print(f"{args.output} holds {held:,} of {len(results.done):,} results already", file=sys.stderr)
+        print(f"{printable(args.output)} holds {held:,} of {len(results.done):,} results already", file=sys.stderr)
     return remaining
 
 

@@ -10,21 +10,22 @@ from __future__ import annotations
 import array
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from .._budget import Budget
-from .items import Items
+from .items import Items, first_equals
 from .records import Record, UserError
 from .runner import RunStats, run
 
 MAX_LOGIT_BYTES = 64 * 2**20  # of one chunk of fp32 logits
 RESERVED_KEYS = ("line", "key", "logprobs", "tokens", "greedy", "best", "best_per_char")
 SHAPE = 'one object {"context": ..., "choices": [...]} a line'
-_ITEMS_AT_ONCE = 256  # given to the tokenizer
+_ITEMS_AT_ONCE = 256  # whose contexts are given to the tokenizer
+_TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 2**22  # of contexts with their choices
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,8 @@ def encode(items: Iterable[Item], tokenizer, max_length: int | None = None, trun
     encoded, items = Choices(), iter(items)
     while part := list(itertools.islice(items, _ITEMS_AT_ONCE)):
         contexts = _encode_texts(tokenizer, [item.context.rstrip() for item in part], prefix_text)
-        wholes = iter(
-            _encode_texts(tokenizer, [i.context + c for i in part if i.context for c in i.choices], prefix_text)
-        )
-        bare = iter(_encode_texts(tokenizer, [c for i in part if not i.context for c in i.choices], None, False))
+        wholes = _encode_many(tokenizer, (i.context + c for i in part if i.context for c in i.choices), prefix_text)
+        bare = _encode_many(tokenizer, (c for i in part if not i.context for c in i.choices), None, False)
         for item, context in zip(part, contexts, strict=True):
             # An empty context takes no special tokens along: the prefix token stands in for them.
             context = np.asarray(context if item.context else [], dtype=np.int32)
@@ -103,6 +102,18 @@ def encode(items: Iterable[Item], tokenizer, max_length: int | None = None, trun
                 pairs.append(_fit(f"{item.where}: choices[{number}]", *pair, max_length, truncate_left))
             encoded.append(pairs)
     return encoded
+
+
+def _encode_many(tokenizer, texts: Iterable[str], *options) -> Iterator[list[int]]:
+    """As _encode_texts, a few texts at a time: a long context stands before each of its choices."""
+    part, size = [], 0
+    for text in texts:
+        part.append(text)
+        size += len(text)
+        if len(part) == _TEXTS_AT_ONCE or size >= _CHARACTERS_AT_ONCE:
+            yield from _encode_texts(tokenizer, part, *options)
+            part, size = [], 0
+    yield from _encode_texts(tokenizer, part, *options)
 
 
 def _encode_texts(tokenizer, texts: list[str], prefix_text: str | None, special: bool = True) -> list[list[int]]:
@@ -207,7 +218,7 @@ def result(item: Item, num_tokens: list[int], logprobs: np.ndarray, greedy: np.n
     Equal choices get what the first of them did, which rounding may set apart where they ran in different batches; the
     first is the best of them. UserError for a log-probability that isn't finite.
     """
-    first = [item.choices.index(choice) for choice in item.choices]
+    first = first_equals(item.choices)
     logprobs, greedy = logprobs[first], greedy[first]
     for number, value in enumerate(logprobs.tolist()):
         if not math.isfinite(value):
