@@ -22,8 +22,9 @@ NUM_THREADS = int(os.environ.get("RADIX_TEST_THREADS", "1"))
 
 
 def python_environment(**variables: str) -> dict[str, str]:
-    """This process's variables and those given, for a Python that is to find the modules that this one finds."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables}
+    """Variables of a Python that finds the modules that this one finds and takes as many threads; those given count."""
+    same = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(NUM_THREADS)}
+    return {**os.environ, **same, **variables}
 
 
 def run_python(*arguments: str | Path, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
