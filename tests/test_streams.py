@@ -182,7 +182,7 @@ def test_lines_and_texts_have_a_longest(tmp_path, monkeypatch):
         assert 'line 2: "text" is a text of' in refusal(path)
         path.write_bytes(b"a" * 20 + b"\n" + b"b" * (101 - len(ending)) + ending)
         assert refusal(path, None) == f"{path}, line 2 is longer than 100 bytes, the most for a line"
-    path.write_text("é" * 10 + "\n" + "é" * 10 + "a\n")
+    path.write_text("é" * 10 + "\n" + "é" * 10 + "a\n", encoding="utf-8")
     assert refusal(path) == f'{path}, line 2: "text" is a text of 21 bytes, and the most are 20; split it'
 
 
@@ -229,5 +229,5 @@ def test_a_key_that_stands_twice_among_many_is_found_in_linear_time(tmp_path):
 def test_integers_too_long_are_named(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "a", "n": ' + "1" * 5000 + "}\n")
-    assert "t.jsonl, line 1 is not JSON: Exceeds the limit (4300 digits)" in refusal(path)
+    assert "t.jsonl, line 1 is not JSON: Exceeds the limit (4300" in refusal(path)
     assert "sys." not in refusal(path)
