@@ -1,6 +1,7 @@
 """What the radix-ops command prints: on closed, full and ASCII streams, and of input that holds control characters."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ IDS = [{"input_ids": [1, 2, 3]}, {"input_ids": [1, 2, 4]}]
 
 def in_a_shell(command, **environment):
     """Runs `radix-ops command`, with its redirections, by a shell; returns status, output and errors."""
-    command = f"{sys.executable} -m radix_ops.cli {command}"
+    command = f"{shlex.quote(sys.executable)} -m radix_ops.cli {command}"
     environment = processes.python_environment(**environment)
     done = subprocess.run(command, shell=True, env=environment, capture_output=True, timeout=processes.LONGEST)
     return done.returncode, done.stdout, done.stderr.decode()

@@ -9,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import processes
 import pytest
 
 from radix_ops import cli
@@ -413,7 +414,7 @@ def test_no_two_processes_hold_an_output_at_once(tmp_path):
     counter.write_text("0")
 
     def race():
-        held, end = 0, time.monotonic() + 20
+        held, end = 0, time.monotonic() + processes.LONGEST
         while held < 100 and time.monotonic() < end:
             try:
                 with claimed(str(path)):
