@@ -96,15 +96,54 @@ inline Place cpu() {
   return Place{aoti_torch_device_type_cpu(), 0};
 }
 
+// The bytes of storage that a tensor's offset, sizes and strides claim; one more than any storage has where int64 does
+// not hold that number.
+inline int64_t claimed_bytes(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  int64_t offset = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
+  int64_t elements = 0;
+  bool overflows = __builtin_add_overflow(offset, 1, &elements);
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0) {
+      return 0;
+    }
+    int64_t distance = 0;
+    overflows |= __builtin_mul_overflow(sizes[d] - 1, strides[d], &distance);
+    overflows |= __builtin_add_overflow(elements, distance, &elements);
+  }
+  int64_t bytes = 0;
+  overflows |= __builtin_mul_overflow(elements, static_cast<int64_t>(tensor.element_size()), &bytes);
+  return overflows ? std::numeric_limits<int64_t>::max() : bytes;
+}
+
+// A storage may have been resized below its tensors, as FSDP does with parameters that it has put away.
+inline void check_storage(const char* op, const char* name, const Tensor& tensor) {
+  int64_t held = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &held));
+  const int64_t claimed = claimed_bytes(tensor);
+  RADIX_CHECK(
+      claimed <= held,
+      op,
+      name,
+      " claims ",
+      claimed,
+      " bytes of a storage that holds ",
+      held,
+      "; it was resized, or its data is not allocated");
+}
+
 // None in Python is an undefined tensor here.
 inline void check_defined(const char* op, const char* name, const Tensor& tensor) {
   RADIX_CHECK(tensor.defined(), op, name, " must be a tensor, got None");
 }
 
+// That a tensor is there, on the device and in memory as a whole.
 inline void check_place(const char* op, const char* name, const Tensor& tensor, const Place& place) {
   check_defined(op, name, tensor);
   if (place_of(tensor) == place) [[likely]] {
-    return;
+    return check_storage(op, name, tensor);
   }
   const bool on_cpu = place == cpu();
   const std::string device = on_cpu ? "the CPU" : "cuda:" + std::to_string(place.index);
@@ -151,13 +190,14 @@ inline void check_inverse_shapes(
 inline Tensor empty_at(const Place& place, const int64_t* sizes, int64_t dim, int32_t dtype_code) {
   int64_t strides[kMaxDim];
   int64_t stride = 1;
+  bool overflows = false;
   for (int64_t d = dim - 1; d >= 0; --d) {
     strides[d] = stride;
-    stride *= std::max<int64_t>(sizes[d], 1);
+    overflows |= __builtin_mul_overflow(stride, std::max<int64_t>(sizes[d], 1), &stride);
   }
   AtenTensorHandle handle = nullptr;
-  const auto status = aoti_torch_empty_strided(dim, sizes, strides, dtype_code, place.type, place.index, &handle);
-  if (status != AOTI_TORCH_SUCCESS) {
+  if (overflows || aoti_torch_empty_strided(dim, sizes, strides, dtype_code, place.type, place.index, &handle) !=
+                       AOTI_TORCH_SUCCESS) {
     // The interface tells no reason. Programs that try again with less memory look for "CUDA out of memory."
     throw std::runtime_error(
         place == cpu() ? "radix: out of memory for a tensor of shape " + shape_text(sizes, dim)

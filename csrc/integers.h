@@ -21,4 +21,16 @@ inline Integers integers_of(const Tensor& tensor) {
   return Integers{tensor.const_data_ptr(), !is_int32(tensor)};
 }
 
+// The values of an index tensor on the CPU, each read once: another thread may write to the tensor between a check of a
+// value and its use.
+inline std::vector<int64_t> values_of(const Tensor& tensor) {
+  const Tensor held = as_contiguous(tensor);
+  const Integers integers = integers_of(held);
+  std::vector<int64_t> values(held.size(0));
+  for (size_t i = 0; i < values.size(); ++i) {
+    values[i] = integers[static_cast<int64_t>(i)];
+  }
+  return values;
+}
+
 }  // namespace radix

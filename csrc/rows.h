@@ -20,6 +20,11 @@ struct Rows {
   int64_t stride_bytes;  // from one row to the next
 };
 
+// Wraps around where a tensor without elements has sizes whose product int64 does not hold: no memory is counted by it.
+inline int64_t product(int64_t a, int64_t b) {
+  return static_cast<int64_t>(static_cast<uint64_t>(a) * static_cast<uint64_t>(b));
+}
+
 // Copies the tensor only where its rows are not contiguous.
 inline Rows rows_of(const char* op, const char* name, const Tensor& tensor, const Place& place) {
   check_place(op, name, tensor, place);
@@ -38,15 +43,16 @@ inline Rows rows_of(const char* op, const char* name, const Tensor& tensor, cons
   const auto strides = tensor.strides();
   for (size_t d = sizes.size() - 1; d > 0; --d) {
     contiguous_rows = contiguous_rows && (sizes[d] == 1 || strides[d] == rows.width);
-    rows.width *= sizes[d];
+    rows.width = product(rows.width, sizes[d]);
   }
   if (!contiguous_rows) {
     rows.held = torch::stable::contiguous(tensor);
   }
   const int64_t element_bytes = static_cast<int64_t>(tensor.element_size());
   rows.data = static_cast<const char*>(rows.held.const_data_ptr());
-  rows.row_bytes = rows.width * element_bytes;
-  rows.stride_bytes = rows.held.stride(0) * element_bytes;
+  rows.row_bytes = product(rows.width, element_bytes);
+  // A single row may claim any distance to the next.
+  rows.stride_bytes = rows.count > 1 ? rows.held.stride(0) * element_bytes : 0;
   return rows;
 }
 

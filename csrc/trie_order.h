@@ -13,11 +13,13 @@
 namespace radix {
 
 struct TrieOrder {
+  // The first two are copies, so that nobody changes what was checked.
   Integers starts;    // [num_runs + 1], the first row of each run
   Integers firsts;    // [num_runs + 1], where in kv_index the path to each run begins
-  Integers kv_index;  // the rows of each path
+  Integers kv_index;  // [num_tokens], the rows of each path
   int64_t num_runs;
   int64_t num_rows;
+  int64_t num_tokens;
   int32_t* parent;           // [num_runs], the row that each run continues, or -1
   int32_t* above;            // [num_runs], that row's run, or -1
   int32_t* size;             // [num_runs], the rows of each run and of all below it
@@ -26,7 +28,7 @@ struct TrieOrder {
   const int32_t* branches;   // [num_rows + 2], the runs of parent p are those ranked branches[p + 1] .. branches[p + 2]
   const int32_t* by_parent;  // [num_runs], the run of each rank
   int32_t* rank;             // [num_runs]
-  int32_t* sums;             // [num_runs + 1], the sizes of the subtrees of all ranks before each
+  uint32_t* sums;            // [num_runs + 1], the sizes of the subtrees of all ranks before each, modulo 2^32
   int32_t* enter;            // [num_rows] each, the outputs
   int32_t* leave;
   int32_t* depth;
@@ -56,22 +58,39 @@ struct TrieOrder {
     return low;
   }
 
-  // Whether a run is one that a fold makes, as far as that keeps all reads and writes in bounds.
-  RADIX_BOTH bool is_sound(int64_t run, int64_t num_tokens) const {
-    if (run == 0 && (starts[0] != 0 || firsts[0] != 0)) {
+  // Whether the ends of a run lie in order and within rows and tokens, whatever numbers they are.
+  RADIX_BOTH bool has_sound_ends(int64_t run) const {
+    const int64_t start = starts[run];
+    const int64_t end = starts[run + 1];
+    const int64_t first = firsts[run];
+    const int64_t last = firsts[run + 1];
+    if (run == 0 && (start != 0 || first != 0)) {
       return false;
     }
-    if (length(run) < 0 || starts[run + 1] > num_rows || prefix(run) < 0 || firsts[run + 1] > num_tokens) {
-      return false;
-    }
-    const int64_t row = prefix(run) > 0 ? kv_index[firsts[run] + prefix(run) - 1] : 0;
-    return row >= 0 && (prefix(run) == 0 || row < starts[run]);
+    return 0 <= start && start <= end && end <= num_rows && 0 <= first && first <= last && last <= num_tokens &&
+           last - first >= end - start;
   }
 
-  RADIX_BOTH void find_parent(int64_t run) const {
-    const int64_t row = prefix(run) > 0 ? kv_index[firsts[run] + prefix(run) - 1] : -1;
+  // Of a run with sound ends. False where the row that it continues is none before it, or has another depth than the
+  // run's path says: so no chain of runs is longer than a path.
+  RADIX_BOTH bool find_parent(int64_t run) const {
+    const int64_t rows_above = prefix(run);
+    const int64_t row = rows_above > 0 ? kv_index[firsts[run] + rows_above - 1] : -1;
     parent[run] = static_cast<int32_t>(row);
-    above[run] = row < 0 ? -1 : static_cast<int32_t>(run_of(row));
+    above[run] = -1;
+    if (rows_above == 0) {
+      return true;
+    }
+    if (row < 0 || row >= starts[run]) {
+      return false;
+    }
+    // On CUDA this thread knows nothing of the ends of other runs.
+    const int64_t continued = run_of(row);
+    if (continued >= run) {
+      return false;
+    }
+    above[run] = static_cast<int32_t>(continued);
+    return rows_above == prefix(continued) + row - starts[continued] + 1;
   }
 
   // The rows of the runs that leave `run` at `row` or deeper, and of all below them.
@@ -109,7 +128,8 @@ struct TrieOrder {
 
 using Order = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The outputs, and an order whose inputs and outputs are set. `held` keeps contiguous inputs alive.
+// The outputs, and an order whose inputs, neither checked nor copied, and outputs are set. `held` keeps contiguous
+// inputs alive.
 inline std::tuple<TrieOrder, Order> begin_trie_order(
     const Tensor& cu_seqlens_q,
     const Tensor& cu_seqlens_k,
@@ -153,6 +173,7 @@ inline std::tuple<TrieOrder, Order> begin_trie_order(
   order.kv_index = integers_of(held[2]);
   order.num_runs = cu_seqlens_q.size(0) - 1;
   order.num_rows = num_rows;
+  order.num_tokens = kv_index.size(0);
   auto data = [](Tensor& tensor) { return static_cast<int32_t*>(tensor.mutable_data_ptr()); };
   order.enter = data(std::get<0>(outputs));
   order.leave = data(std::get<1>(outputs));

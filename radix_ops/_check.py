@@ -32,6 +32,23 @@ def check_devices(op: str, device: torch.device, **tensors: Tensor) -> None:
             )
 
 
+def check_storages(op: str, **tensors: Tensor) -> None:
+    """Raises RuntimeError unless each tensor's storage holds what its sizes and strides claim.
+
+    A storage may have been resized below its tensors, as FSDP does with parameters that it has put away, and kernels of
+    torch's read past its end. For kernels alone: a fake tensor has no storage.
+    """
+    for name, tensor in tensors.items():
+        held = tensor.untyped_storage().nbytes()
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        claimed = (tensor.storage_offset() + last + 1) * tensor.element_size() if tensor.numel() else 0
+        if claimed > held:
+            raise RuntimeError(
+                f"radix::{op}: {name} claims {claimed} bytes of a storage that holds {held}; it was resized, "
+                "or its data is not allocated"
+            )
+
+
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, sliding_window: int) -> None:
     """Raises RuntimeError unless q [rows, H, D], k [keys, H_kv, D] and v [keys, H_kv, D_v] can attend."""
 
@@ -46,6 +63,7 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, sliding_window: int) -> 
         if tensor.dtype != q.dtype:
             fail(f"q, k and v must have one dtype, got {q.dtype} for q and {tensor.dtype} for {name}")
     check_devices(op, q.device, k=k, v=v)
+    check_storages(op, q=q, k=k, v=v)
     if k.shape[:2] != v.shape[:2]:
         fail(f"k and v must have equal rows and heads, got {list(k.shape)} and {list(v.shape)}")
     if k.shape[2] != q.shape[2]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._check import MAX_WINDOW, check_index_like, check_qkv
+from ._check import MAX_WINDOW, check_index_like, check_qkv, check_storages
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -92,6 +92,7 @@ def flash_attention_backward(
 def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window) -> None:
     check_qkv("flash_attention", q, k, v, sliding_window)
     check_index_like("flash_attention", q.device, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_storages("flash_attention", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     if q.dtype not in DTYPES:
         raise RuntimeError(f"radix::flash_attention: q, k and v must be bfloat16 or float16, got {q.dtype}")
     if max(q.shape[2], v.shape[2]) > MAX_HEAD_DIM:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _flash
-from ._check import MAX_WINDOW, check_index_like, check_qkv, is_finite
+from ._check import MAX_WINDOW, check_index_like, check_qkv, check_storages, is_finite
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Queries and keys of a tile: its scores stay in the cache.
@@ -120,6 +120,7 @@ def _tiles(edges: _Edges, window: int, max_queries: int, k: Tensor, v: Tensor) -
 def _check(op, q, k, v, enter, leave, depth, row_of, path, kv_index, cu_seqlens_q, num_nodes, sliding_window) -> None:
     by_row = {"enter": enter, "leave": leave, "depth": depth, "row_of": row_of, "path": path}
     check_index_like(op, q.device, **by_row, kv_index=kv_index, cu_seqlens_q=cu_seqlens_q)
+    check_storages(op, **by_row, kv_index=kv_index, cu_seqlens_q=cu_seqlens_q)
     check_qkv(op, q, k, v, sliding_window)
     for name, tensor in {"k and v": k, **by_row}.items():
         if tensor.shape[0] != q.shape[0]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._check import check_index_like, check_qkv, is_finite
+from ._check import check_index_like, check_qkv, check_storages, is_finite
 
 # Queries that share one dense mask: as a whole, the mask of 2048 queries over 8192 keys would take 128 MiB in fp32.
 _MAX_BLOCK_ROWS = 256
@@ -35,6 +35,7 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window) -> tuple[list[in
 
     check_qkv("varlen_attention", q, k, v, sliding_window)
     check_index_like("varlen_attention", q.device, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_storages("varlen_attention", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     if not ends_q or len(ends_q) != len(ends_k) or ends_q[0] != 0 or ends_k[0] != 0:
         fail(

@@ -67,8 +67,10 @@ sums each row's entries one after another, in ascending order (the .csr overload
 of more than 128 entries is summed in up to 128 parts, and the parts in order: the same bits on every run there too.
 The attention ops can be differentiated once.
 
-Malformed arguments raise RuntimeError, which names the argument, before memory outside the arguments is read. Tensors
-have at most 64 dimensions.
+Malformed arguments raise RuntimeError, which names the argument, before memory outside the arguments is read; so do
+tensors whose storage was resized below what they claim. Tensors have at most 64 dimensions. On the CPU no entry of an
+index or another table is read again once it is checked: where another thread rewrites one meanwhile, there is an error
+or some answer, and no crash.
 
 A fold looks tokens up by hashes under a key of its own, which comes from the operating system, not from torch: no
 answer rests on it, and nobody can choose tokens that collide. Where they do all the same, a second key is tried, and
@@ -76,9 +78,9 @@ then sorting, which no input makes quadratic.
 
 On CUDA, all ops run on the current stream. The folds copy 36 bytes to the host, once (again for a second key and for
 sorting), and wait for them: they can't be captured in a CUDA graph; the others can, and never wait. cu_seqlens is
-checked by fold; a value of index, indptr or members that is out of range, or members that are not the inverse of index
-in scatter_add, are device asserts, as in torch.index_select. (gather.csr takes from the inverse only which rows to keep
-in the cache.)
+checked by fold; a value of index, indptr or members that is out of range, members that are not the inverse of index in
+scatter_add, or tables of trie_order that are no fold's, are device asserts, as in torch.index_select. (gather.csr takes
+from the inverse only which rows to keep in the cache.)
 """
 
 from __future__ import annotations

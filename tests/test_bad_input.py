@@ -340,6 +340,31 @@ def test_none_is_refused(op, arguments, device):
                 op(*given)
 
 
+def test_a_storage_resized_below_its_tensor_is_refused(device):
+    """FSDP frees a parameter's memory so and leaves its shape."""
+    for op, arguments in CALLS:
+        if op is RADIX.flash_attention.default and device == "cpu":
+            continue  # which refuses all tensors there
+        for position, argument in enumerate(arguments):
+            for left in (0, 1) if isinstance(argument, torch.Tensor) else ():
+                given = to(device, arguments)
+                # Behind an offset, which counts as well.
+                given[position] = torch.stack([argument, argument]).to(device)[1]
+                size = given[position].untyped_storage().nbytes()
+                given[position].untyped_storage().resize_(left * (size - 1))
+                message = (
+                    f"^radix::[a-z_.]+: \\w+ claims {size} bytes of a storage that holds {left * (size - 1)}; it was"
+                )
+                with pytest.raises(RuntimeError, match=message):
+                    op(*given)
+
+
+def test_a_row_alone_may_claim_any_stride():
+    x = torch.arange(4.0).as_strided((1, 4), (2**62, 1))
+    assert RADIX.gather(x, torch.tensor([0, 0])).tolist() == [[0, 1, 2, 3]] * 2
+    assert RADIX.scatter_add(x, torch.tensor([1]), 2).tolist() == [[0, 0, 0, 0], [0, 1, 2, 3]]
+
+
 @pytest.mark.cuda
 @each_call
 def test_tensors_on_the_cpu_and_on_cuda_are_refused(op, arguments):

@@ -353,6 +353,17 @@ ASSERTS = {
         "sums(wide, zeros, to([0, 300, 300, 300]), to([*range(200), *range(50, 100), *range(250, 300)]))",
         "lists an entry twice",
     ),
+    # Of int64, the length and the prefix of a run that ends at -2^63 overflow and are positive.
+    "trie_order differences overflow": (
+        "order(to([0, 4, 5, -(2**63)]), to([0, 4, 6, 4 - 2**64 + 2**63 + 2**63]), to([0, 1, 2, 3, 0, 0, 0, 0, 2]), 5)",
+        "cu_seqlens_q must be a fold's",
+    ),
+    "trie_order int32 end": ("order(to([0, -(2**31), 3]).int(), *paths)", "cu_seqlens_q must be a fold's"),
+    "trie_order end past int32": ("order(to([0, 2, 3 + 2**32]), *paths)", "cu_seqlens_q must be a fold's"),
+    "trie_order path past int32": ("order(ends, to([0, 2, 4 + 2**32]), *paths[1:])", "cu_seqlens_k must be a fold's"),
+    "trie_order ends fall": ("order(to([0, 2, 1]), *paths)", "cu_seqlens_q and cu_seqlens_k must be a fold's"),
+    "trie_order parent past int32": ("order(ends, paths[0], to([0, 1, 2**32, 2]), 3)", "kv_index must be a fold's"),
+    "trie_order parent of another depth": ("order(ends, paths[0], to([0, 1, 1, 2]), 3)", "kv_index must be a fold's"),
 }
 
 
@@ -369,6 +380,8 @@ to = lambda values: torch.tensor(values).cuda()
 sums = lambda src, *inverse: R.scatter_add.csr(src, *inverse, 3)
 R.gather.csr(x, index, indptr, members), sums(x[:2], index, indptr, members)
 sums(wide, zeros, to([0, 300, 300, 300]), torch.arange(300).flip(0).cuda())
+order, ends, paths = R.trie_order, to([0, 2, 3]), (to([0, 2, 4]), to([0, 1, 0, 2]), 3)
+order(ends, *paths)
 torch.cuda.synchronize()
 print("sound")
 try:

@@ -265,3 +265,29 @@ def test_ops_have_fakes():
     torch.library.opcheck(ops.lexicographic_order.default, (ids, starts, lengths))
     torch.library.opcheck(ops.common_prefix_lengths.default, (ids, starts, lengths, torch.tensor([1, 0])))
     torch.library.opcheck(ops.cut_batches.default, (lengths, torch.tensor([0, 1]), 2, 9, 9, 9))
+
+
+def within(limits, lengths, shared):
+    sizes = sum(lengths) - sum(shared), sum(lengths), max(lengths) * len(lengths), len(lengths)
+    return all(size <= limit for size, limit in zip(sizes, limits, strict=True))
+
+
+def test_cuts_of_lengths_whose_sums_no_int64_holds():
+    """Lengths, costs and limits near 2^63, against all ways to cut, in Python's integers."""
+    huge = 2**63 - 1
+    for lengths, shared, limits, batch_cost in (
+        ([huge] * 4, [0, huge, huge, huge], (huge,) * 4, 0),
+        ([huge] * 4, [0, huge, 5, huge], (huge, huge, huge, 2), huge),
+        ([huge, 2**62, 2**62, 1], [0, 1, 2**61, 1], (2**62, huge, huge, huge), 3),
+        ([1] * 6, [0] + [1] * 5, (huge, 2, huge, huge), huge),
+    ):
+        count = len(lengths)
+        costs = {}
+        for cuts in itertools.product([False, True], repeat=count - 1):
+            ends = [i + 1 for i, cut in enumerate(cuts) if cut] + [count]
+            begins = [0, *ends[:-1]]
+            parts = [(lengths[begin:end], shared[begin + 1 : end]) for begin, end in zip(begins, ends, strict=True)]
+            if all(len(part) == 1 or within(limits, part, common) for part, common in parts):
+                costs[tuple(ends)] = sum(batch_cost + (shared[begin] if begin else 0) for begin in begins)
+        got = ops.cut_batches(torch.tensor(lengths), torch.tensor(shared), *limits, batch_cost).tolist()
+        assert costs[tuple(got)] == min(costs.values())

@@ -53,6 +53,40 @@ def test_order_tells_ancestors(device):
             assert torch.equal(on_path, sees[row].nonzero()[:, 0])
 
 
+def wrapped(number):
+    """The int64 with the same last 64 bits."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def overflowing(length):
+    """Runs 0 (`length` rows), 1 and 2, of which the last ends at -2^63: in int64 its length and prefix are positive.
+
+    A kernel that subtracts before it compares writes `length` entries in front of its memory.
+    """
+    start = length + 1
+    last = length + 2 + 3 + wrapped(-(2**63) - start)
+    kv_index = torch.zeros(length + 5, dtype=torch.int64)
+    kv_index[:length] = torch.arange(length)
+    kv_index[length + 4] = 2
+    return (
+        torch.tensor([0, length, start, -(2**63)]),
+        torch.tensor([0, length, length + 2, wrapped(last)]),
+        kv_index,
+        start,
+    )
+
+
+# Tables of a fold with one number far outside, and what such a number is cut to as int32, which is inside.
+FAR_OUTSIDE = [
+    (overflowing(4), "differences overflow"),
+    ((torch.tensor([0, 2, 3 + 2**32]), torch.tensor([0, 2, 4]), torch.tensor([0, 1, 0, 2]), 3), "an end of rows"),
+    ((torch.tensor([0, 2, 3]), torch.tensor([0, 2, 4 + 2**32]), torch.tensor([0, 1, 0, 2]), 3), "an end of paths"),
+    ((torch.tensor([0, 2, 3]), torch.tensor([0, 2, 4]), torch.tensor([0, 1, 2**32, 2]), 3), "a parent"),
+    ((torch.tensor([2**32, 2, 3]), torch.tensor([0, 2, 4]), torch.tensor([0, 1, 0, 2]), 3), "a start"),
+    ((torch.tensor([0, -(2**31), 3]).int(), torch.tensor([0, 2, 4]), torch.tensor([0, 1, 0, 2]), 3), "of int32"),
+]
+
+
 def test_order_refuses_what_no_fold_makes():
     ends, keys = torch.tensor([0, 2, 3]), torch.tensor([0, 1, 0, 2])
     RADIX.trie_order(ends, torch.tensor([0, 2, 4]), keys, 3)
@@ -64,6 +98,8 @@ def test_order_refuses_what_no_fold_makes():
         (torch.tensor([0, 2, 1]), torch.tensor([0, 2, 4]), keys, 3),
         (ends, torch.tensor([0, 2, 4]), torch.tensor([0, 1, 2, 2]), 3),  # a parent that comes after its branch
         (ends, torch.tensor([0, 2, 4]), torch.tensor([0, 1, -1, 2]), 3),
+        (ends, torch.tensor([0, 2, 4]), torch.tensor([0, 1, 1, 2]), 3),  # a path of one row above to a row of depth 1
+        *(runs for runs, _ in FAR_OUTSIDE),
     ):
         with pytest.raises(
             RuntimeError, match=r"must be a fold's, and num_rows at least its rows; run \d does not fit$"
@@ -73,6 +109,20 @@ def test_order_refuses_what_no_fold_makes():
         RADIX.trie_order(ends, torch.tensor([0, 2]), keys, 3)
     with pytest.raises(RuntimeError, match="num_rows must be from 0 to 2147483646, got -1$"):
         RADIX.trie_order(ends, torch.tensor([0, 2, 4]), keys, -1)
+
+
+def test_sizes_of_subtrees_may_sum_to_more_than_32_bits():
+    """A chain of runs of which each holds all below it, and a long one at its end."""
+    chain, long = 1500, 1_500_000
+    starts = torch.arange(chain + 1)
+    cu_q = torch.cat([starts, torch.tensor([chain + long])])
+    lengths = torch.cat([starts[1:], torch.tensor([chain + long])])
+    kv_index = torch.cat([torch.arange(n) for n in lengths.tolist()])
+    order = RADIX.trie_order(cu_q, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), kv_index, chain + long)
+    rows = torch.arange(chain + long, dtype=torch.int32)
+    for numbers in (order[0], order[2], order[3]):  # a path: rows are numbered as they stand
+        assert torch.equal(numbers, rows)
+    assert (order[1] == chain + long).all()
 
 
 class RowsRead(TorchDispatchMode):

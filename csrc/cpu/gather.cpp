@@ -1,6 +1,7 @@
 // radix::gather and radix::gather.csr on the CPU: x[index] over dim 0, of any dtype, as copies of rows.
 #include "rows.h"
 
+#include <mutex>
 #include <tuple>
 
 namespace radix {
@@ -8,32 +9,53 @@ namespace {
 
 // Rows may stand at any byte, so they are moved as bytes; the compiler makes one load and store of each.
 template <int64_t kRowBytes, typename Index>
-void copy_fixed_rows(const Rows& x, const Index* index, int64_t begin, int64_t end, char* out) {
+void copy_fixed_rows(const Rows& x, const Index* wanted, int64_t count, char* out) {
   const char* data = x.data;
   const int64_t stride_bytes = x.stride_bytes;
-  for (int64_t i = begin; i < end; ++i) {
-    std::memcpy(out + i * kRowBytes, data + static_cast<int64_t>(index[i]) * stride_bytes, kRowBytes);
+  for (int64_t i = 0; i < count; ++i) {
+    std::memcpy(out + i * kRowBytes, data + static_cast<int64_t>(wanted[i]) * stride_bytes, kRowBytes);
   }
 }
 
 template <typename Index>
-void copy_rows(const Rows& x, const Index* index, int64_t begin, int64_t end, char* out) {
+void copy_rows(const Rows& x, const Index* wanted, int64_t count, char* out) {
   // Rows of one element are common (ids, positions, masks) and too short for a call each.
   switch (x.row_bytes) {
+    case 0:
+      return;
     case 1:
-      return copy_fixed_rows<1>(x, index, begin, end, out);
+      return copy_fixed_rows<1>(x, wanted, count, out);
     case 2:
-      return copy_fixed_rows<2>(x, index, begin, end, out);
+      return copy_fixed_rows<2>(x, wanted, count, out);
     case 4:
-      return copy_fixed_rows<4>(x, index, begin, end, out);
+      return copy_fixed_rows<4>(x, wanted, count, out);
     case 8:
-      return copy_fixed_rows<8>(x, index, begin, end, out);
+      return copy_fixed_rows<8>(x, wanted, count, out);
     default:
-      for (int64_t i = begin; i < end; ++i) {
-        std::memcpy(out + i * x.row_bytes, x.data + static_cast<int64_t>(index[i]) * x.stride_bytes, x.row_bytes);
+      for (int64_t i = 0; i < count; ++i) {
+        std::memcpy(out + i * x.row_bytes, x.data + static_cast<int64_t>(wanted[i]) * x.stride_bytes, x.row_bytes);
       }
   }
 }
+
+// The first of the bad entries that threads find.
+class FirstBad {
+ public:
+  void add(const BadEntry& bad) {
+    if (bad.at >= 0) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      first_ = first_.at < 0 || bad.at < first_.at ? bad : first_;
+    }
+  }
+
+  const BadEntry& first() const {
+    return first_;
+  }
+
+ private:
+  std::mutex mutex_;
+  BadEntry first_;
+};
 
 Tensor gather_rows(const char* op, const char* name, const Tensor& x, const Tensor& index) {
   check_index_like(op, "index", index, cpu());
@@ -43,12 +65,16 @@ Tensor gather_rows(const char* op, const char* name, const Tensor& x, const Tens
   Tensor out = empty_rows(x, length, cpu());
   with_index_type(index, [&](auto type) {
     using Index = decltype(type);
-    const Index* wanted = static_cast<const Index*>(held_index.const_data_ptr());
-    check_in_range(op, "index", wanted, length, rows.count, "rows");
-    if (rows.row_bytes > 0) {
-      char* out_data = static_cast<char*>(out.mutable_data_ptr());
-      parallel_over(
-          length, rows.row_bytes, [&](int64_t begin, int64_t end) { copy_rows(rows, wanted, begin, end, out_data); });
+    const Index* entries = static_cast<const Index*>(held_index.const_data_ptr());
+    char* out_data = static_cast<char*>(out.mutable_data_ptr());
+    FirstBad bad;
+    parallel_over(length, rows.row_bytes, [&](int64_t begin, int64_t end) {
+      bad.add(for_entries(entries, begin, end, rows.count, [&](int64_t first, const Index* wanted, int64_t count) {
+        copy_rows(rows, wanted, count, out_data + first * rows.row_bytes);
+      }));
+    });
+    if (bad.first().at >= 0) {
+      refuse_entry(op, "index", bad.first(), rows.count, "rows");
     }
   });
   return out;

@@ -10,9 +10,8 @@ namespace {
 
 struct Sequences {
   Tensor ids;
-  std::vector<Tensor> held;
-  Integers starts;
-  Integers lengths;
+  std::vector<int64_t> starts;
+  std::vector<int64_t> lengths;
   int64_t count;
 };
 
@@ -27,10 +26,7 @@ Sequences sequences_of(const char* op, const Tensor& input_ids, const Tensor& st
       starts.size(0),
       " and ",
       lengths.size(0));
-  Sequences sequences{
-      as_contiguous(input_ids), {as_contiguous(starts), as_contiguous(lengths)}, {}, {}, starts.size(0)};
-  sequences.starts = integers_of(sequences.held[0]);
-  sequences.lengths = integers_of(sequences.held[1]);
+  Sequences sequences{as_contiguous(input_ids), values_of(starts), values_of(lengths), starts.size(0)};
   const int64_t num_tokens = input_ids.size(0);
   for (int64_t i = 0; i < sequences.count; ++i) {
     const int64_t start = sequences.starts[i];
@@ -176,9 +172,9 @@ Tensor lexicographic_order_cpu(const Tensor& input_ids, const Tensor& starts, co
 }
 
 template <typename Id>
-void measure(const Sequences& sequences, Integers order, int64_t count, int64_t* shared) {
+void measure(const Sequences& sequences, const std::vector<int64_t>& order, int64_t* shared) {
   const Id* ids = sequences.ids.const_data_ptr<Id>();
-  for (int64_t i = 1; i < count; ++i) {
+  for (size_t i = 1; i < order.size(); ++i) {
     const int64_t before = order[i - 1];
     const int64_t after = order[i];
     const int64_t end = std::min(sequences.lengths[before], sequences.lengths[after]);
@@ -191,8 +187,7 @@ Tensor common_prefix_lengths_cpu(
   const char* op = "common_prefix_lengths";
   const Sequences sequences = sequences_of(op, input_ids, starts, lengths);
   check_index_like(op, "order", order, cpu());
-  const Tensor held = as_contiguous(order);
-  const Integers indices = integers_of(held);
+  const std::vector<int64_t> indices = values_of(order);
   const int64_t count = order.size(0);
   for (int64_t i = 0; i < count; ++i) {
     RADIX_CHECK(
@@ -210,9 +205,12 @@ Tensor common_prefix_lengths_cpu(
   if (count > 0) {
     out[0] = 0;
   }
-  (is_int32(sequences.ids) ? &measure<int32_t> : &measure<int64_t>)(sequences, indices, count, out);
+  (is_int32(sequences.ids) ? &measure<int32_t> : &measure<int64_t>)(sequences, indices, out);
   return shared;
 }
+
+// Of as many int64 as there may be.
+using Sum = __int128;
 
 // The cheapest cuts of a row of sequences. A batch that starts at sequence i computes again what i shares with the one
 // before it; that, and batch_cost for each batch, is what cuts cost. The cheapest cost of each front of the row follows
@@ -244,10 +242,7 @@ Tensor cut_batches_cpu(
     RADIX_CHECK(limit >= 1, op, name, " must be at least 1, got ", limit);
   }
   RADIX_CHECK(batch_cost >= 0, op, "batch_cost must not be negative, got ", batch_cost);
-  const Tensor held_lengths = as_contiguous(lengths);
-  const Tensor held_shared = as_contiguous(shared);
-  const Integers length = integers_of(held_lengths);
-  const Integers share = integers_of(held_shared);
+  const std::vector<int64_t> length = values_of(lengths), share = values_of(shared);
   const int64_t count = lengths.size(0);
   for (int64_t i = 0; i < count; ++i) {
     const bool fits = length[i] >= 0 && share[i] >= 0 && share[i] <= length[i] && (i == 0 || share[i] <= length[i - 1]);
@@ -260,13 +255,13 @@ Tensor cut_batches_cpu(
         i);
   }
 
-  std::vector<int64_t> cost(count + 1, 0);
+  std::vector<Sum> cost(count + 1, 0);
   std::vector<int64_t> last_cut(count + 1, 0);
   std::deque<int64_t> longest;  // of the window's sequences, those longer than all behind them
   std::deque<int64_t> cuts;     // of the window's possible last cuts, those no dearer than all behind them
   int64_t first = 0;
-  int64_t rows = 0;
-  int64_t tokens = 0;
+  Sum rows = 0;
+  Sum tokens = 0;
   const auto cost_of_cut = [&](int64_t i) { return cost[i] + (i > 0 ? share[i] : 0); };
   for (int64_t end = 1; end <= count; ++end) {
     const int64_t added = end - 1;

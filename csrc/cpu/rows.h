@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <type_traits>
 
 // A function marked with it is compiled for several vector widths, one of which is chosen when the library is loaded.
@@ -17,34 +18,36 @@
 
 namespace radix {
 
-// The largest index, where negative ones count as larger than all others.
+// Whether every index[i] is in [0, bound): bound - 1 - index[i] or index[i] itself is negative otherwise.
 template <typename T>
-RADIX_VECTOR_CLONES uint64_t largest_index(const T* index, int64_t length) {
-  std::make_unsigned_t<T> largest = 0;
+RADIX_VECTOR_CLONES bool all_in_range(const T* index, int64_t length, int64_t bound) {
+  using Unsigned = std::make_unsigned_t<T>;
+  const auto last = static_cast<Unsigned>(std::min<int64_t>(bound - 1, std::numeric_limits<T>::max()));
+  Unsigned signs = 0;
   for (int64_t i = 0; i < length; ++i) {
-    largest = std::max(largest, static_cast<std::make_unsigned_t<T>>(index[i]));
+    const auto entry = static_cast<Unsigned>(index[i]);
+    signs |= entry | static_cast<Unsigned>(last - entry);
   }
-  return largest;
+  return static_cast<T>(signs) >= 0;
 }
 
-// Raises unless every index[i] is in [0, bound). `what` says what the bound counts.
-template <typename T>
-inline void check_in_range(
-    const char* op, const char* name, const T* index, int64_t length, int64_t bound, const char* what) {
-  // Negative int32 are at least 2^31 as unsigned, whatever the bound.
-  const uint64_t limit = std::min<uint64_t>(static_cast<uint64_t>(bound), std::numeric_limits<T>::max() + uint64_t{1});
-  if (length == 0 || largest_index(index, length) < limit) [[likely]] {
-    return;
-  }
-  const T* bad = std::find_if(index, index + length, [bound](T i) { return i < 0 || i >= bound; });
-  RADIX_CHECK(bound > 0, op, name, "[", bad - index, "] is ", *bad, ", but there are no ", what, " to index");
+// An index's entry that is out of range, as it was read; `at` is negative where there is none.
+struct BadEntry {
+  int64_t at = -1;
+  int64_t value = 0;
+};
+
+// `what` says what the bound counts.
+[[noreturn]] inline void refuse_entry(
+    const char* op, const char* name, const BadEntry& bad, int64_t bound, const char* what) {
+  RADIX_CHECK(bound > 0, op, name, "[", bad.at, "] is ", bad.value, ", but there are no ", what, " to index");
   fail(
       op,
       name,
       "[",
-      bad - index,
+      bad.at,
       "] is ",
-      *bad,
+      bad.value,
       ", out of range for ",
       bound,
       " ",
@@ -52,6 +55,61 @@ inline void check_in_range(
       " (allowed: 0 to ",
       bound - 1,
       ")");
+}
+
+// Entries of an index that are read together, into a buffer in the first-level cache.
+constexpr int64_t kEntriesAtOnce = 512;
+
+// Calls use(first, entries, count) for stretches of index[begin:end], and ends at the first entry out of [0, bound),
+// which it returns. Entries are read once, so that what is used is what was checked, though another thread may write to
+// the tensor meanwhile.
+template <typename T, typename Use>
+inline BadEntry for_entries(const T* index, int64_t begin, int64_t end, int64_t bound, const Use& use) {
+  T entries[kEntriesAtOnce];
+  for (int64_t first = begin; first < end; first += kEntriesAtOnce) {
+    const int64_t count = std::min(kEntriesAtOnce, end - first);
+    std::memcpy(entries, index + first, count * sizeof(T));
+    if (!all_in_range(entries, count, bound)) [[unlikely]] {
+      const T* bad = std::find_if(entries, entries + count, [bound](T i) { return i < 0 || i >= bound; });
+      return BadEntry{first + (bad - entries), *bad};
+    }
+    use(first, entries, count);
+  }
+  return BadEntry{};
+}
+
+// Raises unless every index[i] is in [0, bound).
+template <typename T>
+inline void check_in_range(
+    const char* op, const char* name, const T* index, int64_t length, int64_t bound, const char* what) {
+  const BadEntry bad = for_entries(index, 0, length, bound, [](int64_t, const T*, int64_t) {});
+  if (bad.at >= 0) {
+    refuse_entry(op, name, bad, bound, what);
+  }
+}
+
+// Memory that is written before it is read.
+template <typename T>
+using Buffer = std::unique_ptr<T[]>;
+
+template <typename T>
+inline Buffer<T> buffer_of(int64_t length) {
+  return Buffer<T>(new T[length]);
+}
+
+// A copy of an index, for what reads entries more than once. Raises unless every index[i] is in [0, bound), which Out
+// holds.
+template <typename Out, typename T>
+inline Buffer<Out> checked_copy(
+    const char* op, const char* name, const T* index, int64_t length, int64_t bound, const char* what) {
+  Buffer<Out> copy = buffer_of<Out>(length);
+  const BadEntry bad = for_entries(index, 0, length, bound, [&](int64_t first, const T* entries, int64_t count) {
+    std::transform(entries, entries + count, copy.get() + first, [](T entry) { return static_cast<Out>(entry); });
+  });
+  if (bad.at >= 0) {
+    refuse_entry(op, name, bad, bound, what);
+  }
+  return copy;
 }
 
 // Runs body(begin, end) over [0, count), in parallel where the bytes moved are worth it. `body` must not throw.

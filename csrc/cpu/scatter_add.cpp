@@ -1,5 +1,6 @@
 // radix::scatter_add and radix::scatter_add.csr on the CPU: each output row is one sum over its segment of source
 // rows, always in the same order, so the result does not depend on the number of threads.
+#include "../integers.h"
 #include "inverse.h"
 #include "rows.h"
 
@@ -101,50 +102,55 @@ Tensor scatter_add_rows(const char* op, const char* name, const Tensor& src, con
   const Rows rows = rows_of(op, name, src, cpu());
   check_scatter_sizes(op, name, rows, index, num_rows);
   const Tensor held_index = as_contiguous(index);
-  return with_index_type(index, [&](auto type) {
-    using Index = decltype(type);
-    const Index* targets = static_cast<const Index*>(held_index.const_data_ptr());
-    check_in_range(op, "index", targets, rows.count, num_rows, "rows (num_rows)");
-    Tensor out = empty_rows(src, num_rows, cpu());
-    auto sum = [&](auto inverse_type) {
-      std::vector<decltype(inverse_type)> indptr(num_rows + 1);
-      std::vector<decltype(inverse_type)> members(rows.count);
-      invert_index(targets, rows.count, num_rows, indptr.data(), members.data());
-      sum_by_dtype(op, name, rows, indptr.data(), members.data(), num_rows, out);
-    };
-    rows.count <= kMaxRows ? sum(int32_t{}) : sum(int64_t{});
-    return out;
+  const Buffer<int32_t> targets = with_index_type(index, [&](auto type) {
+    const auto* entries = static_cast<const decltype(type)*>(held_index.const_data_ptr());
+    return checked_copy<int32_t>(op, "index", entries, rows.count, num_rows, "rows (num_rows)");
   });
+  Tensor out = empty_rows(src, num_rows, cpu());
+  auto sum = [&](auto inverse_type) {
+    using Out = decltype(inverse_type);
+    const Buffer<Out> indptr = buffer_of<Out>(num_rows + 1);
+    const Buffer<Out> members = buffer_of<Out>(rows.count);
+    invert_index(targets.get(), rows.count, num_rows, indptr.get(), members.get());
+    sum_by_dtype(op, name, rows, indptr.get(), members.get(), num_rows, out);
+  };
+  rows.count <= kMaxRows ? sum(int32_t{}) : sum(int64_t{});
+  return out;
 }
 
+// An inverse of an index in memory that nobody else writes to.
+template <typename T>
+struct Inverse {
+  Buffer<T> indptr;
+  Buffer<T> members;
+};
+
 // Raises unless the members of each row j are the i with index[i] == j, each once: anything else is a wrong sum.
-template <typename Index, typename Inverse>
-void check_inverse(
-    const char* op,
-    const Index* index,
-    const Inverse* indptr,
-    const Inverse* members,
-    int64_t length,
-    int64_t num_rows) {
-  RADIX_CHECK(indptr[0] == 0, op, "indptr must start at 0, got ", indptr[0]);
+template <typename T>
+Inverse<T> checked_inverse(
+    const char* op, Integers index, const Tensor& indptr, const Tensor& members, int64_t length, int64_t num_rows) {
+  const Tensor held_indptr = as_contiguous(indptr);
+  const Tensor held_members = as_contiguous(members);
+  Buffer<T> ends = buffer_of<T>(num_rows + 1);
+  const Integers given_ends = integers_of(held_indptr);
+  int64_t end = given_ends[0];
+  RADIX_CHECK(end == 0, op, "indptr must start at 0, got ", end);
+  ends[0] = 0;
   for (int64_t j = 0; j < num_rows; ++j) {
-    RADIX_CHECK(
-        indptr[j] <= indptr[j + 1],
-        op,
-        "indptr must not decrease, got ",
-        indptr[j],
-        " and then ",
-        indptr[j + 1],
-        " at index ",
-        j + 1);
+    const int64_t next = given_ends[j + 1];
+    RADIX_CHECK(end <= next, op, "indptr must not decrease, got ", end, " and then ", next, " at index ", j + 1);
+    end = next;
+    ends[j + 1] = static_cast<T>(end);
   }
-  RADIX_CHECK(
-      indptr[num_rows] == length, op, "indptr must end at the length of members, ", length, ", got ", indptr[num_rows]);
-  check_in_range(op, "members", members, length, length, "entries of index");
+  RADIX_CHECK(end == length, op, "indptr must end at the length of members, ", length, ", got ", end);
+  Buffer<T> entries = with_index_type(members, [&](auto type) {
+    const auto* given = static_cast<const decltype(type)*>(held_members.const_data_ptr());
+    return checked_copy<T>(op, "members", given, length, length, "entries of index");
+  });
   std::vector<uint8_t> seen(length, 0);
   for (int64_t j = 0; j < num_rows; ++j) {
-    for (int64_t m = indptr[j]; m < indptr[j + 1]; ++m) {
-      const int64_t i = members[m];
+    for (int64_t m = ends[j]; m < ends[j + 1]; ++m) {
+      const int64_t i = entries[m];
       RADIX_CHECK(
           index[i] == j && !seen[i],
           op,
@@ -158,6 +164,7 @@ void check_inverse(
       seen[i] = 1;
     }
   }
+  return Inverse<T>{std::move(ends), std::move(entries)};
 }
 
 Tensor scatter_add_csr_rows(
@@ -173,27 +180,14 @@ Tensor scatter_add_csr_rows(
   check_scatter_sizes(op, name, rows, index, num_rows);
   check_inverse_shapes(op, index, indptr, members, num_rows, cpu());
   const Tensor held_index = as_contiguous(index);
-  return with_index_type(index, [&](auto index_type) {
-    using Index = decltype(index_type);
-    // indptr and members may differ in type; they are int32 together or both read as int64.
-    const bool narrow = is_int32(indptr) && is_int32(members);
-    auto run = [&](auto inverse_type) {
-      using Inverse = decltype(inverse_type);
-      auto held_as = [](const Tensor& tensor) {
-        constexpr ScalarType wanted = std::is_same_v<Inverse, int32_t> ? ScalarType::Int : ScalarType::Long;
-        return as_contiguous(tensor.scalar_type() == wanted ? tensor : torch::stable::to(tensor, wanted));
-      };
-      const Tensor held_indptr = held_as(indptr);
-      const Tensor held_members = held_as(members);
-      const Inverse* starts = static_cast<const Inverse*>(held_indptr.const_data_ptr());
-      const Inverse* entries = static_cast<const Inverse*>(held_members.const_data_ptr());
-      check_inverse(op, static_cast<const Index*>(held_index.const_data_ptr()), starts, entries, rows.count, num_rows);
-      Tensor out = empty_rows(src, num_rows, cpu());
-      sum_by_dtype(op, name, rows, starts, entries, num_rows, out);
-      return out;
-    };
-    return narrow ? run(int32_t{}) : run(int64_t{});
-  });
+  auto sum = [&](auto inverse_type) {
+    const auto inverse =
+        checked_inverse<decltype(inverse_type)>(op, integers_of(held_index), indptr, members, rows.count, num_rows);
+    Tensor out = empty_rows(src, num_rows, cpu());
+    sum_by_dtype(op, name, rows, inverse.indptr.get(), inverse.members.get(), num_rows, out);
+    return out;
+  };
+  return rows.count <= kMaxRows ? sum(int32_t{}) : sum(int64_t{});
 }
 
 Tensor scatter_add_cpu(const Tensor& src, const Tensor& index, int64_t num_rows) {

@@ -8,16 +8,23 @@ Order trie_order_cpu(const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, con
   std::vector<Tensor> held;
   auto [order, outputs] = begin_trie_order(cu_seqlens_q, cu_seqlens_k, kv_index, num_rows, cpu(), held);
   const int64_t num_runs = order.num_runs;
-  for (int64_t run = 0; run < num_runs; ++run) {
+  const auto check_run = [](int64_t run, bool fits) {
     RADIX_CHECK(
-        order.is_sound(run, kv_index.size(0)),
+        fits,
         "trie_order",
         "cu_seqlens_q, cu_seqlens_k and kv_index must be a fold's, and num_rows at least its rows; run ",
         run,
         " does not fit");
+  };
+  const std::vector<int64_t> starts = values_of(cu_seqlens_q), firsts = values_of(cu_seqlens_k);
+  order.starts = Integers{starts.data(), /*wide=*/true};
+  order.firsts = Integers{firsts.data(), /*wide=*/true};
+  for (int64_t run = 0; run < num_runs; ++run) {
+    check_run(run, order.has_sound_ends(run));
   }
   std::vector<int32_t> parent(num_runs), above(num_runs), size(num_runs, 0), number(num_runs), hop(num_runs);
-  std::vector<int32_t> branches(num_rows + 2, 0), by_parent(num_runs), rank(num_runs), sums(num_runs + 1, 0);
+  std::vector<int32_t> branches(num_rows + 2, 0), by_parent(num_runs), rank(num_runs);
+  std::vector<uint32_t> sums(num_runs + 1, 0);
   order.parent = parent.data();
   order.above = above.data();
   order.size = size.data();
@@ -29,7 +36,7 @@ Order trie_order_cpu(const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, con
   order.sums = sums.data();
 
   for (int64_t run = 0; run < num_runs; ++run) {
-    order.find_parent(run);
+    check_run(run, order.find_parent(run));
     ++branches[parent[run] + 2];
   }
   for (int64_t row = 1; row < num_rows + 2; ++row) {

@@ -108,8 +108,10 @@ struct Work {
   // from there on is compared with all before it.
   __device__ void assert_members(int64_t row, int64_t begin, int64_t end, int64_t m, int64_t step) const {
     for (; m < end; m += step) {
-      CUDA_KERNEL_ASSERT(index[members[m]] == row && "indptr and members are not the inverse of index");
-      if (m == begin || members[m - 1] < members[m]) {
+      const int64_t entry = members[m];
+      CUDA_KERNEL_ASSERT(entry >= 0 && entry < length && "members out of range");
+      CUDA_KERNEL_ASSERT(index[entry] == row && "indptr and members are not the inverse of index");
+      if (m == begin || members[m - 1] < entry) {
         continue;
       }
       for (int64_t later = m; later < end && (later == m || members[later - 1] < members[later]); ++later) {

@@ -9,10 +9,23 @@
 namespace radix {
 namespace {
 
-__global__ void find_parents(TrieOrder order, int64_t num_tokens, int32_t* group) {
+// Another stream may write to the tensors: what is checked and used is a copy.
+__global__ void copy_ends(TrieOrder order, int32_t* starts, int32_t* firsts) {
+  for_each(order.num_runs + 1, [&](int64_t i) {
+    const int64_t start = order.starts[i];
+    const int64_t first = order.firsts[i];
+    CUDA_KERNEL_ASSERT(start >= 0 && start <= order.num_rows && "cu_seqlens_q must be a fold's");
+    CUDA_KERNEL_ASSERT(first >= 0 && first <= order.num_tokens && "cu_seqlens_k must be a fold's");
+    starts[i] = static_cast<int32_t>(start);
+    firsts[i] = static_cast<int32_t>(first);
+  });
+}
+
+__global__ void find_parents(TrieOrder order, int32_t* group) {
   for_each(order.num_runs, [&](int64_t run) {
-    CUDA_KERNEL_ASSERT(order.is_sound(run, num_tokens) && "cu_seqlens_q, cu_seqlens_k and kv_index must be a fold's");
-    order.find_parent(run);
+    CUDA_KERNEL_ASSERT(order.has_sound_ends(run) && "cu_seqlens_q and cu_seqlens_k must be a fold's");
+    const bool fits = order.find_parent(run);
+    CUDA_KERNEL_ASSERT(fits && "cu_seqlens_q, cu_seqlens_k and kv_index must be a fold's");
     group[run] = order.parent[run] + 1;
     order.size[run] = 0;
   });
@@ -28,9 +41,9 @@ __global__ void find_sizes(TrieOrder order) {
   });
 }
 
-__global__ void rank_runs(TrieOrder order, int32_t* sizes_by_rank) {
+__global__ void rank_runs(TrieOrder order, uint32_t* sizes_by_rank) {
   for_each(order.num_runs + 1, [&](int64_t i) {
-    sizes_by_rank[i] = i < order.num_runs ? order.size[order.by_parent[i]] : 0;
+    sizes_by_rank[i] = i < order.num_runs ? static_cast<uint32_t>(order.size[order.by_parent[i]]) : 0;
     if (i < order.num_runs) {
       order.rank[order.by_parent[i]] = static_cast<int32_t>(i);
     }
@@ -64,7 +77,7 @@ Order trie_order_cuda(
   const int64_t num_runs = order.num_runs;
   const Device device(op, place);
   size_t scan_bytes = 0;
-  auto scan = [&](void* temporary, const int32_t* in, int32_t* out) {
+  auto scan = [&](void* temporary, const uint32_t* in, uint32_t* out) {
     check_cuda(op, cub::DeviceScan::ExclusiveSum(temporary, scan_bytes, in, out, num_runs + 1, device.stream()));
   };
   scan(nullptr, nullptr, nullptr);
@@ -77,9 +90,11 @@ Order trie_order_cuda(
   const int64_t branches_at = workspace.add<int32_t>(num_rows + 2);
   const int64_t by_parent_at = workspace.add<int32_t>(num_runs);
   const int64_t rank_at = workspace.add<int32_t>(num_runs);
-  const int64_t sums_at = workspace.add<int32_t>(num_runs + 1);
+  const int64_t sums_at = workspace.add<uint32_t>(num_runs + 1);
   const int64_t group_at = workspace.add<int32_t>(num_runs);
-  const int64_t sizes_by_rank_at = workspace.add<int32_t>(num_runs + 1);
+  const int64_t sizes_by_rank_at = workspace.add<uint32_t>(num_runs + 1);
+  const int64_t starts_at = workspace.add<int32_t>(num_runs + 1);
+  const int64_t firsts_at = workspace.add<int32_t>(num_runs + 1);
   const int64_t scan_at = workspace.add<char>(static_cast<int64_t>(scan_bytes));
   workspace.allocate(place);
   order.parent = workspace.at<int32_t>(parent_at);
@@ -90,12 +105,17 @@ Order trie_order_cuda(
   order.branches = workspace.at<int32_t>(branches_at);
   order.by_parent = workspace.at<int32_t>(by_parent_at);
   order.rank = workspace.at<int32_t>(rank_at);
-  order.sums = workspace.at<int32_t>(sums_at);
+  order.sums = workspace.at<uint32_t>(sums_at);
   int32_t* group = workspace.at<int32_t>(group_at);
-  int32_t* sizes_by_rank = workspace.at<int32_t>(sizes_by_rank_at);
+  uint32_t* sizes_by_rank = workspace.at<uint32_t>(sizes_by_rank_at);
+  int32_t* starts = workspace.at<int32_t>(starts_at);
+  int32_t* firsts = workspace.at<int32_t>(firsts_at);
 
+  device.launch_over(num_runs + 1, &copy_ends, order, starts, firsts);
+  order.starts = Integers{starts, /*wide=*/false};
+  order.firsts = Integers{firsts, /*wide=*/false};
   if (num_runs > 0) {
-    device.launch_over(num_runs, &find_parents, order, kv_index.size(0), group);
+    device.launch_over(num_runs, &find_parents, order, group);
     device.launch_over(num_runs, &find_sizes, order);
     invert_index<int32_t>(
         op,
