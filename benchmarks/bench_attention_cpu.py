@@ -1,7 +1,8 @@
-"""Attention over tries on the CPU, forward: the trie layout's kernel against the compact layout, and packed sequences.
+"""Attention over tries on the CPU: the trie layout's kernels against the compact layout, and packed sequences.
 
 compact and packed run torch's scaled_dot_product_attention a run (a sequence) at a time; packed attends all tokens, as
-where nothing is folded. Each is the best of several rounds that take turns.
+where nothing is folded. Each is the best of several rounds that take turns; "both" is a forward and its backward. In
+the comb each row of a long sequence has one more leaf.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ SHAPES = {
     "6 groups of 4 x (1800 + 2)": (4, 1800, 2, 6),
     "16 x 256, nothing shared": (1, 0, 256, 16),
 }
+COMB = 400
 # Heads of q, heads of k and v, head_dim.
 HEADS = {"SmolLM2-135M": (9, 3, 64), "Qwen3-0.6B": (16, 8, 128)}
 LARGEST_ERROR = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
@@ -33,15 +35,21 @@ LARGEST_ERROR = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 def main() -> None:
     args = harness.parse(harness.make_parser(__doc__, threads=2, rounds=5))
     rng = np.random.default_rng(0)
-    records = []
+    batches = {}
     for shape, (count, shared, rest, groups) in SHAPES.items():
-        sequences = []
+        batches[shape] = sequences = []
         for _ in range(groups):
             prefix = rng.integers(0, 30_000, shared).tolist()
             sequences += [prefix + rng.integers(0, 30_000, rest).tolist() for _ in range(count)]
+    batches[f"comb of {COMB:,}"] = [[*range(i), 10**6] for i in range(1, COMB)] + [list(range(COMB))]
+    records = []
+    for shape, sequences in batches.items():
         folded = FoldedBatch.from_sequences(sequences)
         packed = pack(torch.tensor(list(itertools.chain.from_iterable(sequences))), folded.cu_seqlens)
         for name, (heads, kv_heads, size) in HEADS.items():
+            # Unfolded, the comb has 100 times its rows.
+            if shape not in SHAPES and name != next(iter(HEADS)):
+                continue
             for dtype in LARGEST_ERROR:
                 records.append(measure(shape, name, folded, packed, (heads, kv_heads, kv_heads), size, dtype, args))
     harness.report("attention_cpu", records, args.save)
@@ -49,13 +57,19 @@ def main() -> None:
 
 def measure(shape, name, folded, packed, heads, size, dtype, args) -> dict:
     rows = [torch.randn(folded.num_rows, count, size).to(dtype) for count in heads]
-    tokens = [folded.unfold(x) for x in rows]
     plans = {layout: plan_attention(folded, layout) for layout in ("trie", "compact")}
     calls = {layout: functools.partial(attend, *rows, folded, plan) for layout, plan in plans.items()}
-    calls["packed"] = functools.partial(attend, *tokens, packed, plan_attention(packed, "compact"))
+    if shape in SHAPES:
+        tokens = [folded.unfold(x) for x in rows]
+        calls["packed"] = functools.partial(attend, *tokens, packed, plan_attention(packed, "compact"))
     exact = attention(*(x.double() for x in rows), folded, layout="compact")
     error = float((calls["trie"]() - exact).norm() / exact.norm())
     assert error < LARGEST_ERROR[dtype], error
+    inputs = [x.clone().requires_grad_() for x in rows]
+    grad = torch.randn_like(calls["trie"]())
+    for layout, plan in plans.items():
+        forward = functools.partial(attend, *inputs, folded, plan)
+        calls[f"{layout} both"] = lambda f=forward: torch.autograd.grad(f(), inputs, grad)
     seconds = harness.seconds_per_call(calls, args.rounds)
     return {
         "shape": shape,
@@ -65,7 +79,8 @@ def measure(shape, name, folded, packed, heads, size, dtype, args) -> dict:
         "keys repeated": len(folded.kv_index) / folded.num_nodes,
         **{f"{call_name} ms": 1e3 * value for call_name, value in seconds.items()},
         "compact / trie": seconds["compact"] / seconds["trie"],
-        "packed / trie": seconds["packed"] / seconds["trie"],
+        "packed / trie": seconds["packed"] / seconds["trie"] if "packed" in seconds else None,
+        "compact / trie, both": seconds["compact both"] / seconds["trie both"],
         "error": error,
     }
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from . import _threads  # noqa: F401  isort: skip  (imports torch)
+
 import torch
 
 __version__ = "0.1.0"

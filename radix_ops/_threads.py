@@ -1,0 +1,29 @@
+"""How threads of OpenMP wait for each other, which is settled as torch loads them.
+
+A parallel region ends where all threads have arrived, and a forward has hundreds of regions: the fewer rows, the more
+of them for the same work. GNU's threads spin there for milliseconds before they sleep. Beside other work that uses up
+the share of a processor that the thread which is waited for needs, and a folded run slows more than a plain one. With
+20,000 spins, a fraction of a millisecond, both slow by their fair share, and neither takes longer where nothing else
+runs (benchmarks/bench_busy_cpu.py).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+_SPINS = "20000"
+
+
+def _import_torch() -> None:
+    """Leaves alone who has imported torch already, and who says by a variable how threads should wait."""
+    if "torch" in sys.modules or {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        return
+    os.environ["GOMP_SPINCOUNT"] = _SPINS
+    try:
+        import torch  # noqa: F401
+    finally:
+        del os.environ["GOMP_SPINCOUNT"]
+
+
+_import_torch()
