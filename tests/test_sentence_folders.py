@@ -173,7 +173,30 @@ def answering(tmp_path, template=FLAT, false=5, processing=None, **options):
 def test_pairs_are_rendered_as_predict_renders_them(tmp_path, template, kind):
     folder, made = cross_encoder(tmp_path, template, kind)
     check(rerank(folder), made.predict(PAIRS))
-    check(rerank(tmp_path / "base"), made.predict(PAIRS))
+    # The folder that it was made of says nothing of the template.
+    base = tmp_path / "base"
+    check(rerank(base, *(["--template", "chat"] if template else [])), made.predict(PAIRS))
+    made[0].modality_config.pop("message", None)
+    check(rerank(base, *(["--template", "pairs"] if template else [])), made.predict(PAIRS))
+    check(rerank(folder, "--template", "pairs"), made.predict(PAIRS))
+
+
+def test_a_folder_that_says_nothing_of_a_template_that_takes_pairs_is_asked_about(tmp_path, capsys):
+    cross_encoder(tmp_path)
+    base = tmp_path / "base"
+    message = failing(capsys, "rerank", base)
+    assert "does not say whether its chat template, which takes a query and a document, renders its pairs" in message
+    assert "--template chat does so, as sentence-transformers 6 does; --template pairs leaves it aside" in message
+    pairs = rerank(base, "--template", "pairs")
+    # Versions without modules never rendered a pair.
+    config = json.loads((base / "config.json").read_text())
+    for old in ({"version": "5.2.0"}, {"version": "4.0.1", "activation_fn": "torch.nn.modules.activation.Sigmoid"}):
+        (base / "config.json").write_text(json.dumps({**config, "sentence_transformers": old}))
+        check(rerank(base), pairs)
+    model = save(tmp_path / "causal", head="ForCausalLM")
+    assert f"--template chat says how a cross-encoder reads, and --model {model} is none" in failing(
+        capsys, "rerank", tmp_path / "causal", "--template", "chat"
+    )
 
 
 @pytest.mark.parametrize("activation", [torch.nn.Identity(), torch.nn.Sigmoid()])

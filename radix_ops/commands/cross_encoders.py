@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
+
+from packaging.version import InvalidVersion, Version
 
 from .messages import Chat, Messages
 from .records import UserError
@@ -16,6 +17,7 @@ from .sentence_folder import (
     kind_of_class,
 )
 
+READINGS = ("pairs", "chat")  # of a pair: by the tokenizer, or by its chat template
 _ACTIVATIONS = {
     "torch.nn.modules.activation.Sigmoid": "sigmoid",
     "torch.nn.Sigmoid": "sigmoid",
@@ -34,7 +36,7 @@ class CrossEncoder:
     prompt: str = ""  # stands before the query, or is the system's message
     max_length: int | None = None
     messages: Messages | None = None  # where a chat template renders each pair
-    is_saved: bool = True  # by sentence-transformers, with modules
+    is_open: bool = False  # whether nothing is said of that
 
 
 def find_cross_encoder(name: str, config) -> CrossEncoder | None:
@@ -47,8 +49,10 @@ def find_cross_encoder(name: str, config) -> CrossEncoder | None:
     modules = find_modules(name, "rerank", lambda types: _check_modules(name, types))
     classifies = (getattr(config, "architectures", None) or [""])[0].endswith("ForSequenceClassification")
     if modules is None:
-        encoder = CrossEncoder(classifies, messages=Messages(), is_saved=False)
-        return dataclasses.replace(encoder, activation=_old_activation(name, config)) if classifies else None
+        if not classifies:
+            return None
+        activation, is_old = _of_config(name, config)
+        return CrossEncoder(True, activation=activation, is_open=not is_old)
     kinds = [module.kind for module in modules]
     if classifies == (kinds[-1] == "LogitScore"):
         raise UserError(
@@ -65,7 +69,7 @@ def find_cross_encoder(name: str, config) -> CrossEncoder | None:
     return CrossEncoder(
         classifies,
         None if classifies else _answers(name, modules[1], config),
-        _old_activation(name, config) if given is None else _activation(name, given),
+        _of_config(name, config)[0] if given is None else _activation(name, given),
         model.prompt,
         transformer.max_length,
         transformer.messages,
@@ -100,16 +104,22 @@ def _answers(name: str, module: Module, config) -> tuple[int, int | None]:
     return true, false
 
 
-def _old_activation(name: str, config) -> str:
-    """That of config.json, where older folders have it, and the sigmoid without one."""
+def _of_config(name: str, config) -> tuple[str, bool]:
+    """(activation, whether sentence-transformers saved it before it had modules) by the config.json."""
     given = getattr(config, "sentence_transformers", None)
     settings = Settings(name, "config.json, sentence_transformers,", "rerank", {} if given is None else given)
-    found = settings.text("activation_fn")
-    settings.text("version")
+    older = getattr(config, "sbert_ce_default_activation_function", None)
+    activation, version = settings.text("activation_fn"), settings.text("version")
     settings.close()
-    return _activation(
-        name, found or getattr(config, "sbert_ce_default_activation_function", None) or "torch.nn.Sigmoid"
-    )
+    is_old = older is not None or (version is not None and _is_before_modules(version))
+    return _activation(name, activation or older or "torch.nn.Sigmoid"), is_old
+
+
+def _is_before_modules(version: str) -> bool:
+    try:
+        return Version(version) < Version("5.4")
+    except InvalidVersion:
+        return False
 
 
 def _activation(name: str, activation) -> str:
@@ -121,22 +131,32 @@ def _activation(name: str, activation) -> str:
     return _ACTIVATIONS[activation]
 
 
-def chat_of(encoder: CrossEncoder, tokenizer, config) -> Chat | None:
-    """What renders the pairs of a cross-encoder, None where they are pairs to the tokenizer.
+def chat_of(name: str, encoder: CrossEncoder, reading: str | None, tokenizer, config) -> Chat | None:
+    """What renders the pairs of a cross-encoder, None where they are pairs to the tokenizer; `reading` is "chat" or
+    "pairs" where the user says so.
 
-    A folder that says nothing of that is rendered where its tokenizer has a chat template that takes a query and a
-    document, as sentence-transformers 6 does. UserError for a template that drops one of them where the folder says so.
+    UserError for a template that drops a query or a document, and where a folder leaves open whether a template that
+    takes both renders them: to sentence-transformers 6 it does, to those before and to transformers it doesn't.
     """
-    if encoder.messages is None:
+    if reading == "pairs" or (reading is None and encoder.messages is None and not encoder.is_open):
         return None
-    messages = encoder.messages.fitted(tokenizer, config.model_type)
-    chat = Chat(tokenizer, messages, encoder.prompt)
-    if encoder.is_saved:
-        chat.check(("query", "document"))
-        return chat
+    messages = (encoder.messages or Messages()).fitted(tokenizer, config.model_type)
+    chat, roles = Chat(tokenizer, messages, encoder.prompt), ("query", "document")
+    if reading is None and encoder.is_open:
+        if _takes(chat, tokenizer, roles):
+            raise UserError(
+                f"--model {name} does not say whether its chat template, which takes a query and a document, renders "
+                "its pairs: --template chat does so, as sentence-transformers 6 does; --template pairs leaves it aside"
+            )
+        return None
+    chat.check(roles)
+    return chat
+
+
+def _takes(chat: Chat, tokenizer, roles: tuple[str, ...]) -> bool:
     if getattr(tokenizer, "chat_template", None) is None:
-        return None
+        return False
     try:
-        return None if chat.dropped(("query", "document")) else chat
+        return not chat.dropped(roles)
     except UserError:  # of a template that knows no such roles
-        return None
+        return False

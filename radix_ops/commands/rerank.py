@@ -10,7 +10,7 @@ import torch
 
 from . import reranking, running
 from .common import FILE_HELP, add_command, check_output, read_records
-from .cross_encoders import CrossEncoder, chat_of, find_cross_encoder
+from .cross_encoders import READINGS, CrossEncoder, chat_of, find_cross_encoder
 from .fingerprint import fingerprint
 from .loading import load_config, load_runner, load_tokenizer
 from .records import UserError
@@ -38,10 +38,11 @@ tokens, as text or as ids. What stands behind {{document}} is tokenised apart, s
 whole; the text brings all special tokens along.
 
 A model with a classification head of one label (a cross-encoder) reads query and document as the pair that its
-tokenizer makes or, where the tokenizer has a chat template that takes the roles query and document, as that renders
-them; or in a template if one is given. Its score is the sigmoid of its logit. A folder that sentence-transformers saved
-says itself which of the two, how the logit becomes a score, and which prompt stands before each query; so does that of
-a language model with a LogitScore. What it sets and rerank does not know is refused by name.
+tokenizer makes (--template pairs) or as its tokenizer's chat template renders the roles query and document (--template
+chat), or in another template if one is given. Its score is the sigmoid of its logit. A folder that
+sentence-transformers saved says itself which of the two, how the logit becomes a score, and which prompt stands before
+each query; so does that of a language model with a LogitScore. What it sets and rerank does not know is refused by
+name. Where a folder says nothing and the template takes both roles, one of the two must be asked for.
 
 A document that is too long with its query is an error, unless --truncate-right; nothing else is ever cut.
 
@@ -81,7 +82,8 @@ def _run(args: argparse.Namespace, device: torch.device) -> None:
     if encoder is not None:
         answers, activation, recommended = encoder.answers, encoder.activation, encoder.max_length
     if template is None:
-        chat, prompt = chat_of(encoder, tokenizer, config), encoder.prompt
+        reading = args.template if args.template in READINGS else None
+        chat, prompt = chat_of(args.model, encoder, reading, tokenizer, config), encoder.prompt
     elif not classifies:
         answers = template.token_ids(tokenizer)
     max_length = running.max_length_of(args, config, tokenizer, recommended)
@@ -113,10 +115,12 @@ def _run(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def _template_of(args: argparse.Namespace, config, encoder: CrossEncoder | None) -> Template | None:
-    if args.template is not None:
+    if args.template is not None and args.template not in READINGS:
         return find_template(args.template)
     if encoder is not None:
         return None
+    if args.template is not None:
+        raise UserError(f"--template {args.template} says how a cross-encoder reads, and --model {args.model} is none")
     if config.model_type == "qwen3":
         return TEMPLATES["qwen3-reranker"]
     raise UserError(
@@ -147,6 +151,7 @@ def add_parser(commands) -> None:
     command.add_argument(
         "--template",
         metavar="T",
-        help=f"{' or '.join(TEMPLATES)}, or a JSON file (default: qwen3-reranker for Qwen3 language models)",
+        help=f"{' or '.join(TEMPLATES)}, or a JSON file (default: qwen3-reranker for Qwen3 language models); of a "
+        f"cross-encoder also {' or '.join(READINGS)}, see above",
     )
     running.add_length_arguments(command, "query with its document", "documents")
