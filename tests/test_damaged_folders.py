@@ -10,6 +10,7 @@ from test_cli import failing_command, write_jsonl
 from test_scoring import needs_hf, tiny_model, tiny_tokenizer
 
 from radix_ops import cli
+from radix_ops.commands.loading import hub_file
 from radix_ops.commands.records import UserError
 from radix_ops.commands.templates import find_template
 
@@ -104,3 +105,25 @@ def test_arguments_that_are_no_utf8_are_wrong_usage(arguments, option, capsys):
         cli.main([*arguments, option, os.fsdecode(b"a\xffb"), "file.txt"])
     assert stop.value.code == 2
     assert f"argument {option}: 'a\\udcffb' is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_file_that_may_be_on_the_hub_is_not_taken_for_absent(tmp_path, monkeypatch):
+    """Offline: a cache that transformers alone filled says nothing of how a model's states are pooled."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    commit = "a" * 40
+    model = tmp_path / "models--owner--name"
+    snapshot, absent = model / "snapshots" / commit, model / ".no_exist" / commit
+    for folder in (snapshot, absent, model / "refs"):
+        folder.mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
+    (snapshot / "config.json").write_text("{}")
+    assert hub_file("owner/name", "config.json") == snapshot / "config.json"
+    with pytest.raises(UserError, match=r"the modules.json of owner/name could not be loaded"):
+        hub_file("owner/name", "modules.json")
+    (absent / "modules.json").touch()
+    assert hub_file("owner/name", "modules.json") is None
+    (absent / "modules.json").unlink()
+    (snapshot / ".gitattributes").touch()
+    assert hub_file("owner/name", "modules.json") is None

@@ -176,7 +176,24 @@ def hub_file(name: str, file: str) -> Path | None:
         return path if (path := Path(name) / file).exists() else None
     _source(name, "--model")
     with loading(file, name):
-        from transformers.utils import cached_file
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-        return None if found is None else Path(found)
+        try:
+            return Path(hf_hub_download(name, file))
+        except LocalEntryNotFoundError:
+            # Offline, what is not in the cache may be on the hub all the same.
+            if _is_known_to_lack(name, file):
+                return None
+            raise
+        except EntryNotFoundError:
+            return None
+
+
+def _is_known_to_lack(name: str, file: str) -> bool:
+    """Whether the cache says that a hub model has no such file: by a mark, or as it holds all that there is."""
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
+    # Of a model that was downloaded whole; nobody asks for this file alone.
+    is_whole = isinstance(try_to_load_from_cache(name, ".gitattributes"), str)
+    return is_whole or try_to_load_from_cache(name, file) is _CACHED_NO_EXIST

@@ -85,7 +85,7 @@ def _run(args: argparse.Namespace, device: torch.device) -> None:
         reading = args.template if args.template in READINGS else None
         chat, prompt = chat_of(args.model, encoder, reading, tokenizer, config), encoder.prompt
     elif not classifies:
-        answers = template.token_ids(tokenizer)
+        answers, activation = template.token_ids(tokenizer), "sigmoid"
     max_length = running.max_length_of(args, config, tokenizer, recommended)
     lines = running.with_progress(records, "tokenising")
     items = reranking.encode(lines, tokenizer, template, max_length, args.truncate_right, chat, prompt)

@@ -47,7 +47,7 @@ def check_instruction(query: Query, template: Template | None) -> Query:
     if query.instruction is not None and not takes:
         raise UserError(
             f'{query.where} has an "instruction", which {"the template" if template else "a cross-encoder"} '
-            "does not take"
+            f"does not take{'' if template else '; a --template with {instruction} does'}"
         )
     if query.instruction is None and takes and template.instruction is None:
         raise UserError(f'{query.where} has no "instruction", and the template no default for it')
