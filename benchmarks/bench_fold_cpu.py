@@ -1,13 +1,20 @@
-"""fold on the CPU against the radix-mlp package, on one thread: ids and positions int64 for ours, uint32 for theirs."""
+"""fold on the CPU against the radix-mlp package, on one thread: ids and positions int64 for ours, uint32 for theirs.
+
+And radix_ops.compat, which takes and gives what radix-mlp does, over a grid like that of radix-mlp's own benches: how
+many times faster it is, by the time that each spends on the processor.
+"""
 
 from __future__ import annotations
+
+import itertools
+import time
 
 import harness
 import numpy as np
 import radix_mlp
 import torch
 
-import radix_ops  # noqa: F401  (registers torch.ops.radix)
+from radix_ops import compat  # registers torch.ops.radix
 
 BATCHES = {  # sequences, tokens each, shared fraction
     "32 x 2304, 0.89 shared": (32, 2304, 0.89),
@@ -18,6 +25,12 @@ BATCHES = {  # sequences, tokens each, shared fraction
 }
 TARGETS = dict(zip(BATCHES, (10, 10, 10, 10, 3), strict=True))
 VOCABULARY = 151_936
+GRID = {
+    "batch": (1, 2, 8, 32, 256, 2048),
+    "length": (3, 32, 512),
+    "shared": (0.0, 0.25, 0.5, 0.75, 1.0),
+    "pad_multiple_of": (None, 8),
+}
 
 
 def make(count: int, length: int, shared: float) -> list[np.ndarray]:
@@ -26,6 +39,47 @@ def make(count: int, length: int, shared: float) -> list[np.ndarray]:
     ids = rng.integers(0, VOCABULARY, (count, length))
     ids[:, :prefix] = ids[0, :prefix]
     return [ids.flatten(), np.tile(np.arange(length), count), np.arange(count + 1) * length]
+
+
+def processor_seconds(functions: dict, rounds: int) -> dict[str, float]:
+    """The least mean time on the processor of a few calls, over rounds that alternate between the functions."""
+    best = dict.fromkeys(functions, float("inf"))
+    calls = {}
+    for name, function in functions.items():
+        start = time.thread_time()
+        function()
+        calls[name] = max(1, int(0.002 / max(time.thread_time() - start, 1e-6)))
+    for _, (name, function) in itertools.product(range(rounds), functions.items()):
+        start = time.thread_time()
+        for _ in range(calls[name]):
+            function()
+        best[name] = min(best[name], (time.thread_time() - start) / calls[name])
+    return best
+
+
+def grid(rounds: int) -> list[dict[str, object]]:
+    rows = []
+    for count, length, shared, multiple in itertools.product(*GRID.values()):
+        given = [array.astype(np.uint32) for array in make(count, length, shared)]
+        want = radix_mlp.compute_fold_and_scatter(*given, multiple)
+        got = compat.compute_fold_and_scatter(*given, multiple)
+        assert all(np.array_equal(w, g) for w, g in zip(want, got, strict=True)), (count, length, shared, multiple)
+        seconds = processor_seconds(
+            {
+                "radix-mlp": lambda x=given, m=multiple: radix_mlp.compute_fold_and_scatter(*x, m),
+                "compat": lambda x=given, m=multiple: compat.compute_fold_and_scatter(*x, m),
+            },
+            rounds,
+        )
+        rows.append(
+            {
+                **dict(zip(GRID, (count, length, shared, multiple), strict=True)),
+                "rows": len(got[0]),
+                **{f"{name} us": value * 1e6 for name, value in seconds.items()},
+                "radix-mlp / compat": seconds["radix-mlp"] / seconds["compat"],
+            }
+        )
+    return rows
 
 
 def main() -> None:
@@ -59,6 +113,7 @@ def main() -> None:
             }
         )
     harness.report("fold_cpu", rows, args.save)
+    harness.report("fold_grid_cpu", grid(4 * args.rounds), args.save)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ import torch
 from batches import NAMED, pack, random_positions, random_sequences
 
 from radix_ops import compat
+
+NAMES = ("input_ids", "position_ids", "cu_seq_lengths")
 
 
 def arrays(sequences, positions=None):
@@ -29,10 +34,33 @@ def assert_same(got, want):
 
 def test_every_public_function_of_radix_mlp_is_here():
     assert compat.__all__ == radix_mlp.__all__
-    assert isinstance(compat.__version__, str)
+    assert compat.__version__ == radix_mlp.__version__
+    assert isinstance(compat.torch, types.ModuleType)
+    assert compat.torch.__name__ == "radix_ops.compat.torch"
+    assert compat.torch.__all__ == radix_mlp.torch.__all__
     for name in radix_mlp.__all__:
         ours, theirs = inspect.signature(getattr(compat, name)), inspect.signature(getattr(radix_mlp, name))
         assert list(ours.parameters)[: len(theirs.parameters)] == list(theirs.parameters)
+
+
+PROGRAM = """
+import numpy as np
+import torch
+from radix_mlp import __version__, compute_fold_and_scatter
+from radix_mlp.torch import compute_fold_and_scatter_torch
+arrays = [np.array(x, np.uint32) for x in ([1, 2, 3, 1, 2, 4], [0, 1, 2, 0, 1, 2], [0, 3, 6])]
+print(__version__, [x.tolist() for x in compute_fold_and_scatter(*arrays, 8)])
+print([x.tolist() for x in compute_fold_and_scatter_torch(*[torch.from_numpy(x.astype(np.int16)) for x in arrays])])
+"""
+
+
+def test_a_program_for_radix_mlp_runs_unchanged():
+    instead = "import sys, radix_ops.compat; sys.modules['radix_mlp'] = radix_ops.compat"
+    outputs = [
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        for program in (PROGRAM, instead + PROGRAM)
+    ]
+    assert outputs[0] == outputs[1] != ""
 
 
 @pytest.mark.parametrize("name", [name for name in NAMED if NAMED[name]])
@@ -68,13 +96,25 @@ def test_numpy_keeps_large_ids():
     assert_same(compat.compute_fold_and_scatter(*given), radix_mlp.compute_fold_and_scatter(*given))
 
 
-def test_numpy_takes_strided_and_read_only_arrays():
-    given = arrays(NAMED["nested"])
+@pytest.mark.parametrize("repeats", [1, 2000])
+def test_numpy_takes_arrays_however_they_are_stored(repeats):
+    given = arrays(NAMED["nested"] * repeats)
     want = radix_mlp.compute_fold_and_scatter(*given)
     strided = [np.repeat(x, 2)[::2] for x in given]
-    for x in strided:
-        x.flags.writeable = False
-    assert_same(compat.compute_fold_and_scatter(*strided), want)
+    read_only = [np.frombuffer(x.tobytes(), np.uint32) for x in given]
+    misaligned = [np.frombuffer(b"." + x.tobytes(), np.uint32, offset=1) for x in given]
+    assert not misaligned[0].flags.aligned
+    for stored in (given, strided, read_only, misaligned):
+        assert_same(compat.compute_fold_and_scatter(*stored), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64])
+def test_torch_takes_every_integer(dtype):
+    given = [torch.tensor(x).to(dtype) for x in ([1, 2, 3, 1, 2, 4], [0, 1, 2, 0, 1, 2], [0, 3, 6])]
+    got = compat.torch.compute_fold_and_scatter_torch(*given, 4)
+    for g, w in zip(got, radix_mlp.torch.compute_fold_and_scatter_torch(*given, 4), strict=True):
+        assert g.dtype == w.dtype == torch.int32
+        assert torch.equal(g, w)
 
 
 @pytest.mark.parametrize("position", range(3))
@@ -82,15 +122,26 @@ def test_numpy_takes_strided_and_read_only_arrays():
 def test_numpy_refuses_other_dtypes(position, dtype):
     given = arrays(NAMED["nested"])
     given[position] = given[position].astype(dtype)
-    with pytest.raises(TypeError, match=f"must be a NumPy array of uint32, got ndarray of {np.dtype(dtype)}"):
+    with pytest.raises(TypeError, match=f"{NAMES[position]} must be uint32, got {np.dtype(dtype)}"):
         compat.compute_fold_and_scatter(*given)
 
 
 def test_other_types_are_refused():
     with pytest.raises(TypeError, match="input_ids must be a NumPy array of uint32, got list"):
         compat.compute_fold_and_scatter([1], [0], [0, 1])
-    with pytest.raises(TypeError, match="position_ids must be an int32 or int64 tensor, got Tensor of torch.float32"):
+    with pytest.raises(TypeError, match="position_ids must hold integers, got torch.float32"):
         compat.compute_fold_and_scatter_torch(torch.zeros(1).int(), torch.zeros(1), torch.tensor([0, 1]))
+    for position, name in enumerate(NAMES):
+        given = [torch.tensor(x) for x in ([1], [0], [0, 1])]
+        given[position] = given[position].numpy()
+        with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got ndarray"):
+            compat.compute_fold_and_scatter_torch(*given)
+
+
+def test_another_device_is_refused():
+    given = torch.tensor([1]), torch.tensor([0], device="meta"), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="position_ids must be on the same device as input_ids, got meta and cpu"):
+        compat.compute_fold_and_scatter_torch(*given)
 
 
 MALFORMED = {
@@ -114,25 +165,22 @@ def test_malformed_cu_seq_lengths_are_refused(name):
         compat.compute_fold_and_scatter(*given, bound_checks=False)
 
 
-def test_empty_cu_seq_lengths_without_tokens():
-    nothing = [np.zeros(0, np.uint32)] * 3
-    tensors = [torch.zeros(0, dtype=torch.int32)] * 3
-    for function, given in (
-        (compat.compute_fold_and_scatter, nothing),
-        (compat.compute_fold_and_scatter_torch, tensors),
-    ):
-        with pytest.raises(ValueError, match="cu_seq_lengths is empty"):
-            function(*given)
-        assert [len(x) for x in function(*given, bound_checks=False)] == [0, 0, 0, 0]
-        assert [len(x) for x in function(*given, pad_multiple_of=8, bound_checks=False)] == [0, 0, 0, 0]
+@pytest.mark.parametrize("ends", [[], [0], [0, 0]])
+@pytest.mark.parametrize("pad_multiple_of", [None, 8])
+def test_no_tokens(ends, pad_multiple_of):
+    given = [np.array(x, np.uint32) for x in ([], [], ends)]
+    want = radix_mlp.compute_fold_and_scatter(*given, pad_multiple_of)
+    assert_same(compat.compute_fold_and_scatter(*given, pad_multiple_of), want)
+    got = compat.compute_fold_and_scatter_torch(*[torch.from_numpy(x.astype(np.int32)) for x in given], pad_multiple_of)
+    assert [x.tolist() for x in got] == [[], [], [], []]
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (([[1, 2]], [0, 1], [0, 2]), r"input_ids must have 1 dimension, got shape \[1, 2\]"),
-        (([1, 2], [0], [0, 2]), "position_ids must be as long as input_ids, got 1 positions for 2 tokens"),
-        (([1, 2], [0, 1], [[0, 2]]), "cu_seq_lengths must have 1 dimension"),
+        (([[1, 2]], [0, 1], [0, 2]), r"input_ids must be 1-dimensional, got shape \[1, 2\]"),
+        (([1, 2], [0], [0, 2]), "input_ids and position_ids must have same length: 2 != 1"),
+        (([1, 2], [0, 1], [[0, 2]]), "cu_seq_lengths must be 1-dimensional"),
     ],
 )
 def test_shapes_are_refused(given, message):

@@ -36,23 +36,16 @@ Folded build(
     trie.insert(s, bounds[s], bounds[s + 1], rows);
   }
 
-  const int64_t num_nodes = trie.num_rows();
-  const int64_t num_rows = padded_rows(op, num_nodes, pad_multiple_of);
+  const int64_t num_rows = padded_rows(op, trie.num_rows(), pad_multiple_of);
   Tensor compact_ids = empty_at(cpu(), num_rows, dtype_code_of(input_ids));
   Tensor compact_positions = empty_at(cpu(), num_rows, dtype_code_of(position_ids));
   Tensor fold_index = empty_at(cpu(), num_rows, aoti_torch_dtype_int32());
-  Id* out_ids = compact_ids.mutable_data_ptr<Id>();
-  Position* out_positions = compact_positions.mutable_data_ptr<Position>();
-  int32_t* out_tokens = fold_index.mutable_data_ptr<int32_t>();
-  for (const Run& run : trie.runs()) {
-    const int64_t first_token = bounds[run.sequence + 1] - run.length;
-    std::copy_n(ids + first_token, run.length, out_ids + run.first_row);
-    std::copy_n(positions + first_token, run.length, out_positions + run.first_row);
-    fill_range(out_tokens + run.first_row, static_cast<int32_t>(first_token), run.length);
-  }
-  std::fill(out_ids + num_nodes, out_ids + num_rows, Id{0});
-  std::fill(out_positions + num_nodes, out_positions + num_rows, Position{0});
-  std::fill(out_tokens + num_nodes, out_tokens + num_rows, 0);
+  trie.write_rows(
+      bounds.data(),
+      num_rows,
+      compact_ids.mutable_data_ptr<Id>(),
+      compact_positions.mutable_data_ptr<Position>(),
+      fold_index.mutable_data_ptr<int32_t>());
   return Folded{compact_ids, compact_positions, unfold_index, fold_index, std::move(bounds), trie.runs()};
 }
 

@@ -92,6 +92,21 @@ class Trie {
     return num_rows_;
   }
 
+  // Writes what the rows hold and the tokens where they first occur; rows behind them, up to num_padded, hold zeros.
+  // Sequence s ends at bounds[s + 1].
+  void write_rows(
+      const int64_t* bounds, int64_t num_padded, Id* out_ids, Position* out_positions, int32_t* out_tokens) const {
+    for (const Run& run : runs_) {
+      const int64_t first_token = bounds[run.sequence + 1] - run.length;
+      std::copy_n(ids_ + first_token, run.length, out_ids + run.first_row);
+      std::copy_n(positions_ + first_token, run.length, out_positions + run.first_row);
+      fill_range(out_tokens + run.first_row, static_cast<int32_t>(first_token), run.length);
+    }
+    std::fill(out_ids + num_rows_, out_ids + num_padded, Id{0});
+    std::fill(out_positions + num_rows_, out_positions + num_padded, Position{0});
+    std::fill(out_tokens + num_rows_, out_tokens + num_padded, 0);
+  }
+
   // In order of rows: together they are all rows, and all sequences that add any.
   const std::vector<Run>& runs() const {
     return runs_;
