@@ -51,9 +51,9 @@ def busy_loops() -> Iterator[None]:
 
 
 def main() -> None:
-    parser = harness.make_parser(__doc__, threads=2, rounds=5)
+    parser = harness.make_parser(__doc__, threads=2, rounds=3)
     parser.add_argument("--questions", type=Path, default=QUESTIONS)
-    parser.add_argument("--most", type=int, default=12, help="questions that are scored (default: 12)")
+    parser.add_argument("--most", type=int, default=2, help="questions that are scored (default: 2)")
     args = harness.parse(parser)
     if not args.questions.exists():
         raise SystemExit(f"{args.questions} is missing; `make demo` makes it, or name a file with --questions")
@@ -66,17 +66,17 @@ def main() -> None:
     choices = scoring.encode(records, tokenizer, loading.context_length(config, tokenizer))
     runner = loading.load_runner(source, config, "AutoModelForCausalLM", "float32", torch.device("cpu"))
 
-    def seconds() -> dict[str, float]:
+    def seconds(rounds: int) -> dict[str, float]:
         times: dict[str, list[float]] = {"plain": [], "folded": []}
-        for _ in range(args.rounds):
+        for _ in range(rounds):
             for name, found in times.items():
                 found.append(scoring.score(runner, choices, Budget(MOST_ROWS["cpu"]), name == "folded").seconds)
         return {name: statistics.median(found) for name, found in times.items()}
 
-    seconds()
-    found = {"quiet": seconds()}
+    seconds(1)
+    found = {"quiet": seconds(args.rounds)}
     with busy_loops():
-        found["busy"] = seconds()
+        found["busy"] = seconds(args.rounds)
     ratio = {name: times["plain"] / times["folded"] for name, times in found.items()}
     slowdown = {name: found["busy"][name] / found["quiet"][name] for name in ("plain", "folded")}
     row = {"questions": len(records), "threads": torch.get_num_threads()}
