@@ -1,9 +1,11 @@
-# make demo | make test | make test-elsewhere | make test-oldest | make lint | make build | make wheel | make bench | make models
+# make demo | make test | make test-elsewhere | make test-oldest | make sanitize | make lint | make build | make wheel | make bench | make models
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
 # Tests run in so many processes.
 TEST_JOBS ?= 2
+# How long `make sanitize` calls ops with mutated arguments.
+FUZZ_SECONDS ?= 20
 # From the newest to the oldest that radix_ops.hf works with.
 OLDER_TRANSFORMERS ?= 5.17.0 5.10.4 5.2.0
 
@@ -11,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-elsewhere test-oldest lint build wheel bench models clean
+.PHONY: demo test test-elsewhere test-oldest sanitize lint build wheel bench models clean
 build: $(VENV)/.built
 test: $(VENV)/.built $(VENV)/.deps
 	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
@@ -23,6 +25,10 @@ test-elsewhere: $(VENV)/.built $(VENV)/.deps
 # radix_ops.hf on the oldest transformers that it works with, which stands beside the virtual environment's own.
 test-oldest: $(VENV)/.built $(VENV)/.oldest
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS) tests/test_hf*.py tests/test_scoring.py tests/test_cli.py
+
+# The ops' CPU kernels under ASan and UBSan: their tests, and FUZZ_SECONDS of mutated calls.
+sanitize: $(VENV)/.built $(VENV)/.deps
+	PYTHON=$(BIN)/python tests/sanitize_cpu.sh $(FUZZ_SECONDS) $(FUZZ_ARGS)
 
 demo: $(VENV)/.built $(VENV)/.demo
 	$(BIN)/python examples/mmlu_demo.py

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from batches import to
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import run_python
 
 import radix_ops
 from radix_ops import reference
@@ -181,3 +184,10 @@ def test_varlen_attention(cu_q, cu_k, window):
     else:
         with pytest.raises(RuntimeError, match="radix::varlen_attention: "):
             RADIX.varlen_attention(*arguments)
+
+
+def test_calls_with_mutated_tables():
+    """A few of the cases that `make sanitize` runs for longer and under sanitizers."""
+    run = run_python(Path(__file__).with_name("fuzz_ops.py"), "--seed", "0", "--cases", "300", "--seconds", "600")
+    assert run.returncode == 0, run.stdout + run.stderr[-2000:]
+    assert "300 cases, no findings" in run.stdout

@@ -111,7 +111,7 @@ def test_order_refuses_what_no_fold_makes():
         RADIX.trie_order(ends, torch.tensor([0, 2, 4]), keys, -1)
 
 
-def test_sizes_of_subtrees_may_sum_to_more_than_32_bits():
+def test_sizes_of_subtrees_may_sum_to_more_than_32_bits(default_device):
     """A chain of runs of which each holds all below it, and a long one at its end."""
     chain, long = 1500, 1_500_000
     starts = torch.arange(chain + 1)

@@ -23,6 +23,7 @@ struct Lanes {
   using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   typedef T Vector __attribute__((vector_size(kBytes), may_alias));
   typedef Int IntVector __attribute__((vector_size(kBytes), may_alias));
+  typedef std::make_unsigned_t<Int> BitVector __attribute__((vector_size(kBytes), may_alias));
   static constexpr int kCount = kBytes / sizeof(T);
 
   // `data` must be aligned to kBytes.
@@ -79,9 +80,10 @@ RADIX_INLINE void exp_of_negative(typename Lanes<T, kBytes>::Vector& x) {
   for (int i = kDegree - 1; i >= 0; --i) {
     sum = sum * rest + kInverseFactorial[i];
   }
-  const typename L::IntVector power = reinterpret_cast<const typename L::IntVector&>(shifted) << kMantissa;
+  // Unsigned, since scores of hidden keys, whose result nobody uses, may be positive and overflow.
+  const typename L::BitVector power = reinterpret_cast<const typename L::BitVector&>(shifted) << kMantissa;
   const Vector one = Vector{} + T(1);
-  const typename L::IntVector scale = reinterpret_cast<const typename L::IntVector&>(one) + power;
+  const typename L::BitVector scale = reinterpret_cast<const typename L::BitVector&>(one) + power;
   x = x < least ? Vector{} : sum * reinterpret_cast<const Vector&>(scale);
 }
 

@@ -114,7 +114,7 @@ void with_number_types(const char* op, const Tensor& q, const Run& run) {
 // Zeroes the rows of a contiguous tensor behind the first num_nodes.
 inline void zero_padding(Tensor& tensor, int64_t num_nodes) {
   const int64_t row_bytes = tensor.size(1) * tensor.size(2) * static_cast<int64_t>(tensor.element_size());
-  if (row_bytes > 0) {
+  if (row_bytes > 0 && num_nodes < tensor.size(0)) {
     std::memset(
         static_cast<char*>(tensor.mutable_data_ptr()) + num_nodes * row_bytes,
         0,
