@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import _hf_heads, _hf_proofs
-from ._hf_fold import HARMLESS_ARGUMENTS
+from ._hf_fold import HARMLESS_ARGUMENTS, wants_hidden_states
+from ._hf_modes import why_unreadable
 
 _INTEGERS = (torch.int32, torch.int64)
 _CACHES = {"past_key_values", "cache"}  # the argument's name up to transformers 5.23, and since
@@ -25,6 +26,9 @@ _BOUNDS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "se
 
 def obstacle_of(stack: PreTrainedModel, arguments: dict[str, Any]) -> str | None:
     """What of its arguments forbids to fold the call, None if nothing does; empty where nobody needs a warning."""
+    unreadable = why_unreadable(arguments)
+    if unreadable is not None:
+        return unreadable
     given = {
         name
         for name, value in arguments.items()
@@ -38,6 +42,12 @@ def obstacle_of(stack: PreTrainedModel, arguments: dict[str, Any]) -> str | None
         return "a cache was given"
     if arguments.get("output_attentions", getattr(stack.config, "output_attentions", False)):
         return "attention weights are asked for"
+    if wants_hidden_states(stack, arguments) and torch.is_grad_enabled() and _has_gradients(stack):
+        # Rows that sequences share have one gradient, the sum of what the plain model's positions have.
+        return (
+            "output_hidden_states is on while gradients are, and rows that sequences share have one gradient together "
+            "(it folds under torch.no_grad() or without output_hidden_states)"
+        )
     # Harmless are those that only pass through; what the stack itself names may mean anything to it.
     named = _hf_heads.named_arguments(_hf_proofs.class_of(stack).forward)
     meant = named & (HARMLESS_ARGUMENTS - _HARMLESS_IN_A_STACK)
@@ -50,8 +60,6 @@ def obstacle_of(stack: PreTrainedModel, arguments: dict[str, Any]) -> str | None
     input_ids = arguments.get("input_ids")
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.dtype not in _INTEGERS:
         return ""
-    if _hf_heads.is_transformed(input_ids):
-        return "vmap, jvp or another transform is at work"
     if input_ids.numel() == 0:
         return ""
     if input_ids.device.type not in ("cpu", "cuda"):
@@ -88,6 +96,12 @@ def _layout_obstacle(input_ids: Tensor, attention_mask, position_ids) -> str | N
     return None
 
 
+def _has_gradients(stack: PreTrainedModel) -> bool:
+    """Whether hidden states may have gradients."""
+    # enable_input_require_grads makes outputs of embeddings have them by a hook.
+    return bool(stack.get_input_embeddings()._forward_hooks) or any(p.requires_grad for p in stack.parameters())
+
+
 def makes_cache(stack: PreTrainedModel, arguments: dict[str, Any]) -> bool:
     """Whether the plain forward would make a cache; with one, transformers doesn't look for packed sequences."""
     if arguments.get("use_cache") is not None or not getattr(stack.config, "use_cache", False):
@@ -107,7 +121,7 @@ def size_of(arguments: dict[str, Any]) -> tuple[int | Tensor, int]:
         return 0, 0
     positions = source.shape[0] * source.shape[1]
     mask = arguments.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or positions == 0:
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or positions == 0 or why_unreadable(arguments) is not None:
         return positions, positions
     tokens = mask[:, -source.shape[1] :].to(torch.bool).sum()
     return tokens if mask.is_cuda else int(tokens), positions

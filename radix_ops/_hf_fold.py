@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -90,6 +91,11 @@ class _FoldedCall:
         self.attention_calls = 0
 
 
+def wants_hidden_states(stack: PreTrainedModel, arguments: Mapping[str, Any]) -> bool:
+    wanted = arguments.get("output_hidden_states")
+    return bool(getattr(stack.config, "output_hidden_states", False) if wanted is None else wanted)
+
+
 def run_folded(
     stack: PreTrainedModel,
     padded: PaddedBatch,
@@ -104,7 +110,7 @@ def run_folded(
     its attention `wanted_calls` times.
     """
     wants_dict = further_arguments.pop("return_dict", getattr(stack.config, "return_dict", True))
-    if further_arguments.get("output_hidden_states", getattr(stack.config, "output_hidden_states", False)):
+    if wants_hidden_states(stack, further_arguments):
         # The twin's modules share their hooks with the stack's, but not the note that the hooks are there.
         maybe_install_capturing_hooks(stack)
     call = _FoldedCall(padded.batch, plan_attention(padded.batch, layout))

@@ -36,6 +36,14 @@ class Options:
     verify: str = "first"
 
 
+# What it calls may be compiled, graph by graph.
+_outside_compiled_code = torch.compiler.disable(
+    recursive=False,
+    reason="radix_ops.hf.enable looks at each batch before it runs, outside of compiled code: compile with "
+    "fullgraph=False, or call radix_ops.hf.disable(model) before",
+)
+
+
 class _Forward:
     """Stands in for a module's forward. An object and not a closure, so that it copies and pickles with the module."""
 
@@ -47,6 +55,14 @@ class _Forward:
     def __wrapped__(self):
         """The forward that stood here before, where inspect.signature finds the arguments."""
         return self.previous or types.MethodType(type(self.module).forward, self.module)
+
+    def __call__(self, *args, **kwargs):
+        if not torch.compiler.is_exporting():
+            return self._call(*args, **kwargs)
+        # An exported program is the plain model's. torch.export follows functions, and no methods made on the way.
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
     def restore(self) -> None:
         del self.module.forward
@@ -94,10 +110,13 @@ class _HeadForward(_Forward):
         super().__init__(module)
         self.state = state
 
-    @torch.compiler.disable(recursive=False)
     def __call__(self, *args, **kwargs):
         if args and args[0] is self.module:  # accelerate's unwrap_model binds what it unwraps
             args = args[1:]
+        return super().__call__(*args, **kwargs)
+
+    @_outside_compiled_code
+    def _call(self, *args, **kwargs):
         request = self._request(args, kwargs)
         token = _request.set(request)
         try:
@@ -131,8 +150,8 @@ class StackForward(_Forward):
         self.owners: list[PreTrainedModel] = []  # the modules whose forwards are ours, but for the stack
         self.warned: set[str] = set()
 
-    @torch.compiler.disable(recursive=False)
-    def __call__(self, *args, **kwargs):
+    @_outside_compiled_code
+    def _call(self, *args, **kwargs):
         outputs = self._folded(args, kwargs)
         return self.__wrapped__(*args, **kwargs) if outputs is None else outputs
 
@@ -154,7 +173,7 @@ class StackForward(_Forward):
             padded = None
         if padded is not None:
             # These look at every module, so they come last.
-            obstacle = _hf_guards.unfoldable(stack) or _hf_guards.interference(stack) or self._lost_head()
+            obstacle = _hf_guards.unfoldable(stack) or _hf_guards.interference(stack) or self._changed_head()
             padded = padded if obstacle is None else None
         if obstacle:
             self._warn(f"a batch runs unfolded because {obstacle}")
@@ -213,12 +232,15 @@ class StackForward(_Forward):
             self.warned.add(text)
             warnings.warn(f"radix_ops: {text}", stacklevel=4)
 
-    def _lost_head(self) -> str | None:
-        """The model around the stack whose forward is no longer ours, nor calls it: nobody knows what it reads.
+    def _changed_head(self) -> str | None:
+        """Quantised weights, or a model around the stack whose forward is no longer ours, nor calls it.
 
         Empty for the forward that TRL's trainers put there, which is wrapped here and seen from the next call on.
         """
         for owner in self.owners:
+            reason = _hf_guards.quantised(owner)
+            if reason is not None:
+                return reason
             if owner is self.module or _leads_to_ours(forward := vars(owner).get("forward")):
                 continue
             if not _is_of_trl(forward):

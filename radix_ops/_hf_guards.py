@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ._hf_modes import is_plain
 from ._hf_proofs import class_of, is_proven_class, path_of, proof_of, unproven_config
 
 # Attention implementations whose answer the proofs compare with; another name may attend to anything.
@@ -26,6 +27,7 @@ _checked_configs: weakref.WeakKeyDictionary[nn.Module, tuple[dict, str | None, i
 _next_version = itertools.count(1).__next__
 # Numbers of a config that make training of a decoder stack random where they are above 0; a head's own don't matter.
 RANDOM = re.compile(r"^(?!classifier|summary).*(drop|jitter|noise)")
+_HOOK_KINDS = ("forward", "forward_pre", "backward", "backward_pre")
 # Whose hooks record, ask for gradients, load or gather weights, and don't look at positions.
 _HOOKS_OF = ("torch", "transformers")
 
@@ -47,7 +49,7 @@ def unfoldable(stack: PreTrainedModel) -> str | None:
     reason = _registered_by_others(config._attn_implementation) or _misplaced_layers(stack)
     if reason is not None:
         return reason
-    for module in _parts(stack):
+    for module in parts(stack):
         if not is_proven_class(class_of(module), proof) and class_of(module) is not CheckpointWrapper:
             found = path_of(class_of(module))
             return f"{_name(stack, module)} is {found}, which transformers' own {proof.stack} does not hold"
@@ -96,7 +98,7 @@ def _layer_idx(layer: nn.Module) -> int | None:
 
 def interference(stack: PreTrainedModel) -> str | None:
     """What at this moment, and perhaps not later, makes a token's value depend on more than the tokens up to it."""
-    if _global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks:
+    if any(getattr(_global_hooks, f"_global_{kind}_hooks") for kind in _HOOK_KINDS):
         return "a hook on all modules would see rows for positions"
     if stack.training:
         for name, value in vars(stack.config).items():
@@ -105,7 +107,7 @@ def interference(stack: PreTrainedModel) -> str | None:
     noise = _noise(stack) if stack.training else None
     if noise is not None:
         return f"the decoder stack {noise}"
-    for module in _parts(stack):
+    for module in parts(stack):
         reason = None
         if has_foreign_hook(module):
             reason = "has a hook, which would see rows for positions"
@@ -128,7 +130,7 @@ def _noise(module: nn.Module) -> str | None:
     )
 
 
-def _parts(stack: nn.Module) -> Iterator[nn.Module]:
+def parts(stack: nn.Module) -> Iterator[nn.Module]:
     """All modules inside."""
     pending = list(stack._modules.values())
     while pending:
@@ -136,6 +138,25 @@ def _parts(stack: nn.Module) -> Iterator[nn.Module]:
         if module is not None:
             pending.extend(module._modules.values())
             yield module
+
+
+def quantised(model: nn.Module) -> str | None:
+    """A weight that is a tensor subclass: what becomes of it in a product is its own affair.
+
+    Quantised ones, as torchao's in layers whose class stays, may round each activation by all others of a batch.
+    """
+    for module in (model, *parts(model)):
+        for name, weight in (*module._parameters.items(), *module._buffers.items()):
+            if weight is None or is_plain(weight):
+                continue
+            local = weight._local_tensor if type(weight) is DTensor else weight  # fully_shard's, judged by `elsewhere`
+            if not is_plain(local):
+                place = f"{_name(model, module)}.{name}".removeprefix(".")
+                return (
+                    f"{place} is a {path_of(type(local))}, a subclass of Tensor as quantised weights are; folding is "
+                    "known to be right for plain weights alone"
+                )
+    return None
 
 
 def _name(stack: nn.Module, module: nn.Module) -> str:
@@ -177,9 +198,12 @@ def has_foreign_hook(module: nn.Module) -> bool:
 
 
 def elsewhere(model: PreTrainedModel, stack: PreTrainedModel) -> str | None:
-    """Where the stack's parameters are, if that is no one place where attention over rows can run."""
+    """Where the stack's parameters are, and as what, if attention over rows can't run there."""
     if (getattr(model, "_tp_size", None) or 1) > 1:
         return "it is tensor parallel; of sharded models those by fully_shard alone fold"
+    reason = quantised(model)
+    if reason is not None:
+        return reason
     is_sharded = any(isinstance(module, FSDPModule) for module in (model, stack))
     devices = set()
     for name, parameter in stack.named_parameters():

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from ._hf_guards import has_foreign_hook
+from ._hf_modes import why_unreadable
 from ._hf_proofs import class_of, is_proven_class, proof_of
 
 _IGNORED_LABEL = -100
@@ -43,22 +43,17 @@ def named_arguments(function: Callable) -> frozenset[str]:
     return frozenset(_signature(function).parameters)
 
 
-def is_transformed(tensor: Tensor) -> bool:
-    """Whether vmap or another transform of torch.func holds it, or forward-mode differentiation is on."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or forward_ad._current_level >= 0
-
-
 def head_reads_padding(head: PreTrainedModel, arguments: Mapping[str, Any]) -> bool:
     """Whether the head's loss or pooling, for a call with `arguments`, depends on a hidden state at a masked position.
 
     Exact for transformers' own heads and losses; of others every loss is taken to, where there is padding. Outputs
     that are masked positions' own, like their logits, don't count.
     """
+    if why_unreadable(arguments) is not None:
+        return False  # and won't be folded
     input_ids, mask, labels = (arguments.get(name) for name in ("input_ids", "attention_mask", "labels"))
     if not isinstance(input_ids, Tensor) or not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
         return False
-    if is_transformed(input_ids) or is_transformed(mask):
-        return False  # and won't be folded
     mask = mask.to(device=input_ids.device, dtype=torch.bool)
     if mask.all():
         return False

@@ -94,7 +94,10 @@ def _backward(ctx, grad_logprobs, grad_extras, _):
 
 
 def _no_double_backward(ctx, *grads):
-    raise RuntimeError("radix_ops.losses can be differentiated once; their gradients have no gradient of their own")
+    raise RuntimeError(
+        "radix_ops.losses can be differentiated once; their gradients have no gradient of their own. For second "
+        "derivatives compute the loss from logits"
+    )
 
 
 head.register_autograd(_backward, setup_context=_save)

@@ -50,14 +50,16 @@ def enable(model: nn.Module, threshold: float | None = None, layout: str = "auto
     masked positions are zeros (logits there are zeros, or the head's of zeros), and `past_key_values` is None, or
     missing from a tuple, where only `config.use_cache` asked for a cache. Positions of a left-padded row are those
     that the plain model would have had, or, where only their distances matter (RoPE), count from its first real token.
-    Rows that hold several packed sequences are understood as transformers does: from `position_ids`, without a mask
-    and without a cache.
+    Rows that hold several packed sequences are understood as
+    transformers does: from `position_ids`, without a mask and without a cache.
 
     These run as before, with one warning for each reason: an explicit `use_cache=True` or `past_key_values`,
-    `output_attentions`, `inputs_embeds`, a mask with holes or of another shape than input_ids, unknown arguments,
-    active dropout or noise, hooks inside the decoder stack that aren't torch's or transformers' own (they would see
-    rows, [1, num_rows, D]), labels or pooling that read a masked position. A call that brings both a cache and
-    `use_cache=True`, as `generate()` does in each step, runs as before without a warning.
+    `output_attentions`, `output_hidden_states` with gradients (rows that sequences share have one together),
+    `inputs_embeds`, a mask with holes or of another shape than input_ids, unknown arguments, active dropout or noise,
+    hooks inside the decoder stack that aren't torch's or transformers' own (they would see rows, [1, num_rows, D]),
+    labels or pooling that read a masked position, transforms of torch.func, tracers, fake tensors, weights that were
+    quantised after `enable`. A call that brings both a cache and `use_cache=True`, as `generate()` does in each step,
+    runs as before without a warning.
 
     A SentenceTransformer or CrossEncoder (sentence-transformers 5.0 or newer) trains as before, batch by batch.
     `encode` and `predict`, and what calls those, return what they did, in the caller's order, up to rounding, but
@@ -70,14 +72,18 @@ def enable(model: nn.Module, threshold: float | None = None, layout: str = "auto
     transformers model reads hidden states at masked positions, batches with such positions run as before. Of a Router
     all routes are enabled. A SparseEncoder folds batch by batch; a MultiVectorEncoder is refused.
 
+    `torch.compile` with fullgraph=True raises, and torch.export gives the plain model's program. Attention over rows
+    is differentiable once: a second derivative raises RuntimeError. Compiled models run uncompiled where they fold.
+
     Enabling again sets the options anew. `model.radix_stats` counts what was done (`RadixStats`). Copies and pickles
     of an enabled model are enabled, with counts of their own. What calls the decoder stack's submodules itself, past
-    its forward, is not folded. Compiled models run uncompiled where they fold. Where torch.distributed runs several
-    processes, nothing is verified, with one warning: a forward more on one of them could wait for the others forever.
+    its forward, is not folded. Where torch.distributed runs several processes, nothing is verified, with one warning: a
+    forward more on one of them could wait for the others forever.
 
     Raises TypeError where there is no transformers model, ValueError for a type, class or config that folding isn't
-    known to be right for, for a model on several devices or on others than these, and for options out of range. A
-    folded batch that verify finds to be wrong raises RuntimeError, and the model is disabled.
+    known to be right for, for weights that are a subclass of Tensor (quantised ones), for a model on several devices
+    or on others than these, and for options out of range. A folded batch that verify finds to be wrong raises
+    RuntimeError, and the model is disabled.
     """
     options = _check_options(threshold, layout, verify)
     if isinstance(model, nn.DataParallel):

@@ -388,7 +388,11 @@ def _register_attention(name: str, backward_name: str, num_tensors: int, saves_o
         return backward_op(grad_out, q, k, v, out, logsumexp, *others, *rest)
 
     def no_double_backward(saved, rest, *grads):
-        raise RuntimeError(f"radix::{name} can be differentiated once; its gradient has no gradient of its own")
+        raise RuntimeError(
+            f"radix::{name} can be differentiated once; its gradient has no gradient of its own. For second "
+            "derivatives compute without folding: a transformers model with attn_implementation='eager' after "
+            "radix_ops.hf.disable(model) or hf.enable(model, threshold=0), other attention in plain PyTorch"
+        )
 
     # The dispatcher drops trailing arguments that hold their defaults.
     _register_autograd(

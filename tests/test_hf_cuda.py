@@ -142,3 +142,18 @@ def test_default_threshold_depends_on_the_device():
     hf.enable(model.cpu())
     model(torch.ones(40, 63, dtype=torch.int64))
     assert model.radix_stats.folded == 1
+
+
+@torch.no_grad()
+def test_captured_graphs_are_the_plain_models():
+    ids = torch.randint(1, 60, (4, 6), device="cuda")
+    model = hf.enable(build().cuda(), threshold=0, verify="never")
+    model(ids, use_cache=False)  # what libraries set up in a first call can't be captured
+    hf.enable(model, threshold=1.0, verify="never")
+    graph = torch.cuda.CUDAGraph()
+    with pytest.warns(UserWarning, match="a CUDA graph is captured"), torch.cuda.graph(graph):
+        logits = model(ids, use_cache=False).logits
+    ids.copy_(ids.flip(0))
+    graph.replay()
+    assert model.radix_stats.folded == 0
+    torch.testing.assert_close(logits, build().cuda()(ids, use_cache=False).logits)
