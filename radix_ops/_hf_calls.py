@@ -109,6 +109,16 @@ def makes_cache(stack: PreTrainedModel, arguments: dict[str, Any]) -> bool:
     return not _is_checkpointing(stack)
 
 
+def may_return_cache(stack: PreTrainedModel, arguments: dict[str, Any]) -> bool:
+    """Whether the plain output may hold a cache that nobody asked for but the config.
+
+    With gradient checkpointing, from transformers 5.24 on, where gradients are off.
+    """
+    if arguments.get("use_cache") is not None or not getattr(stack.config, "use_cache", False):
+        return False
+    return not (_is_checkpointing(stack) and torch.is_grad_enabled())
+
+
 def _is_checkpointing(stack: PreTrainedModel) -> bool:
     return bool(getattr(stack, "gradient_checkpointing", False) and stack.training)
 

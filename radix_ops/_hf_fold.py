@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ._hf_proofs import class_of
@@ -103,11 +104,12 @@ def run_folded(
     layout: str,
     wanted_calls: int,
     leaves_rows: bool = False,
+    amend: Callable[[ModelOutput], ModelOutput] | None = None,
 ):
     """The stack's output for the batch, in its padded layout; `further_arguments` are the HARMLESS_ARGUMENTS given.
 
-    With `leaves_rows`, last_hidden_state stays in rows, [1, num_rows, D]. Raises RuntimeError unless the stack calls
-    its attention `wanted_calls` times.
+    `amend` may add to it while its hidden states are rows, [1, num_rows, D]; with `leaves_rows`, last_hidden_state
+    stays so. Raises RuntimeError unless the stack calls its attention `wanted_calls` times.
     """
     wants_dict = further_arguments.pop("return_dict", getattr(stack.config, "return_dict", True))
     if wants_hidden_states(stack, further_arguments):
@@ -128,6 +130,8 @@ def run_folded(
             f"{type(stack).__name__} called the folded attention {call.attention_calls} times and not {wanted_calls}, "
             "so its output is not to be trusted: something replaced its attention after enable"
         )
+    if amend is not None:
+        outputs = amend(outputs)
     last_rows, hidden_states = outputs.last_hidden_state, outputs.get("hidden_states")
     unfolded = {id(None): None}
     if not leaves_rows:

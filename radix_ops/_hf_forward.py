@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import functools
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import _hf_guards, _hf_heads, _hf_loss, _hf_proofs, _hf_verify
-from ._hf_calls import makes_cache, obstacle_of, size_of
+from . import _hf_cache, _hf_guards, _hf_heads, _hf_loss, _hf_proofs, _hf_verify
+from ._hf_calls import makes_cache, may_return_cache, obstacle_of, size_of
 from ._hf_fold import HARMLESS_ARGUMENTS, PaddedBatch, run_folded
 from ._hf_loss import RowLoss
 from ._hf_stats import RadixStats
@@ -129,6 +130,7 @@ class _HeadForward(_Forward):
     def _request(self, args, kwargs) -> _Request:
         head, state = self.module, self.state
         arguments = _hf_heads.bind(_hf_proofs.class_of(head).forward, head, *args, **kwargs)
+        _hf_cache.make_pending(arguments)
         obstacle = None
         if _hf_heads.head_reads_padding(head, arguments):
             obstacle = "labels, pooling or logits_to_keep read a masked position"
@@ -163,6 +165,7 @@ class StackForward(_Forward):
         if request is None or request.state is not self:
             request = _Request(self, None)
         arguments = _hf_heads.bind(_hf_proofs.class_of(stack).forward, stack, *args, **kwargs)
+        _hf_cache.make_pending(arguments)
         padded = None
         obstacle = request.obstacle or obstacle_outside.get() or obstacle_of(stack, arguments)
         if obstacle is None and options.threshold != 0:
@@ -187,7 +190,11 @@ class StackForward(_Forward):
         scope = _hf_guards.config_version(stack), _windows_at_work(stack.config, padded.batch.max_seqlen_k)
         plain = self._plain_states(arguments, scope)
         leaves_rows = request.may_leave_rows()
-        outputs = run_folded(stack, padded, further, options.layout, calls, leaves_rows)
+        amend = None
+        if may_return_cache(stack, arguments):
+            known = {"stack": stack, "arguments": arguments, "padded": padded}
+            amend = functools.partial(_hf_cache.add_pending, **known, stats=self.stats, warned=self.warned)
+        outputs = run_folded(stack, padded, further, options.layout, calls, leaves_rows, amend)
         if plain is not None:
             self._check(outputs[0], plain, padded, leaves_rows)
             self.verified = scope

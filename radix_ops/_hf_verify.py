@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,13 +19,20 @@ _HALF_QUANTILE = 0.99
 _POSITIONS_AT_ONCE = 16_384
 
 
+@contextlib.contextmanager
+def keep_random(input_ids: Tensor) -> Iterator[None]:
+    """A forward on the device of input_ids leaves random numbers as they were."""
+    with torch.random.fork_rng(devices=[input_ids.device] if input_ids.is_cuda else []):
+        yield
+
+
 @torch.no_grad()
 def plain_states(forward: Callable, arguments: dict[str, Any]) -> Tensor:
     """last_hidden_state [B, T, D] of the plain forward, some rows of the batch at a time; the RNG stays as it was."""
     input_ids = arguments["input_ids"]
     count = max(1, _POSITIONS_AT_ONCE // input_ids.shape[1])
     states = []
-    with torch.random.fork_rng(devices=[input_ids.device] if input_ids.is_cuda else []):
+    with keep_random(input_ids):
         for begin in range(0, len(input_ids), count):
             chosen = {
                 name: value[begin : begin + count] if isinstance(value, Tensor) and len(value) > 1 else value

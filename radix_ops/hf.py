@@ -46,11 +46,11 @@ def enable(model: nn.Module, threshold: float | None = None, layout: str = "auto
 
     The model takes the same arguments and returns the same output class and shapes, padded as the input: input_ids and
     attention_mask [B, T], padded on either side or both, last_hidden_state [B, T, D]. Values and gradients are equal
-    up to rounding, gradient checkpointing included, with two differences where a batch was folded: hidden states at
-    masked positions are zeros (logits there are zeros, or the head's of zeros), and `past_key_values` is None, or
-    missing from a tuple, where only `config.use_cache` asked for a cache. Positions of a left-padded row are those
-    that the plain model would have had, or, where only their distances matter (RoPE), count from its first real token.
-    Rows that hold several packed sequences are understood as
+    up to rounding, gradient checkpointing included, but hidden states at masked positions are zeros where a batch was
+    folded (logits there are zeros, or the head's of zeros). A cache that only `config.use_cache` asked for is made by
+    the plain model, as it would have been in the call, when somebody looks inside; RuntimeError where the model has
+    changed since. Positions of a left-padded row are those that the plain model would have had, or, where only their
+    distances matter (RoPE), count from its first real token. Rows that hold several packed sequences are understood as
     transformers does: from `position_ids`, without a mask and without a cache.
 
     These run as before, with one warning for each reason: an explicit `use_cache=True` or `past_key_values`,

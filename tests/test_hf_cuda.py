@@ -145,6 +145,20 @@ def test_default_threshold_depends_on_the_device():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "qwen3_sliding", "mixtral"])
+def test_cache_is_that_of_the_plain_model(name, dtype):
+    ids, mask = (x.cuda() for x in pad(TREE, "left"))
+    plain = make(name).to(device="cuda", dtype=dtype)
+    model = hf.enable(copy.deepcopy(plain), threshold=1.0, verify="never")
+    got, want = (each(ids, attention_mask=mask, return_dict=False)[1] for each in (model, plain))
+    assert model.radix_stats.folded == 1
+    for ours, theirs in zip(got.layers, want.layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys, rtol=0, atol=0)
+        torch.testing.assert_close(ours.values, theirs.values, rtol=0, atol=0)
+
+
+@torch.no_grad()
 def test_captured_graphs_are_the_plain_models():
     ids = torch.randint(1, 60, (4, 6), device="cuda")
     model = hf.enable(build().cuda(), threshold=0, verify="never")

@@ -9,6 +9,8 @@ import torch
 import transformers
 from hf_models import TREE, Witness, build, error, no_warnings, pad
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from radix_ops import hf
@@ -160,6 +162,20 @@ def one_process(tmp_path):
     )
     yield
     distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@torch.no_grad()
+def test_cache_of_a_sharded_model_is_an_error():
+    model = build()
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    hf.enable(fully_shard(model, mesh=mesh), threshold=1.0)
+    cache = model(IDS, MASK, return_dict=False)[1]
+    assert model.radix_stats.folded == 1
+    with pytest.raises(RuntimeError, match="its model is sharded, and gathers its weights in a call alone; pass use_c"):
+        len(cache)
 
 
 @ORDERS
