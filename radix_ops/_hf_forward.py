@@ -41,7 +41,7 @@ class Options:
 _outside_compiled_code = torch.compiler.disable(
     recursive=False,
     reason="radix_ops.hf.enable looks at each batch before it runs, outside of compiled code: compile with "
-    "fullgraph=False, or call radix_ops.hf.disable(model) before",
+    "fullgraph=False, export with strict=False, or call radix_ops.hf.disable(model) before",
 )
 
 
@@ -58,12 +58,9 @@ class _Forward:
         return self.previous or types.MethodType(type(self.module).forward, self.module)
 
     def __call__(self, *args, **kwargs):
-        if not torch.compiler.is_exporting():
-            return self._call(*args, **kwargs)
-        # An exported program is the plain model's. torch.export follows functions, and no methods made on the way.
-        if self.previous is not None:
-            return self.previous(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        # An exported program is the plain model's. Strict export would name what it finds by the way through here.
+        is_exported = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        return self.__wrapped__(*args, **kwargs) if is_exported else self._call(*args, **kwargs)
 
     def restore(self) -> None:
         del self.module.forward

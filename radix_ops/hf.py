@@ -72,7 +72,8 @@ def enable(model: nn.Module, threshold: float | None = None, layout: str = "auto
     transformers model reads hidden states at masked positions, batches with such positions run as before. Of a Router
     all routes are enabled. A SparseEncoder folds batch by batch; a MultiVectorEncoder is refused.
 
-    `torch.compile` with fullgraph=True raises, and torch.export gives the plain model's program. Attention over rows
+    torch.export gives the plain model's program; with strict=True, and torch.compile with fullgraph=True, it raises.
+    Attention over rows
     is differentiable once: a second derivative raises RuntimeError. Compiled models run uncompiled where they fold.
 
     Enabling again sets the options anew. `model.radix_stats` counts what was done (`RadixStats`). Copies and pickles

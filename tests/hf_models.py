@@ -7,8 +7,10 @@ import copy
 import functools
 import warnings
 
+import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, Qwen3Config
 
@@ -29,6 +31,10 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 for _rope_type, _more in {"linear": {}, "yarn": {}, "llama3": LLAMA3}.items():
     CONFIGS[f"llama_{_rope_type}"] = (LlamaConfig, {"rope_parameters": {"rope_type": _rope_type, **ROPE, **_more}})
 
+proven_gpt2 = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.10.4"), reason="gpt2 folds from transformers 5.10.4 on"
+)
+
 # Sharing, a duplicate, a strict prefix and a stranger.
 TREE = [[5, 6, 7, 8, 9, 1], [5, 6, 7, 8, 2], [5, 6, 7, 8, 9, 1], [5, 6, 3], [5, 6], [4]]
 
@@ -48,6 +54,22 @@ def _built(name: str, head: str, attention: str):
 def build(name: str = "llama", head: str = "ForCausalLM", attention: str = "sdpa"):
     """A model of its own in eval mode; equal arguments, equal weights."""
     return copy.deepcopy(_built(name, head, attention))
+
+
+def build_from(config):
+    """A language model of the config in eval mode, with peaked attention."""
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.2)
+    return model
+
+
+def gpt2():
+    """Its positions are learnt, and those of columns."""
+    sizes = {"vocab_size": 60, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    return build_from(transformers.GPT2Config(**sizes, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0))
 
 
 def pad(sequences: list[list[int]], side: str):

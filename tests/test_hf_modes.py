@@ -45,12 +45,11 @@ class Logits(torch.nn.Module):
         return self.model(ids, mask, use_cache=False).logits
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_exported_program_is_the_plain_models(models, strict):
+def test_exported_program_is_the_plain_models(models):
     plain, model = models
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "radix_ops")
-        program = torch.export.export(Logits(model), (IDS, MASK), strict=strict).module()
+        program = torch.export.export(Logits(model), (IDS, MASK), strict=False).module()
     other = (IDS + 1) % 60, MASK.roll(1, 0)
     torch.testing.assert_close(program(*other), plain(*other).logits)
     assert (model.radix_stats.folded, model.radix_stats.skipped) == (0, 0)
@@ -58,11 +57,13 @@ def test_exported_program_is_the_plain_models(models, strict):
     assert model.radix_stats.folded == 1
 
 
-def test_compiling_the_full_graph_says_what_to_do(models):
+def test_compiling_the_full_graph_and_strict_export_say_what_to_do(models):
     whole = torch.compile(models[1], fullgraph=True, backend="eager")
-    message = r"outside of compiled code: compile with fullgraph=False, or call radix_ops\.hf\.disable\(model\) before"
+    message = r"compile with fullgraph=False, export with strict=False, or call radix_ops\.hf\.disable\(model\) before"
     with pytest.raises(Exception, match=message):
         whole(IDS, MASK)
+    with pytest.raises(Exception, match=message):
+        torch.export.export(Logits(models[1]), (IDS, MASK), strict=True)
     hf.disable(models[1])
     with torch.no_grad():
         got, want = whole(IDS, MASK, **UNCACHED).logits, models[0](IDS, MASK).logits
