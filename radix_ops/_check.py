@@ -76,6 +76,17 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, sliding_window: int) -> 
         fail(f"sliding_window must be at least 0 (0: none), got {sliding_window}")
 
 
+def check_gradient(op: str, grad_out: Tensor, q: Tensor, v: Tensor) -> None:
+    """Raises RuntimeError unless grad_out is a gradient of attention: [rows, H, D_v], of q's dtype and device."""
+    shape = [*q.shape[:2], v.shape[2]]
+    if list(grad_out.shape) != shape or grad_out.dtype != q.dtype:
+        raise RuntimeError(
+            f"radix::{op}: grad_out must be {q.dtype} of shape {shape}, got {grad_out.dtype} of {list(grad_out.shape)}"
+        )
+    check_devices(op, q.device, grad_out=grad_out)
+    check_storages(op, grad_out=grad_out)
+
+
 def is_finite(*tensors: Tensor) -> bool:
     """False wherever a value is not finite; also where a sum is too large for its type, which costs time alone."""
     return all(math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))) for x in tensors)

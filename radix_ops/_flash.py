@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._check import MAX_WINDOW, check_index_like, check_qkv, check_storages
+from ._check import MAX_WINDOW, check_gradient, check_index_like, check_qkv, check_storages
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -65,6 +65,8 @@ def flash_attention_backward(
     sliding_window=0,
 ):
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window)
+    check_gradient("flash_attention", grad_out, q, v)
+    check_storages("flash_attention", out=out, logsumexp=logsumexp)
     if q.shape[0] == 0 or k.shape[0] == 0:
         return tuple(x.new_zeros(x.shape) for x in (q, k, v))
     padded = _pad_heads(q, k, v)

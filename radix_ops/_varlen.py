@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._check import check_index_like, check_qkv, check_storages, is_finite
+from ._check import check_gradient, check_index_like, check_qkv, check_storages, is_finite
 
 # Queries that share one dense mask: as a whole, the mask of 2048 queries over 8192 keys would take 128 MiB in fp32.
 _MAX_BLOCK_ROWS = 256
@@ -110,6 +110,7 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, sliding_window=
 def varlen_attention_backward(grad_out, q, k, v, cu_seqlens_q, cu_seqlens_k, scale, sliding_window=0):
     """The gradients of q, k and v, with the probabilities computed again; sums are in fp32 (fp64 for float64)."""
     ends_q, ends_k = _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window)
+    check_gradient("varlen_attention", grad_out, q, v)
     wide = torch.promote_types(q.dtype, torch.float32)
     heads, kv_heads = q.shape[1], k.shape[1]
     grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))

@@ -282,6 +282,15 @@ def test_varlen_attention_refuses(arguments, message):
         RADIX.varlen_attention(*arguments)
 
 
+@pytest.mark.parametrize(
+    "grad_out", [torch.ones(3, 4, 7), torch.ones(2, 4, 8), torch.ones(3, 4, 8).to(torch.complex64)]
+)
+def test_the_backward_of_varlen_attention_refuses_another_gradient(grad_out):
+    message = f"grad_out must be torch.float32 of shape [3, 4, 8], got {grad_out.dtype} of {list(grad_out.shape)}"
+    with pytest.raises(RuntimeError, match=f"^radix::varlen_attention: {re.escape(message)}$"):
+        RADIX.varlen_attention_backward(grad_out, Q, K, K, CU_Q, CU_K, 1.0)
+
+
 CALLS = [
     (RADIX.fold.default, (IDS, IDS, CU)),
     (RADIX.fold_plan.default, (IDS, IDS, CU)),
