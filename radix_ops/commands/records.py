@@ -11,9 +11,8 @@ import json
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from .streams import LineFile, StreamError
 
@@ -27,8 +26,7 @@ class UserError(ValueError):
     """What the user gave can't be used; the message is one plain sentence for them."""
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One input line."""
 
     line: int  # of the file, counted from 1
