@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
 import types
 
 import numpy as np
+import processes
 import pytest
 import radix_mlp
 import torch
@@ -56,11 +55,9 @@ print([x.tolist() for x in compute_fold_and_scatter_torch(*[torch.from_numpy(x.a
 
 def test_a_program_for_radix_mlp_runs_unchanged():
     instead = "import sys, radix_ops.compat; sys.modules['radix_mlp'] = radix_ops.compat"
-    outputs = [
-        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-        for program in (PROGRAM, instead + PROGRAM)
-    ]
-    assert outputs[0] == outputs[1] != ""
+    runs = [processes.run_python("-c", program) for program in (PROGRAM, instead + PROGRAM)]
+    assert [run.returncode for run in runs] == [0, 0], [run.stderr for run in runs]
+    assert runs[0].stdout == runs[1].stdout != ""
 
 
 @pytest.mark.parametrize("name", [name for name in NAMED if NAMED[name]])
