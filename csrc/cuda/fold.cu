@@ -25,6 +25,10 @@ namespace {
 
 constexpr int32_t kEmpty = -1;
 constexpr int64_t kFewSequences = 4 * kThreads;
+// Slots after which a search that all of a warp still go on with is given up: hashes that are spread do not do that,
+// and tokens that were chosen to meet in the table would read it at one place, one after another.
+constexpr int32_t kCrowded = 16;
+constexpr unsigned kWholeWarp = 0xffffffff;
 
 // An open-addressing table of tokens, in which all tokens whose paths have one hash find one slot; it holds the first
 // of them.
@@ -139,7 +143,7 @@ __device__ inline void insert_token(const Steps& steps, int32_t token) {
       }
       break;
     }
-    if (looked == table.longest_search) {
+    if (looked == table.longest_search || (looked == kCrowded && __activemask() == kWholeWarp)) {
       *steps.verified = 0;
       break;
     }
