@@ -12,6 +12,7 @@ import torch
 
 _LEAST_CAPACITY = 4096
 _MAX_ID = 2**31 - 1
+_BOOLS = {bool, np.bool_}
 
 
 class TokenStore:
@@ -74,6 +75,11 @@ class TokenStore:
         """
         if isinstance(ids, torch.Tensor):
             ids = ids.detach().cpu()
+        # What NumPy would take for integers beside others, or for those under a mask.
+        if isinstance(ids, (list, tuple)) and not _BOOLS.isdisjoint(map(type, ids)):
+            raise TypeError(f"sequence {len(self)} must hold integers, got a bool")
+        if np.ma.is_masked(ids):
+            raise TypeError(f"sequence {len(self)} must hold integers, got an array with masked values")
         found = np.asarray(ids)
         if found.ndim != 1:
             raise ValueError(f"sequence {len(self)} must be a flat list of token ids, got shape {found.shape}")

@@ -55,6 +55,8 @@ class FoldedBatch:
         """
         if not isinstance(sequences, (Sequence, np.ndarray, Tensor)) or isinstance(sequences, (str, bytes)):
             raise TypeError(f"sequences must be a list of lists of token ids, got {type(sequences).__name__}")
+        if not isinstance(sequences, Sequence) and sequences.ndim == 0:
+            raise ValueError("sequences must be a list of lists of token ids, got shape []")
         tensors = [as_flat_integers(f"sequences[{i}]", sequence) for i, sequence in enumerate(sequences)]
         place = next((x.device for x in tensors if x.device.type != "cpu"), torch.device("cpu"))
         tensors = [tensor.to(place) for tensor in tensors]

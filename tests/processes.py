@@ -33,6 +33,20 @@ def run_python(*arguments: str | Path, cwd: Path | None = None, **variables: str
     return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=LONGEST)
 
 
+def in_a_fork(work: Callable[[], object]) -> int:
+    """The process id of a fork that runs work(), and ends with 0 unless that raises."""
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return child
+
+
 def run(checks: Mapping[str, Callable[[int], None]], folder: Path, backend: str = "gloo") -> None:
     """Calls each check with its rank, one after another, in two processes for all; fails with the first that does."""
     context = multiprocessing.get_context("spawn")

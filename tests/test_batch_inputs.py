@@ -133,6 +133,12 @@ def test_an_array_and_a_tensor_are_lists_of_their_rows():
         assert batch.lengths.tolist() == [3, 3]
 
 
+@pytest.mark.parametrize("number", [np.array(3), torch.tensor(3)])
+def test_a_number_is_no_list_of_sequences(number):
+    with pytest.raises(ValueError, match=r"^sequences must be a list of lists of token ids, got shape \[\]$"):
+        FoldedBatch.from_sequences(number)
+
+
 def test_values_near_the_limits_of_their_dtypes_are_kept(device):
     for size, values in LARGE.items():
         for found in (np.array(values, f"u{size}"), np.array(values, f">u{size}")):

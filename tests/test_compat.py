@@ -162,6 +162,16 @@ def test_malformed_cu_seq_lengths_are_refused(name):
         compat.compute_fold_and_scatter(*given, bound_checks=False)
 
 
+def test_a_multiple_that_is_no_integer_is_refused_as_by_radix_mlp():
+    given = arrays(NAMED["nested"])
+    message = "argument 'pad_multiple_of': 'float' object cannot be interpreted as an integer"
+    for function in (radix_mlp.compute_fold_and_scatter, compat.compute_fold_and_scatter):
+        with pytest.raises(TypeError, match=message):
+            function(*given, 1.5)
+    with pytest.raises(TypeError, match=message):
+        compat.compute_fold_and_scatter_torch(*[torch.from_numpy(x.astype(np.int32)) for x in given], 1.5)
+
+
 @pytest.mark.parametrize("ends", [[], [0], [0, 0]])
 @pytest.mark.parametrize("pad_multiple_of", [None, 8])
 def test_no_tokens(ends, pad_multiple_of):

@@ -252,8 +252,7 @@ def test_zeros_at_the_end_of_lines_are_dropped(tmp_path, size, cut):
         check_lines(path)
 
 
-@either
-def test_every_header_reads_as_numpys_and_keys_differ(tmp_path, name):
+def test_every_header_reads_as_numpys_and_keys_differ(tmp_path):
     for shape in ((1, 1), (123_456_789, 4096), (7, 1)):
         headers = [matrix._header_of(shape, key) for key in ("a", "b")]
         assert headers[0] != headers[1]
@@ -343,17 +342,6 @@ def test_a_link_to_itself_is_no_output(tmp_path):
         common.check_output(str(tmp_path / "far.jsonl"))
 
 
-def in_a_fork(work) -> int:
-    """The process id of a fork that runs work()."""
-    if (child := os.fork()) == 0:
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return child
-
-
 @pytest.fixture
 def held():
     """A function by which another process holds an output, which returns its id; it is killed in the end."""
@@ -367,7 +355,7 @@ def held():
                 os.write(writes, b"x")
                 time.sleep(600)
 
-        holders.append(in_a_fork(work))
+        holders.append(processes.in_a_fork(work))
         assert os.read(reads, 1) == b"x"
         return holders[-1]
 
@@ -426,7 +414,7 @@ def test_no_two_processes_hold_an_output_at_once(tmp_path):
                 pass
         assert held == 100
 
-    racers = [in_a_fork(race) for _ in range(3)]
+    racers = [processes.in_a_fork(race) for _ in range(3)]
     assert [os.waitpid(racer, 0)[1] for racer in racers] == [0, 0, 0]
     assert int(counter.read_text()) == 300
     assert not (tmp_path / "o.jsonl.lock").exists()

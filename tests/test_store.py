@@ -3,9 +3,9 @@
 import os
 import resource
 import signal
-import traceback
 
 import numpy as np
+import processes
 import pytest
 import torch
 
@@ -62,20 +62,6 @@ def test_appends_that_fail_on_a_full_disk_leave_the_store_as_it_was(disk_with_ro
     check_values(store, [*held, 200])
 
 
-def in_a_fork(work):
-    """Runs work() in a forked process; the test fails where it does."""
-    if (child := os.fork()) == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return child
-
-
 @pytest.mark.parametrize("count", [0, 2, 5])
 def test_parent_and_child_of_a_fork_append_to_stores_of_their_own(count):
     store = store_on_disk(count)
@@ -93,7 +79,7 @@ def test_parent_and_child_of_a_fork_append_to_stores_of_their_own(count):
         for index in range(5):
             assert set(store[count + 1 + index].tolist()) == {100 + index}
 
-    child = in_a_fork(work)
+    child = processes.in_a_fork(work)
     os.close(child_writes)  # so that the next line ends where the child has failed
     os.read(child_reads, 1)
     for value in range(200, 206):
@@ -132,7 +118,8 @@ def test_integers_beyond_64_bits_are_refused_as_others_are():
     for value in (2**63, 2**64, -(2**64)):
         with pytest.raises(ValueError, match=f"sequence 0 must hold token ids from 0 to 2147483647, got .*{value}"):
             TokenStore.from_sequences([[1, value]])
-    for wrong in ([True, 2**64], [0.5, 2**64], ["a"], [None]):
+    masked = np.ma.masked_array([1, 2], [False, True])
+    for wrong in ([True, 2**64], [1, True], (np.True_, 1), [True], [0.5, 2**64], ["a"], [None], masked):
         with pytest.raises(TypeError, match="sequence 0 must hold integers, got "):
             TokenStore.from_sequences([wrong])
 

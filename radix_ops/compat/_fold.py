@@ -12,7 +12,11 @@ NAMES = ("input_ids", "position_ids", "cu_seq_lengths")
 
 
 def multiple_of(pad_multiple_of: int | None) -> int:
-    multiple = 1 if pad_multiple_of is None else operator.index(pad_multiple_of)
+    """1 for None. Raises TypeError for what is no integer, ValueError for one that is out of range."""
+    try:
+        multiple = 1 if pad_multiple_of is None else operator.index(pad_multiple_of)
+    except TypeError as error:
+        raise TypeError(f"argument 'pad_multiple_of': {error}") from None
     if not 1 <= multiple < 2**31:
         raise ValueError(f"pad_multiple_of must be from 1 to {2**31 - 1}, got {multiple}")
     return multiple
