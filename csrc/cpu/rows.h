@@ -78,16 +78,6 @@ inline BadEntry for_entries(const T* index, int64_t begin, int64_t end, int64_t 
   return BadEntry{};
 }
 
-// Raises unless every index[i] is in [0, bound).
-template <typename T>
-inline void check_in_range(
-    const char* op, const char* name, const T* index, int64_t length, int64_t bound, const char* what) {
-  const BadEntry bad = for_entries(index, 0, length, bound, [](int64_t, const T*, int64_t) {});
-  if (bad.at >= 0) {
-    refuse_entry(op, name, bad, bound, what);
-  }
-}
-
 // Memory that is written before it is read.
 template <typename T>
 using Buffer = std::unique_ptr<T[]>;
@@ -97,19 +87,21 @@ inline Buffer<T> buffer_of(int64_t length) {
   return Buffer<T>(new T[length]);
 }
 
-// A copy of an index, for what reads entries more than once. Raises unless every index[i] is in [0, bound), which Out
-// holds.
-template <typename Out, typename T>
-inline Buffer<Out> checked_copy(
-    const char* op, const char* name, const T* index, int64_t length, int64_t bound, const char* what) {
-  Buffer<Out> copy = buffer_of<Out>(length);
-  const BadEntry bad = for_entries(index, 0, length, bound, [&](int64_t first, const T* entries, int64_t count) {
-    std::transform(entries, entries + count, copy.get() + first, [](T entry) { return static_cast<Out>(entry); });
+// Copies the first `length` entries of an index to `out`, for what reads them more than once. Raises unless all of them
+// are in [0, bound), which Out holds. `index` must be contiguous.
+template <typename Out>
+inline void copy_checked(
+    const char* op, const char* name, const Tensor& index, int64_t length, int64_t bound, const char* what, Out* out) {
+  with_index_type(index, [&](auto type) {
+    using Index = decltype(type);
+    const Index* given = static_cast<const Index*>(index.const_data_ptr());
+    const BadEntry bad = for_entries(given, 0, length, bound, [&](int64_t first, const Index* entries, int64_t count) {
+      std::transform(entries, entries + count, out + first, [](Index entry) { return static_cast<Out>(entry); });
+    });
+    if (bad.at >= 0) {
+      refuse_entry(op, name, bad, bound, what);
+    }
   });
-  if (bad.at >= 0) {
-    refuse_entry(op, name, bad, bound, what);
-  }
-  return copy;
 }
 
 // Runs body(begin, end) over [0, count), in parallel where the bytes moved are worth it. `body` must not throw.

@@ -101,11 +101,8 @@ Tensor scatter_add_rows(const char* op, const char* name, const Tensor& src, con
   check_index_like(op, "index", index, cpu());
   const Rows rows = rows_of(op, name, src, cpu());
   check_scatter_sizes(op, name, rows, index, num_rows);
-  const Tensor held_index = as_contiguous(index);
-  const Buffer<int32_t> targets = with_index_type(index, [&](auto type) {
-    const auto* entries = static_cast<const decltype(type)*>(held_index.const_data_ptr());
-    return checked_copy<int32_t>(op, "index", entries, rows.count, num_rows, "rows (num_rows)");
-  });
+  const Buffer<int32_t> targets = buffer_of<int32_t>(rows.count);
+  copy_checked(op, "index", as_contiguous(index), rows.count, num_rows, "rows (num_rows)", targets.get());
   Tensor out = empty_rows(src, num_rows, cpu());
   auto sum = [&](auto inverse_type) {
     using Out = decltype(inverse_type);
@@ -130,7 +127,6 @@ template <typename T>
 Inverse<T> checked_inverse(
     const char* op, Integers index, const Tensor& indptr, const Tensor& members, int64_t length, int64_t num_rows) {
   const Tensor held_indptr = as_contiguous(indptr);
-  const Tensor held_members = as_contiguous(members);
   Buffer<T> ends = buffer_of<T>(num_rows + 1);
   const Integers given_ends = integers_of(held_indptr);
   int64_t end = given_ends[0];
@@ -143,10 +139,8 @@ Inverse<T> checked_inverse(
     ends[j + 1] = static_cast<T>(end);
   }
   RADIX_CHECK(end == length, op, "indptr must end at the length of members, ", length, ", got ", end);
-  Buffer<T> entries = with_index_type(members, [&](auto type) {
-    const auto* given = static_cast<const decltype(type)*>(held_members.const_data_ptr());
-    return checked_copy<T>(op, "members", given, length, length, "entries of index");
-  });
+  Buffer<T> entries = buffer_of<T>(length);
+  copy_checked(op, "members", as_contiguous(members), length, length, "entries of index", entries.get());
   std::vector<uint8_t> seen(length, 0);
   for (int64_t j = 0; j < num_rows; ++j) {
     for (int64_t m = ends[j]; m < ends[j + 1]; ++m) {

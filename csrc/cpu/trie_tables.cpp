@@ -1,7 +1,6 @@
 // Copies the tables of a trie, and checks the copies.
 #include "trie_tables.h"
 
-#include "../integers.h"
 #include "rows.h"
 
 #include <utility>
@@ -12,20 +11,8 @@ namespace {
 // The first `length` entries, all of which are in [0, bound). `what` says what the bound counts.
 std::vector<int32_t> copied_index(
     const char* op, const char* name, const Tensor& tensor, int64_t length, int64_t bound, const char* what) {
-  const Tensor held = as_contiguous(tensor);
   std::vector<int32_t> entries(length);
-  with_index_type(tensor, [&](auto type) {
-    using Index = decltype(type);
-    const Index* data = static_cast<const Index*>(held.const_data_ptr());
-    if constexpr (sizeof(Index) == sizeof(int32_t)) {
-      std::copy_n(data, length, entries.data());
-      check_in_range(op, name, entries.data(), length, bound, what);
-    } else {
-      const std::vector<Index> wide(data, data + length);
-      check_in_range(op, name, wide.data(), length, bound, what);
-      std::copy(wide.begin(), wide.end(), entries.begin());
-    }
-  });
+  copy_checked(op, name, as_contiguous(tensor), length, bound, what, entries.data());
   return entries;
 }
 
