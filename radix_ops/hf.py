@@ -73,8 +73,8 @@ def enable(model: nn.Module, threshold: float | None = None, layout: str = "auto
     all routes are enabled. A SparseEncoder folds batch by batch; a MultiVectorEncoder is refused.
 
     torch.export gives the plain model's program; with strict=True, and torch.compile with fullgraph=True, it raises.
-    Attention over rows
-    is differentiable once: a second derivative raises RuntimeError. Compiled models run uncompiled where they fold.
+    Compiled models run uncompiled where they fold. Attention over rows is differentiable once: a second derivative
+    raises RuntimeError.
 
     Enabling again sets the options anew. `model.radix_stats` counts what was done (`RadixStats`). Copies and pickles
     of an enabled model are enabled, with counts of their own. What calls the decoder stack's submodules itself, past

@@ -3,7 +3,8 @@
 # Usage: tests/sanitize.sh [FOLDER FOR LOGS] [TOOL ...]. PYTHON names the interpreter that radix_ops is installed for.
 #
 # Left out are tests that fault on purpose (device asserts), that read the profiler or capture graphs (which allow no
-# checker or no allocation beside them), that compare times, and that need tens of gigabytes. Random batches are fewer by RADIX_TEST_DIVISOR.
+# checker or no allocation beside them), that compare times, and that need tens of gigabytes. Random batches are fewer by
+# RADIX_TEST_DIVISOR.
 # racecheck leaves out the autograd and bad-input tests: they launch kernels that the others launch, and take over 8 minutes.
 set -euo pipefail
 tests=$(cd "$(dirname "$0")" && pwd)

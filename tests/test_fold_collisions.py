@@ -85,9 +85,8 @@ def test_fold_is_exact_under_hash_collisions(colliding):
 
 
 COUNT = 100_000  # sequences of one token each
-KNOWN_KEY = (ctypes.c_uint64 * 3)(
-    0, 1, 1
-)  # under which the hash of a token at position 0 is the token, but for its place
+# Under which the hash of a token at position 0 is the token, but for its place.
+KNOWN_KEY = (ctypes.c_uint64 * 3)(0, 1, 1)
 NUMBERS = torch.arange(COUNT)
 NOUGHT = torch.zeros_like(NUMBERS)
 CRAFTED = {  # ids, positions: under the known key all fall into a stretch of a table of 2^19 slots

@@ -22,9 +22,8 @@ Turn = tuple[str, str]  # role and text
 class Messages:
     """How texts become messages."""
 
-    format: str = (
-        "auto"  # of their content: "flat", the text; "structured", a list of typed parts; "auto", see `fitted`
-    )
+    # Of their content: "flat", the text; "structured", a list of typed parts; "auto", see `fitted`.
+    format: str = "auto"
     arguments: dict = field(default_factory=dict)  # of the template
     keeps_tail: bool = True  # whether what the template puts behind a text outlives a cut
 

@@ -285,9 +285,8 @@ def _messages(settings: Settings, task: str) -> Messages | None:
 def _processing(settings: Settings) -> tuple[dict, bool]:
     """What the chat template gets, and whether its end outlives a cut."""
     text = settings.object("text")
-    text.take(
-        "logits_to_keep", "a whole number", lambda value: isinstance(value, int)
-    )  # the last token's are among them
+    # The last token's logits are among those that are kept.
+    text.take("logits_to_keep", "a whole number", lambda value: isinstance(value, int))
     text.close()
     template = settings.object("chat_template")
     keeps_tail = template.flag("restore_suffix", True)
