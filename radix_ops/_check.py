@@ -87,6 +87,19 @@ def check_gradient(op: str, grad_out: Tensor, q: Tensor, v: Tensor) -> None:
     check_storages(op, grad_out=grad_out)
 
 
+def check_saved(op: str, q: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor) -> None:
+    """Raises RuntimeError unless out and logsumexp are what the forward of attention returned for q and v."""
+    sums_dtype = torch.promote_types(q.dtype, torch.float32)
+    shape, sums_shape = [*q.shape[:2], v.shape[2]], [q.shape[1], q.shape[0]]
+    for name, x, dtype, sizes in (("out", out, q.dtype, shape), ("logsumexp", logsumexp, sums_dtype, sums_shape)):
+        if list(x.shape) != sizes or x.dtype != dtype:
+            raise RuntimeError(
+                f"radix::{op}: {name} must be {dtype} of shape {sizes}, got {x.dtype} of {list(x.shape)}"
+            )
+    check_devices(op, q.device, out=out, logsumexp=logsumexp)
+    check_storages(op, out=out, logsumexp=logsumexp)
+
+
 def is_finite(*tensors: Tensor) -> bool:
     """False wherever a value is not finite; also where a sum is too large for its type, which costs time alone."""
     return all(math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))) for x in tensors)

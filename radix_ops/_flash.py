@@ -2,6 +2,12 @@
 
 What `torch.nn.attention.varlen.varlen_attn` calls, with rows behind the last run as zeros; a flash attention that
 `torch.nn.attention.activate_flash_attention_impl` chose is used here too. Causal masks are aligned at the end of keys.
+
+Torch's kernels take cu_seqlens_q, cu_seqlens_k and the largest lengths at their word, and so do these ops: ends that
+fall, or lie past the rows of q or of k, lead outside the tensors, as they do in `varlen_attn`, and a largest length
+that is too small leaves rows out. To look at the values would take several launches in every layer, about as long as
+the attention of a small batch, or a wait for the host. `radix::fold_plan` makes sound ones; whoever takes a batch from
+elsewhere must trust it, or use layout "trie", whose kernels no table leads outside.
 """
 
 from __future__ import annotations
@@ -10,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._check import MAX_WINDOW, check_gradient, check_index_like, check_qkv, check_storages
+from ._check import MAX_WINDOW, check_gradient, check_index_like, check_qkv, check_saved, check_storages
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -31,7 +37,7 @@ def _is_recent(device_index: int) -> bool:
 def flash_attention(
     q, k, v, cu_seqlens_q, cu_seqlens_k, num_queries, max_seqlen_q, max_seqlen_k, scale, sliding_window=0
 ):
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window)
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, num_queries, max_seqlen_q, max_seqlen_k, sliding_window)
     if q.shape[0] == 0 or k.shape[0] == 0:
         return q.new_zeros(*q.shape[:2], v.shape[2]), q.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32)
     out, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
@@ -64,9 +70,9 @@ def flash_attention_backward(
     scale,
     sliding_window=0,
 ):
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window)
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, num_queries, max_seqlen_q, max_seqlen_k, sliding_window)
     check_gradient("flash_attention", grad_out, q, v)
-    check_storages("flash_attention", out=out, logsumexp=logsumexp)
+    check_saved("flash_attention", q, v, out, logsumexp)
     if q.shape[0] == 0 or k.shape[0] == 0:
         return tuple(x.new_zeros(x.shape) for x in (q, k, v))
     padded = _pad_heads(q, k, v)
@@ -91,7 +97,7 @@ def flash_attention_backward(
     return _cut(grad_q, q.shape[2]), _cut(grad_k, k.shape[2]), _cut(grad_v, v.shape[2])
 
 
-def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window) -> None:
+def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, num_queries, max_seqlen_q, max_seqlen_k, sliding_window) -> None:
     check_qkv("flash_attention", q, k, v, sliding_window)
     check_index_like("flash_attention", q.device, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_storages("flash_attention", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
@@ -106,6 +112,13 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window) -> None:
             "radix::flash_attention: cu_seqlens_q and cu_seqlens_k must be equally long and hold at least a 0, got "
             f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]} entries"
         )
+    if not 0 <= num_queries <= q.shape[0]:
+        raise RuntimeError(
+            f"radix::flash_attention: num_queries must be from 0 to the {q.shape[0]} rows of q, got {num_queries}"
+        )
+    for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if not 0 <= length < 2**31:
+            raise RuntimeError(f"radix::flash_attention: {name} must be from 0 to 2^31 - 1, got {length}")
 
 
 def _lengths(max_seqlen_q: int, max_seqlen_k: int) -> tuple[int, int]:

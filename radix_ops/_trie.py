@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from . import _flash
-from ._check import MAX_WINDOW, check_index_like, check_qkv, check_storages, is_finite
+from ._check import (
+    MAX_WINDOW,
+    check_gradient,
+    check_index_like,
+    check_qkv,
+    check_saved,
+    check_storages,
+    is_finite,
+)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Queries and keys of a tile: its scores stay in the cache.
@@ -216,6 +224,8 @@ def trie_attention_backward(
     """The gradients of q, k and v, with the probabilities computed again; sums are in fp32 (fp64 for float64)."""
     tables = enter, leave, depth, row_of, path, kv_index, cu_seqlens_q, num_nodes
     _check("trie_attention_backward", q, k, v, *tables, sliding_window)
+    check_gradient("trie_attention_backward", grad_out, q, v)
+    check_saved("trie_attention_backward", q, v, out, logsumexp)
     if has_kernels(q, v):
         from . import _trie_cuda
 

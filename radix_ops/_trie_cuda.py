@@ -6,6 +6,10 @@ of the work has no mask; below, row k is seen by number n exactly when enter[k] 
 that see a row of a block are an interval of numbers that begins at the block. So no key, value or gradient is copied
 or summed outside the kernels, and nothing depends on the order in which blocks finish: results are deterministic.
 
+No value of a table leads outside the tensors, nor makes a loop longer than the batch: numbers of rows and lengths of
+paths are held to what there is where they are loaded, which a sound table never feels. A table that is not
+`trie_order`'s gives wrong results, of whatever the arguments hold, and no error: to tell would take another launch.
+
 A block of queries holds tokens x query heads of one key/value head (grouped-query attention), so that keys are read
 once for all of them. logsumexp is in base 2. Padding rows are given zeros, and never read.
 """
@@ -19,6 +23,13 @@ from triton.runtime.errors import OutOfResources
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _NO_LIMIT = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _row_in(row, num_rows):
+    """The row as a table says it, one that is none as the last: a single instruction, where a mask takes one a load."""
+    last = (num_rows - 1).to(tl.uint32)
+    return tl.minimum(row.to(tl.uint32, bitcast=True), last).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -46,8 +57,9 @@ def _store_rows(x, values, row, head, heads, is_row, SIZE: tl.constexpr, BLOCK: 
 
 @triton.jit
 def _queries_of_program(
-    row_of, num_nodes, GROUP: tl.constexpr, MEMBERS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_M: tl.constexpr
-):
+    row_of, num_rows, num_nodes,
+    GROUP: tl.constexpr, MEMBERS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """Programs of one block of numbers stand side by side, those of the deepest blocks, which take longest, first."""
     TOKENS: tl.constexpr = BLOCK_M // MEMBERS
     PARTS: tl.constexpr = (GROUP + MEMBERS - 1) // MEMBERS
@@ -59,13 +71,13 @@ def _queries_of_program(
     number = block * TOKENS + slot // MEMBERS
     is_slot = (slot < TOKENS * MEMBERS) & (member < GROUP)
     is_query = is_slot & (number < num_nodes)
-    row = tl.load(row_of + number, mask=is_query, other=0)
+    row = _row_in(tl.load(row_of + number, mask=is_query, other=0), num_rows)
     return block * TOKENS, kv_head, kv_head * GROUP + member, number, row, is_slot, is_query
 
 
 @triton.jit
 def _keys_of_block(
-    row_of, depth, path, kv_index, first, num_nodes, own_depth, is_query, window,
+    row_of, depth, path, kv_index, num_keys, first, num_rows, num_nodes, own_depth, is_query, window,
     TOKENS: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The keys of a block of queries: `length` rows of the path to its first number, then its own, `count` in all.
@@ -73,33 +85,36 @@ def _keys_of_block(
     Key i of the path is at path_rows[i], key i of the block at own_rows[i]. From low to full_low some queries see a
     key, from full_low to full all do, from full on some do.
     """
-    first_row = tl.load(row_of + first)
-    length = tl.load(depth + first_row)
+    first_row = _row_in(tl.load(row_of + first), num_rows)
+    # A path is of rows with lower numbers, and lies within kv_index.
+    length = tl.maximum(tl.minimum(tl.load(depth + first_row), tl.minimum(first, num_keys)), 0)
+    path_at = tl.maximum(tl.minimum(tl.load(path + first_row), num_keys - length), 0)
     count = length + tl.minimum(TOKENS, num_nodes - first)
-    shared = tl.min(tl.where(is_query, own_depth, _NO_LIMIT))
+    shared = tl.maximum(tl.minimum(tl.min(tl.where(is_query, own_depth, _NO_LIMIT)), length), 0)
     full = shared // BLOCK_N * BLOCK_N
     low = 0
     full_low = 0
     if WINDOWED:
         low = tl.maximum(shared + 1 - window, 0) // BLOCK_N * BLOCK_N
-        full_low = (tl.maximum(tl.max(own_depth) + 1 - window, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        deepest = tl.maximum(tl.minimum(tl.max(own_depth), num_nodes), 0)
+        full_low = (tl.maximum(deepest + 1 - window, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
         full_low = tl.maximum(tl.minimum(full_low, full), low)
-    return kv_index + tl.load(path + first_row), row_of + (first - length), length, count, low, full_low, full
+    return kv_index + path_at, row_of + (first - length), length, count, low, full_low, full
 
 
 @triton.jit
 def _keys_seen_by_all(
-    k, v, path_rows, at, kv_head, stride_kr, stride_kh, stride_vr, stride_vh,
+    k, v, path_rows, at, num_rows, kv_head, stride_kr, stride_kh, stride_vr, stride_vh,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    row = tl.load(path_rows + at + tl.arange(0, BLOCK_N))
+    row = _row_in(tl.load(path_rows + at + tl.arange(0, BLOCK_N)), num_rows)
     keys = _load_rows(k, row, kv_head, stride_kr, stride_kh, True, False, D, BLOCK_D)
     return keys, _load_rows(v, row, kv_head, stride_vr, stride_vh, True, False, DV, BLOCK_DV)
 
 
 @triton.jit
 def _keys_seen_by_some(
-    k, v, path_rows, own_rows, at, length, count, first, number, own_depth, leave, depth, window, kv_head,
+    k, v, path_rows, own_rows, at, length, count, first, number, own_depth, leave, depth, window, num_rows, kv_head,
     stride_kr, stride_kh, stride_vr, stride_vh,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -107,7 +122,7 @@ def _keys_seen_by_some(
     """Keys, values and [queries, keys] whether they are seen, of the path and the block itself."""
     key = at + tl.arange(0, BLOCK_N)
     is_key = key < count
-    row = tl.load(tl.where(key < length, path_rows + key, own_rows + key), mask=is_key, other=0)
+    row = _row_in(tl.load(tl.where(key < length, path_rows + key, own_rows + key), mask=is_key, other=0), num_rows)
     end = tl.load(leave + row, mask=is_key, other=0)
     # Keys of the path come before every number of the block, as they do here.
     visible = (key[None, :] + (first - length) <= number[:, None]) & (number[:, None] < end[None, :])
@@ -137,19 +152,19 @@ def _forward_step(queries, keys, values, visible, largest, total, acc, factor, M
     return now, total * fade + tl.sum(weights, 1), acc
 
 
-_UNSPECIALIZED = ["num_rows", "num_nodes", "window"]  # so that batches of all sizes share one compilation
+_UNSPECIALIZED = ["num_keys", "num_rows", "num_nodes", "window"]  # so that batches of all sizes share one compilation
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _forward(
-    q, k, v, out, logsumexp, row_of, leave, depth, path, kv_index,
+    q, k, v, out, logsumexp, row_of, leave, depth, path, kv_index, num_keys,
     stride_qr, stride_qh, stride_kr, stride_kh, stride_vr, stride_vh, num_rows, num_nodes, scale, window,
     GROUP: tl.constexpr, MEMBERS: tl.constexpr, KV_HEADS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WINDOWED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     first, kv_head, head, number, row, is_slot, is_query = _queries_of_program(
-        row_of, num_nodes, GROUP, MEMBERS, KV_HEADS, BLOCK_M
+        row_of, num_rows, num_nodes, GROUP, MEMBERS, KV_HEADS, BLOCK_M
     )
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -161,26 +176,27 @@ def _forward(
         factor = tl.abs(scale) * _LOG2_E
         own_depth = tl.load(depth + row, mask=is_query, other=0)
         path_rows, own_rows, length, count, low, full_low, full = _keys_of_block(
-            row_of, depth, path, kv_index, first, num_nodes, own_depth, is_query, window,
+            row_of, depth, path, kv_index, num_keys, first, num_rows, num_nodes, own_depth, is_query, window,
             BLOCK_M // MEMBERS, WINDOWED, BLOCK_N,
         )  # fmt: skip
         if WINDOWED:
             for at in tl.range(low, full_low, TAIL, num_stages=1):
                 keys, values, visible = _keys_seen_by_some(
                     k, v, path_rows, own_rows, at, length, count, first, number, own_depth, leave, depth, window,
-                    kv_head, stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, WINDOWED, TAIL,
+                    num_rows, kv_head, stride_kr, stride_kh, stride_vr, stride_vh,
+                    D, DV, BLOCK_D, BLOCK_DV, WINDOWED, TAIL,
                 )  # fmt: skip
                 largest, total, acc = _forward_step(queries, keys, values, visible, largest, total, acc, factor, True)
         for at in tl.range(full_low, full, BLOCK_N, num_stages=STAGES):
             keys, values = _keys_seen_by_all(
-                k, v, path_rows, at, kv_head, stride_kr, stride_kh, stride_vr, stride_vh,
+                k, v, path_rows, at, num_rows, kv_head, stride_kr, stride_kh, stride_vr, stride_vh,
                 D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
             )  # fmt: skip
             largest, total, acc = _forward_step(queries, keys, values, True, largest, total, acc, factor, False)
         for at in tl.range(full, count, TAIL, num_stages=1):
             keys, values, visible = _keys_seen_by_some(
                 k, v, path_rows, own_rows, at, length, count, first, number, own_depth, leave, depth, window,
-                kv_head, stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, WINDOWED, TAIL,
+                num_rows, kv_head, stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, WINDOWED, TAIL,
             )  # fmt: skip
             largest, total, acc = _forward_step(queries, keys, values, visible, largest, total, acc, factor, True)
 
@@ -203,7 +219,7 @@ def _grad_q_step(queries, grads, keys, values, visible, sums, means, acc, factor
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _backward_q(
-    q, k, v, out, grad_out, logsumexp, mean, grad_q, row_of, leave, depth, path, kv_index,
+    q, k, v, out, grad_out, logsumexp, mean, grad_q, row_of, leave, depth, path, kv_index, num_keys,
     stride_qr, stride_qh, stride_kr, stride_kh, stride_vr, stride_vh, num_rows, num_nodes, scale, window,
     GROUP: tl.constexpr, MEMBERS: tl.constexpr, KV_HEADS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WINDOWED: tl.constexpr,
@@ -211,7 +227,7 @@ def _backward_q(
 ):  # fmt: skip
     """grad_q, and for `_backward_kv` the mean of grad_out * value under each query's weights."""
     first, kv_head, head, number, row, is_slot, is_query = _queries_of_program(
-        row_of, num_nodes, GROUP, MEMBERS, KV_HEADS, BLOCK_M
+        row_of, num_rows, num_nodes, GROUP, MEMBERS, KV_HEADS, BLOCK_M
     )
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if first < num_nodes:
@@ -226,7 +242,7 @@ def _backward_q(
         sums = tl.load(logsumexp + at_query, mask=is_query, other=0.0)
         own_depth = tl.load(depth + row, mask=is_query, other=0)
         path_rows, own_rows, length, count, low, _, full = _keys_of_block(
-            row_of, depth, path, kv_index, first, num_nodes, own_depth, is_query, window,
+            row_of, depth, path, kv_index, num_keys, first, num_rows, num_nodes, own_depth, is_query, window,
             BLOCK_M // MEMBERS, WINDOWED, BLOCK_N,
         )  # fmt: skip
         if WINDOWED:
@@ -234,14 +250,14 @@ def _backward_q(
         else:
             for at in tl.range(0, full, BLOCK_N, num_stages=STAGES):
                 keys, values = _keys_seen_by_all(
-                    k, v, path_rows, at, kv_head, stride_kr, stride_kh, stride_vr, stride_vh,
+                    k, v, path_rows, at, num_rows, kv_head, stride_kr, stride_kh, stride_vr, stride_vh,
                     D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
                 )  # fmt: skip
                 acc = _grad_q_step(queries, grads, keys, values, True, sums, means, acc, factor, False)
         for at in tl.range(full, count, TAIL, num_stages=1):
             keys, values, visible = _keys_seen_by_some(
                 k, v, path_rows, own_rows, at, length, count, first, number, own_depth, leave, depth, window,
-                kv_head, stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, WINDOWED, TAIL,
+                num_rows, kv_head, stride_kr, stride_kh, stride_vr, stride_vh, D, DV, BLOCK_D, BLOCK_DV, WINDOWED, TAIL,
             )  # fmt: skip
             acc = _grad_q_step(queries, grads, keys, values, visible, sums, means, acc, factor, True)
     is_stored = is_slot & (number < num_rows)
@@ -262,7 +278,7 @@ def _grad_kv_step(
     number = pair // GROUP
     head = kv_head * GROUP + pair % GROUP
     is_query = pair < end
-    row = tl.load(row_of + number, mask=is_query, other=0) if MASKED else tl.load(row_of + number)
+    row = _row_in(tl.load(row_of + number, mask=is_query, other=0) if MASKED else tl.load(row_of + number), num_rows)
     queries = _load_rows(q, row, head[:, None], stride_qr, stride_qh, is_query, MASKED, D, BLOCK_D)
     grads = _load_rows(grad_out, row, head[:, None], GROUP * KV_HEADS * DV, DV, is_query, MASKED, DV, BLOCK_DV)
     at_query = head.to(tl.int64) * num_rows + row
@@ -293,14 +309,14 @@ def _backward_kv(
     first = tl.program_id(0) // KV_HEADS * BLOCK_N
     key = first + tl.arange(0, BLOCK_N)
     is_key = key < num_nodes
-    row = tl.load(row_of + key, mask=is_key, other=0)
+    row = _row_in(tl.load(row_of + key, mask=is_key, other=0), num_rows)
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     if first < num_nodes:
         factor = scale * _LOG2_E
         keys = _load_rows(k, row, kv_head, stride_kr, stride_kh, is_key, True, D, BLOCK_D)
         values = _load_rows(v, row, kv_head, stride_vr, stride_vh, is_key, True, DV, BLOCK_DV)
-        leaves = tl.minimum(tl.load(leave + row, mask=is_key, other=0), num_nodes)
+        leaves = tl.maximum(tl.minimum(tl.load(leave + row, mask=is_key, other=0), num_nodes), 0)
         key_depth = tl.load(depth + row, mask=is_key, other=0)
         # Pairs of a number and a head of the group: first those of the block's own numbers, then those that see all
         # of its keys, then those that see some.
@@ -327,7 +343,7 @@ def _backward_kv(
             is_seen = True
             if WINDOWED:
                 pair = at + tl.arange(0, BLOCK_M)
-                query_row = tl.load(row_of + pair // GROUP, mask=pair < end, other=0)
+                query_row = _row_in(tl.load(row_of + pair // GROUP, mask=pair < end, other=0), num_rows)
                 nearest = tl.min(tl.load(depth + query_row, mask=pair < end, other=_NO_LIMIT))
                 is_seen = nearest - tl.max(key_depth) < window
             if is_seen:
@@ -438,9 +454,14 @@ def _table(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.int32 and x.is_contiguous() and x.data_ptr() % 16 == 0 else _contiguous(x.int())
 
 
+def _tables(row_of, leave, depth, path, kv_index) -> tuple:
+    """What kernels of queries take of the tables: five tensors, and how many entries the last has."""
+    return *map(_table, (row_of, leave, depth, path, kv_index)), min(kv_index.shape[0], _NO_LIMIT.value)
+
+
 def forward(q, k, v, leave, depth, row_of, path, kv_index, num_nodes, scale, window):
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    tables = [_table(x) for x in (row_of, leave, depth, path, kv_index)]
+    tables = _tables(row_of, leave, depth, path, kv_index)
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     logsumexp = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     _launch(_forward, (q, k, v, out, logsumexp, *tables), q, k, v, num_nodes, scale, window)
@@ -450,7 +471,7 @@ def forward(q, k, v, leave, depth, row_of, path, kv_index, num_nodes, scale, win
 def backward(grad_out, q, k, v, out, logsumexp, leave, depth, row_of, path, kv_index, num_nodes, scale, window):
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     grad_out, out, logsumexp = _contiguous(grad_out), _contiguous(out), _contiguous(logsumexp)
-    tables = [_table(x) for x in (row_of, leave, depth, path, kv_index)]
+    tables = _tables(row_of, leave, depth, path, kv_index)
     mean = torch.empty_like(logsumexp)
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     call = q, k, v, num_nodes, scale, window

@@ -31,7 +31,8 @@ varlen_attention(q [num_rows, H, D], k [K, H_kv, D], v [K, H_kv, D_v], cu_seqlen
 flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, num_queries, max_seqlen_q, max_seqlen_k, scale, sliding_window=0)
     -> out, logsumexp [H, num_rows]: the same on CUDA in bfloat16 and float16, by torch's flash attention. num_queries
     is the end of cu_seqlens_q, the largest lengths may be larger than they are. Nothing looks at the values of
-    cu_seqlens, which must be a fold's.
+    cu_seqlens, which must be a fold's: torch's kernels trust them, and others read and write outside the tensors.
+    To look would take several launches in every layer.
 trie_order(cu_seqlens_q, cu_seqlens_k, kv_index, num_rows)
     -> enter, leave, depth, row_of, path, int32 [num_rows]: row k is on the path to row q exactly when
     enter[k] <= enter[q] < leave[k]; depth counts the rows above a row; row_of is the inverse of enter; the path to a
@@ -42,7 +43,8 @@ trie_attention(q, k [num_rows, H_kv, D], v, enter, leave, depth, row_of, path, k
     unfolded. In every floating dtype; on the CPU, where sums are in fp32 (fp64 for float64) and the bits the same for
     any number of threads, by a kernel for AVX-512, AVX2 or neither (ATEN_CPU_CAPABILITY holds it to less, as it does
     torch), forward and backward; on CUDA in bfloat16 and float16 by Triton kernels, otherwise it waits there for the
-    host and is slow. The index tensors must be a fold's and trie_order's, which is checked on the CPU alone.
+    host and is slow. The index tensors must be a fold's and trie_order's, which is checked on the CPU alone: on CUDA
+    others give wrong results, and lead to no memory outside the arguments.
 
 What `radix_ops.plan` calls, on the CPU (sequence i is input_ids[starts[i]:starts[i] + lengths[i]], ids not negative):
 

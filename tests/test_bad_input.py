@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-import radix_ops  # noqa: F401  (registers torch.ops.radix)
+from radix_ops import _flash, _trie  # the package registers torch.ops.radix
 
 RADIX = torch.ops.radix
 IDS, CU = torch.tensor([1, 2, 3, 4]), torch.tensor([0, 2, 4])
@@ -289,6 +289,47 @@ def test_the_backward_of_varlen_attention_refuses_another_gradient(grad_out):
     message = f"grad_out must be torch.float32 of shape [3, 4, 8], got {grad_out.dtype} of {list(grad_out.shape)}"
     with pytest.raises(RuntimeError, match=f"^radix::varlen_attention: {re.escape(message)}$"):
         RADIX.varlen_attention_backward(grad_out, Q, K, K, CU_Q, CU_K, 1.0)
+
+
+@pytest.mark.parametrize("attention", ["trie", "flash"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("grad_out", torch.ones(3, 4, 7).bfloat16()),
+        ("out", torch.ones(2, 4, 8).bfloat16()),
+        ("out", torch.ones(3, 4, 8)),
+        ("logsumexp", torch.ones(4, 2)),
+        ("logsumexp", torch.ones(4, 3).bfloat16()),
+    ],
+)
+def test_the_backward_on_cuda_refuses_what_no_forward_returned(attention, name, value):
+    """The kernels read as many rows and heads of these as q has."""
+    q, k = Q.bfloat16(), K[:3].bfloat16()
+    out = torch.ones(3, 4, 8).bfloat16()
+    saved = {"grad_out": out, "q": q, "k": k, "v": k, "out": out, "logsumexp": torch.ones(4, 3), name: value}
+    message = re.escape(f"{name} must be ") + ".*" + re.escape(f", got {value.dtype} of {list(value.shape)}")
+    tables = [torch.zeros(3, dtype=torch.int32)] * 6
+    call, *others = {
+        "trie": (_trie.trie_attention_backward, *tables, CU_Q, 3, 1.0),
+        "flash": (_flash.flash_attention_backward, CU_Q, CU_K, 3, 2, 3, 1.0),
+    }[attention]
+    with pytest.raises(RuntimeError, match=message):
+        call(*saved.values(), *others)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ((4, 2, 3), "num_queries must be from 0 to the 3 rows of q, got 4"),
+        ((-1, 2, 3), "num_queries must be from 0 to the 3 rows of q, got -1"),
+        ((3, -2, 3), "max_seqlen_q must be from 0 to 2^31 - 1, got -2"),
+        ((3, 2, 2**31), "max_seqlen_k must be from 0 to 2^31 - 1, got 2147483648"),
+    ],
+)
+def test_flash_attention_refuses_counts(counts, message):
+    q, k = Q.bfloat16(), K.bfloat16()
+    with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::flash_attention: {message}')}$"):
+        _flash.flash_attention(q, k, k, CU_Q, CU_K, *counts, 1.0)
 
 
 CALLS = [

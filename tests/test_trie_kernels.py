@@ -7,6 +7,7 @@ cover them too.
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import processes
 import pytest
@@ -74,12 +75,96 @@ def check(sequences, shape, dtype, device, tolerance, layout=lambda x: x):
         assert (got[nodes:] == 0).all(), f"{name}: padding rows"
 
 
-def interpret():
+def damaged(names, tables, seed):
+    """The tables, by name, with one of them wrong, with all wrong here and there, and with too few keys."""
+    sound = dict(zip(names, tables, strict=True))
+    for name, table in sound.items():
+        for value in (-(2**31), 2**31 - 1):
+            yield {**sound, name: torch.full_like(table, value)}
+    generator = torch.Generator().manual_seed(seed)
+    for share in (0.1, 0.5, 1.0):
+        for size in (2**31 - 1, 2 * len(sound["row_of"])):
+            wrong = {}
+            for name, table in sound.items():
+                values = torch.randint(-size, size, table.shape, generator=generator, dtype=torch.int32)
+                is_wrong = torch.rand(table.shape, generator=generator) < share
+                wrong[name] = torch.where(is_wrong.to(table.device), values.to(table.device), table)
+            yield wrong
+    for count in (0, 3):
+        yield {**sound, "kv_index": sound["kv_index"][:count].clone()}
+
+
+def watch_memory():
+    """From here on, a load or a store of the interpreter that lies in no tensor of its launch raises."""
+    import numpy
+    from triton.runtime import interpreter
+
     from radix_ops import _trie_cuda
 
-    # Blocks small enough that short batches have full ones, masked ones and several.
+    launch, builder = _trie_cuda._launch, interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+    bounds = []
+
+    def watched_launch(kernel, tensors, *arguments):
+        for x in tensors:
+            if isinstance(x, torch.Tensor) and x.numel():
+                last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+                bounds.append((x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()))
+        launch(kernel, tensors, *arguments)
+        bounds.clear()
+
+    def check_pointers(pointers, mask):
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        addresses = pointers.data[numpy.broadcast_to(mask.data, pointers.data.shape).astype(bool)].astype(numpy.int64)
+        is_inside = numpy.zeros(addresses.shape, bool)
+        for start, end in bounds:
+            is_inside |= (addresses >= start) & (addresses + size <= end)
+        assert is_inside.all(), "memory outside the arguments"
+
+    def watched_load(self, pointers, mask, *arguments):
+        check_pointers(pointers, mask)
+        return load(self, pointers, mask, *arguments)
+
+    def watched_store(self, pointers, values, mask, *arguments):
+        check_pointers(pointers, mask)
+        return store(self, pointers, values, mask, *arguments)
+
+    _trie_cuda._launch, builder.create_masked_load, builder.create_masked_store = (
+        watched_launch,
+        watched_load,
+        watched_store,
+    )
+
+
+def interpret_damaged():
+    from radix_ops import _trie_cuda
+
+    set_small_blocks()
+    watch_memory()
+    names = "row_of", "leave", "depth", "path", "kv_index"
+    # Keys that all queries of a block see, queries that see all keys of a block, and padding rows.
+    batch = FoldedBatch.from_sequences([[*range(34), i, *range(7)] for i in range(2)], pad_multiple_of=4)
+    q, k, v = (torch.randn(batch.num_rows, heads, 16) for heads in (2, 1, 1))
+    _, leave, depth, row_of, path = order_of(batch)
+    sound = row_of, leave, depth, path, batch.kv_index
+    for window in (0, 9):
+        for tables in (dict(zip(names, sound, strict=True)), *damaged(names, sound, window)):
+            arguments = {**tables, "num_nodes": batch.num_nodes, "scale": 0.3, "window": window}
+            out, logsumexp = _trie_cuda.forward(q, k, v, **arguments)
+            _trie_cuda.backward(out, q, k, v, out, logsumexp, **arguments)
+    print("interpreted")
+
+
+def set_small_blocks():
+    """Blocks small enough that short batches have full ones, masked ones and several."""
+    from radix_ops import _trie_cuda
+
     for kernel, config in (("_forward", (32, 16)), ("_backward_q", (32, 16)), ("_backward_kv", (16, 32))):
         _trie_cuda._CONFIGS[getattr(_trie_cuda, kernel)] = [None, (*config, 1, 4)]  # the first is Hopper's
+
+
+def interpret():
+    set_small_blocks()
     for shape in SHAPES:
         check(SHORT, shape, torch.float32, "cpu", 1e-5)
     check(SHORT[::-1] + [[7, i, 9] for i in range(9)], SHAPES[0], torch.float32, "cpu", 1e-5)
@@ -90,8 +175,10 @@ def interpret():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed, which no CPU needs")
-def test_kernels_interpreted():
-    result = processes.run_python(__file__, TRITON_INTERPRET="1")
+@pytest.mark.parametrize("what", ["sound", "damaged"])
+def test_kernels_interpreted(what):
+    """Right results of sound tables; of damaged ones no load and no store outside the arguments, and an end."""
+    result = processes.run_python(__file__, what, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr
     assert result.stdout == "interpreted\n"
 
@@ -125,6 +212,32 @@ def test_results_are_the_same_bits_on_every_run():
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("window", [0, 40])
+def test_damaged_tables_change_nothing_but_results(window):
+    batch = FoldedBatch.from_sequences(LONG + NESTED_RUNS, pad_multiple_of=4, device="cuda")
+    names = "enter", "leave", "depth", "row_of", "path", "kv_index", "cu_seqlens_q"
+    sound = *order_of(batch), batch.kv_index, batch.cu_seqlens_q
+    inputs = [torch.randn(batch.num_rows, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2)]
+
+    def compute(tables):
+        arguments = *tables.values(), batch.num_nodes, 0.125, window
+        out, logsumexp = torch.ops.radix.trie_attention(*inputs, *arguments)
+        grads = torch.ops.radix.trie_attention_backward(out, *inputs, out, logsumexp, *arguments)
+        torch.cuda.synchronize()
+        return out, logsumexp, *grads
+
+    want = compute(dict(zip(names, sound, strict=True)))
+    copies = [x.clone() for x in inputs]
+    for tables in damaged(names, sound, window):
+        before = [x.clone() for x in tables.values()]
+        compute(tables)
+        for got, copy in zip((*inputs, *tables.values()), (*copies, *before), strict=True):
+            assert torch.equal(got, copy)
+    for got, exact in zip(compute(dict(zip(names, sound, strict=True))), want, strict=True):
+        assert torch.equal(got, exact)
+
+
+@pytest.mark.cuda
 def test_offsets_past_32_bits():
     """Heads 2^31 elements apart."""
     batch = FoldedBatch.from_sequences(LONG, device="cuda")
@@ -143,4 +256,4 @@ def test_offsets_past_32_bits():
 
 
 if __name__ == "__main__":
-    interpret()
+    {"sound": interpret, "damaged": interpret_damaged}[sys.argv[1]]()
