@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 
 import numpy as np
 import processes
@@ -404,6 +405,25 @@ def test_a_member_order_that_does_not_ascend_is_no_error():
     src = torch.randint(-9, 9, (length, 24), device="cuda").float()
     got = RADIX.scatter_add.csr(src, index, torch.tensor([0, length], device="cuda"), members, 1)
     assert torch.equal(got, src.sum(0, keepdim=True))
+
+
+def test_members_in_any_order_take_no_longer_than_a_few_passes():
+    """To compare each with all before it would take minutes here."""
+    length = 2**20
+    src = torch.ones(length, 8, device="cuda")
+    index = torch.zeros(length, dtype=torch.int32, device="cuda")
+    indptr = torch.tensor([0, length], dtype=torch.int32, device="cuda")
+    ascending = torch.arange(length, dtype=torch.int32, device="cuda")
+    shuffled = ascending[torch.randperm(length, generator=torch.Generator().manual_seed(0)).cuda()]
+    seconds = []
+    for members in (ascending, ascending, shuffled):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        got = RADIX.scatter_add.csr(src, index, indptr, members, 1)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        assert (got == length).all()
+    assert seconds[2] < 100 * seconds[1]
 
 
 def test_pairs_of_very_different_widths():

@@ -93,6 +93,7 @@ struct Work {
   int64_t num_rows;
   unsigned chunks;
   bool check;
+  int64_t* places;  // [length] of any content, to check with
 
   // The end of a row's members, asserted to lie in order and to begin and end where the arrays do.
   __device__ int64_t checked_end(int64_t row, int64_t begin) const {
@@ -103,14 +104,20 @@ struct Work {
     return end;
   }
 
-  // Asserts that entries m, m + step, ... of a row's members are ones that index holds this row for, and that none is
-  // listed twice: two equal entries have one between them, or the latter itself, that does not ascend, and what ascends
-  // from there on is compared with all before it.
+  // members[m], asserted to be an entry that index holds this row for.
+  __device__ int64_t checked_member(int64_t row, int64_t m) const {
+    const int64_t entry = members[m];
+    CUDA_KERNEL_ASSERT(entry >= 0 && entry < length && "members out of range");
+    CUDA_KERNEL_ASSERT(index[entry] == row && "indptr and members are not the inverse of index");
+    return entry;
+  }
+
+  // Asserts that entries m, m + step, ... of a short row's members are ones that index holds this row for, and that
+  // none is listed twice: members need not ascend, but two equal ones have one between them, or the latter itself, that
+  // does not, and what ascends from there on is compared with all before it.
   __device__ void assert_members(int64_t row, int64_t begin, int64_t end, int64_t m, int64_t step) const {
     for (; m < end; m += step) {
-      const int64_t entry = members[m];
-      CUDA_KERNEL_ASSERT(entry >= 0 && entry < length && "members out of range");
-      CUDA_KERNEL_ASSERT(index[entry] == row && "indptr and members are not the inverse of index");
+      const int64_t entry = checked_member(row, m);
       if (m == begin || members[m - 1] < entry) {
         continue;
       }
@@ -120,6 +127,28 @@ struct Work {
         }
       }
     }
+  }
+
+  // The same of a long row, by all threads of a block, in linear time in any order: each place is written to its
+  // entry's slot of `places`, and of two places of one entry the slot keeps one. No other row has these slots, since
+  // index holds this row there.
+  __device__ void assert_members_of_long_row(int64_t row, int64_t begin, int64_t end, unsigned thread) const {
+    bool ascends = true;
+    for (int64_t m = begin + thread; m < end; m += kBlock) {
+      const int64_t entry = checked_member(row, m);
+      ascends = ascends && (m == begin || members[m - 1] < entry);
+    }
+    if (__syncthreads_and(ascends)) {
+      return;
+    }
+    for (int64_t m = begin + thread; m < end; m += kBlock) {
+      places[checked_member(row, m)] = m;
+    }
+    __syncthreads();
+    for (int64_t m = begin + thread; m < end; m += kBlock) {
+      CUDA_KERNEL_ASSERT(places[checked_member(row, m)] == m && "members lists an entry twice");
+    }
+    __syncthreads();
   }
 };
 
@@ -287,7 +316,7 @@ __global__ void __launch_bounds__(kBlock, 5) sum_segments(Work work) {
       __syncthreads();
     }
     if (check) {
-      work.assert_members(first_row + y, begins[y], ends[y], begins[y] + thread, kBlock);
+      work.assert_members_of_long_row(first_row + y, begins[y], ends[y], thread);
     }
   }
 }
@@ -297,6 +326,7 @@ struct Inverse {
   Integers indptr;
   Integers members;
   bool check;
+  int64_t* places;  // where check
 };
 
 template <size_t kCount>
@@ -329,6 +359,7 @@ std::array<Tensor, kCount> sum_all(
     work.num_rows = num_rows;
     work.chunks = tiling.chunks;
     work.check = inverse.check;
+    work.places = inverse.places;
     if (unit_bytes == 16) {
       constexpr int kWidth = static_cast<int>(16 / sizeof(T));
       device.launch(&sum_segments<T, kWidth>, tiling.grid, tiling.block, work);
@@ -383,7 +414,7 @@ std::array<Tensor, kCount> scatter_add_all(
     Out* members = workspace.at<Out>(members_at);
     invert_index(op, place, device, integers_of(held_index), length, num_rows, indptr, members);
     constexpr bool kWide = sizeof(Out) == sizeof(int64_t);
-    const Inverse inverse{{indptr, kWide}, {members, kWide}, /*check=*/false};
+    const Inverse inverse{{indptr, kWide}, {members, kWide}, /*check=*/false, nullptr};
     return sum_all(op, sources, rows, device, integers_of(held_index), inverse, num_rows, place);
   };
   return length <= kMaxRows ? run(int32_t{}) : run(int64_t{});
@@ -404,7 +435,14 @@ std::array<Tensor, kCount> scatter_add_csr_all(
   const Tensor held_indptr = as_contiguous(indptr);
   const Tensor held_members = as_contiguous(members);
   const Device device(op, place);
-  const Inverse inverse{integers_of(held_indptr), integers_of(held_members), /*check=*/true};
+  Workspace workspace;
+  int64_t* places = nullptr;
+  if (rows[0].count > kLongSegment) {
+    const int64_t places_at = workspace.add<int64_t>(rows[0].count);
+    workspace.allocate(place);
+    places = workspace.at<int64_t>(places_at);
+  }
+  const Inverse inverse{integers_of(held_indptr), integers_of(held_members), /*check=*/true, places};
   return sum_all(op, sources, rows, device, integers_of(held_index), inverse, num_rows, place);
 }
 
