@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 from . import _hf_guards, _hf_verify
 from ._hf_calls import size_of
 from ._hf_fold import PaddedBatch
+from ._hf_modes import is_plain
 from ._hf_proofs import class_of
 from ._hf_stats import RadixStats
 
@@ -162,13 +163,14 @@ def _obstacle(stack: PreTrainedModel) -> str | None:
 
 
 def _weights_of(stack: PreTrainedModel) -> list:
-    """What changes with each update of a weight in place, and with the adapters that are at work."""
-    found, versions = [], 0
+    """What changes when a saved weight is updated in place or replaced, and with the adapters that are at work."""
+    found = []
     for module in _hf_guards.parts(stack):
         own = module.__dict__
         if "_disable_adapters" in own:
             found.append((own["_disable_adapters"], str(own.get("_active_adapter"))))
-        for weight in own["_parameters"].values():
-            if weight is not None and not weight.is_inference():
-                versions += weight._version
-    return [versions, *found]
+        kept = (x for name, x in own["_buffers"].items() if name not in module._non_persistent_buffers_set)
+        for weight in (*own["_parameters"].values(), *kept):
+            if weight is not None and is_plain(weight):
+                found.append((weight.data_ptr(), None if weight.is_inference() else weight._version))
+    return found

@@ -214,6 +214,15 @@ def _change_weight(model):
         model.model.layers[0].mlp.up_proj.weight[0] += 1e-6
 
 
+def _replace_weights(model):
+    model.load_state_dict({name: x + 1e-6 for name, x in model.state_dict().items()}, assign=True)
+
+
+def _replace_data(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data + 1e-6
+
+
 def _change_data(model):
     model.model.layers[0].mlp.up_proj.weight.data.mul_(1.1)
 
@@ -236,6 +245,8 @@ def _drop_out(model):
     ("change", "reason"),
     [
         (_change_weight, "weights or adapters have changed since"),
+        (_replace_weights, "weights or adapters have changed since"),
+        (_replace_data, "weights or adapters have changed since"),
         (_change_data, "the model has changed since: hidden states differ"),
         (_change_config, "the model has changed since: hidden states differ"),
         (_add_hook, "layers.0.mlp has a hook"),
@@ -261,6 +272,25 @@ def test_cache_of_other_adapters_is_an_error():
         len(cache)
     with model.disable_adapter():
         assert len(cache) == 2
+
+
+@torch.no_grad()
+def test_cache_of_weights_that_a_call_alone_had_is_an_error():
+    model = hf.enable(build(), threshold=1.0)
+    near = {name: parameter + 1e-6 for name, parameter in model.named_parameters()}
+    cache = torch.func.functional_call(model, near, (IDS, MASK))[CACHE]
+    with pytest.raises(RuntimeError, match="weights or adapters have changed since"):
+        len(cache)
+
+
+@torch.no_grad()
+def test_cache_of_a_saved_buffer_that_changed_is_an_error():
+    model = build()
+    model.model.layers[0].mlp.register_buffer("bias", torch.zeros(2))
+    cache = hf.enable(model, threshold=1.0)(IDS, MASK)[CACHE]
+    model.model.layers[0].mlp.bias += 1
+    with pytest.raises(RuntimeError, match="weights or adapters have changed since"):
+        len(cache)
 
 
 @torch.no_grad()
