@@ -5,9 +5,9 @@ What `torch.nn.attention.varlen.varlen_attn` calls, with rows behind the last ru
 
 Torch's kernels take cu_seqlens_q, cu_seqlens_k and the largest lengths at their word, and so do these ops: ends that
 fall, or lie past the rows of q or of k, lead outside the tensors, as they do in `varlen_attn`, and a largest length
-that is too small leaves rows out. To look at the values would take several launches in every layer, about as long as
-the attention of a small batch, or a wait for the host. `radix::fold_plan` makes sound ones; whoever takes a batch from
-elsewhere must trust it, or use layout "trie", whose kernels no table leads outside.
+that is too small leaves rows out. To look at the values would take several launches in every layer, or a wait for the
+host. `radix::fold_plan` makes sound ones; whoever takes a batch from elsewhere must trust it, or use layout "trie",
+whose kernels no table leads outside.
 """
 
 from __future__ import annotations
