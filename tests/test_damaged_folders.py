@@ -56,16 +56,41 @@ def test_shards_outside_of_the_folder_are_not_read(folder, tmp_path, score):
         assert "it must be one in the same folder" in score()
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
-def test_weights_of_whole_numbers_are_not_scored(folder, score, dtype):
+def round_weights(folder, dtype):
+    """Writes one of its weights in this dtype; returns its name."""
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     safetensors.torch.save_file(
         {**weights, name: weights[name].to(dtype)}, folder / "model.safetensors", metadata={"format": "pt"}
     )
+    return name
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
+def test_weights_of_whole_numbers_are_not_scored(folder, score, dtype):
+    name = round_weights(folder, dtype)
     message = score()
     assert f"the weights of {folder} could not be loaded: model.safetensors holds {name} of " in message
     assert message.endswith("weights must be of floating point")
+
+
+def test_weights_of_whole_numbers_of_the_hub_are_not_scored(folder, tmp_path, monkeypatch, capsys):
+    """In its cache, offline."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    model, commit = tmp_path / "hub" / "models--owner--name", "a" * 40
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
+    (model / "snapshots").mkdir()
+    folder.rename(model / "snapshots" / commit)
+    path = write_jsonl(tmp_path / "q.jsonl", [{"context": "a", "choices": ["b"]}])
+    arguments = ["score", "--plain", "--device", "cpu", "--model", "owner/name", path]
+    assert cli.main(list(map(str, arguments))) == 0
+    capsys.readouterr()
+    name = round_weights(model / "snapshots" / commit, torch.int8)
+    message = failing_command(capsys, *arguments)
+    assert f"the weights of owner/name could not be loaded: model.safetensors holds {name} of I8" in message
 
 
 def test_a_cut_file_and_an_adapter_are_one_sentence(folder, score):

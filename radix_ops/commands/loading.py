@@ -74,12 +74,14 @@ def load_runner(
     with loading("weights", source):
         import transformers
 
+        is_quantised = bool(getattr(config, "quantization_config", None))
         if Path(source).is_dir() and not options:
-            check_weights(Path(source), is_quantised=bool(getattr(config, "quantization_config", None)))
-
+            check_weights(Path(source), is_quantised)
         load = getattr(transformers, auto_class).from_pretrained
         options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
         model, report = load(source, dtype=dtype or own or "auto", **options)
+        if not Path(source).is_dir() and (cached := hub_file(source, "config.json")) is not None:
+            check_weights(cached.parent, is_quantised)  # the hub's files stand there once they are loaded
     # transformers draws at random what a checkpoint lacks.
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if absent:
