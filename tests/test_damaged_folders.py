@@ -74,6 +74,25 @@ def test_weights_of_whole_numbers_are_not_scored(folder, score, dtype):
     assert message.endswith("weights must be of floating point")
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickles_of_whole_numbers_are_not_scored(folder, score, zipped, tmp_path, capsys):
+    def pickle():
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+
+    held = (folder / "model.safetensors").read_bytes()
+    pickle()
+    arguments = ["score", "--plain", "--device", "cpu", "--model", folder, tmp_path / "q.jsonl"]
+    assert cli.main(list(map(str, arguments))) == 0
+    capsys.readouterr()
+    (folder / "model.safetensors").write_bytes(held)
+    name = round_weights(folder, torch.int8)
+    pickle()
+    message = score()
+    assert message.endswith(f"pytorch_model.bin holds {name} of torch.int8; weights must be of floating point")
+
+
 def test_weights_of_whole_numbers_of_the_hub_are_not_scored(folder, tmp_path, monkeypatch, capsys):
     """In its cache, offline."""
     constants = pytest.importorskip("huggingface_hub").constants

@@ -10,6 +10,8 @@ import importlib.util
 import os
 import stat
 import sys
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +19,9 @@ import torch
 from .._files import shards
 from .records import UserError
 from .runner import ClassifierRunner, Qwen3Runner, TransformersRunner
+
+# As safetensors and torch name them.
+_FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
 
 
 def load_tokenizer(name: str, option: str = "--model", trust_remote_code: bool = False):
@@ -133,18 +138,31 @@ def check_regular_files(folder: Path) -> None:
 def check_weights(folder: Path, is_quantised: bool) -> None:
     """ValueError for what transformers reads without a word: shards that an index has outside of the folder, weights of
     whole numbers in a model that isn't quantised; and for an adapter, whose weights folding doesn't know."""
-    from safetensors import safe_open
-
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} holds an adapter (adapter_config.json): merge it into its model and save that")
     for index in folder.glob("*.index.json"):
         shards(index)
-    for path in () if is_quantised else folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
-                dtype = tensors.get_slice(name).get_dtype()
-                if name.endswith(".weight") and dtype not in ("F64", "F32", "F16", "BF16"):
-                    raise ValueError(f"{path.name} holds {name} of {dtype}; weights must be of floating point")
+    paths = [] if is_quantised else [*folder.glob("*.safetensors")]
+    if not is_quantised and not any(folder.glob("model*.safetensors")):
+        paths += folder.glob("pytorch_model*.bin")
+    for path in paths:
+        for name, dtype in _dtypes_of(path):
+            if name.endswith(".weight") and dtype not in _FLOATS:
+                raise ValueError(f"{path.name} holds {name} of {dtype}; weights must be of floating point")
+
+
+def _dtypes_of(path: Path) -> Iterator[tuple[str, str]]:
+    """Name and dtype of each tensor in a file of weights, none of which is read."""
+    if path.suffix == ".bin":
+        is_mappable = zipfile.is_zipfile(path)  # others are of torch before 1.6
+        found = torch.load(path, map_location="meta", weights_only=True, mmap=is_mappable)
+        yield from ((name, str(tensor.dtype)) for name, tensor in found.items() if isinstance(tensor, torch.Tensor))
+        return
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
+            yield name, tensors.get_slice(name).get_dtype()
 
 
 @contextlib.contextmanager
