@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
@@ -24,7 +26,7 @@ from transformers.utils import ModelOutput
 from . import _hf_guards, _hf_verify
 from ._hf_calls import size_of
 from ._hf_fold import PaddedBatch
-from ._hf_modes import is_plain
+from ._hf_modes import is_plain, why_unreadable
 from ._hf_proofs import class_of
 from ._hf_stats import RadixStats
 
@@ -142,7 +144,10 @@ class _Batch:
     def _as_in_the_call(self) -> Iterator[None]:
         is_inference, has_gradients = self.modes
         enabled, dtype = self.autocast
+        is_inside = why_unreadable({}) is not None  # a transform or a tracer, which its own tensors do not outlive
         with (
+            temporarily_clear_interpreter_stack() if is_inside else contextlib.nullcontext(),
+            _disable_current_modes() if is_inside else contextlib.nullcontext(),
             torch.inference_mode(is_inference),
             torch.set_grad_enabled(has_gradients),
             torch.autocast(self.device, dtype=dtype, enabled=enabled),

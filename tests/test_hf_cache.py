@@ -14,6 +14,8 @@ import pytest
 import torch
 import transformers
 from hf_models import SIZES, TREE, Witness, assert_same, build, build_from, gpt2, no_warnings, pad, proven_gpt2
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 from transformers import DynamicCache
 
@@ -187,6 +189,30 @@ def test_cache_is_made_in_the_precision_of_its_call():
         got.get_seq_length()
     assert_same(got, plain(IDS, MASK)[CACHE])
     assert not got.layers[0].values.is_inference()
+
+
+def _in_gradient(look):
+    torch.func.grad(lambda x: x * look())(torch.tensor(1.0))
+
+
+def _in_graph(look):
+    make_fx(lambda x: x * look())(torch.tensor(1.0))
+
+
+def _in_fake(look):
+    with FakeTensorMode():
+        look()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inside", [_in_gradient, _in_graph, _in_fake])
+def test_cache_is_made_outside_of_transforms_and_tracers(inside):
+    plain, model = build(), hf.enable(build(), threshold=1.0)
+    cache = model(IDS, MASK)[CACHE]
+    inside(lambda: len(cache.layers))
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(cache.layers[0].keys)
+    assert type(cache.layers[0].keys) is torch.Tensor
+    assert_same(cache, plain(IDS, MASK)[CACHE])
 
 
 @torch.no_grad()
