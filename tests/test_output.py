@@ -429,3 +429,18 @@ def test_a_folder_without_locks_is_written_to_with_a_warning(tmp_path, monkeypat
     check_lines(tmp_path / "o.jsonl")
     assert "o.jsonl can't be locked (Operation not supported)" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["o.jsonl"]
+
+
+def test_finished_matrix_leaves_nothing_of_a_start_that_would_have_replaced_it(tmp_path, monkeypatch):
+    path = tmp_path / "m.npy"
+    write_matrix(path)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(matrix, "put_in_place", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write_matrix(path, overwrite=True)
+    assert write_matrix(path) == COUNT
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]

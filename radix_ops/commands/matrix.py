@@ -139,6 +139,7 @@ class MatrixFile:
             put_in_place(self._file, self._part, self.path)
         elif self._is_of_a_start():
             self._part.unlink(missing_ok=True)
+            beside(self.path, ".rows.tmp").unlink(missing_ok=True)
         self._side.unlink(missing_ok=True)
 
 
