@@ -155,8 +155,11 @@ def test_gradient_of_every_parameter(name, side):
     base = gradients(plain, plain(input_ids=ids, attention_mask=mask, use_cache=False).logits[real])
     got = gradients(ours, ours(input_ids=ids, attention_mask=mask).logits[real])
     assert got.keys() == base.keys()
+    # A short gradient of the plain model's may be exact by luck, so the largest of its errors is the budget of all.
+    budget = 2 * max(error(base[key], want[key]) for key in base) + 2 * torch.finfo(torch.float32).eps
     for key in got:
-        assert_within_budget(got[key], base[key], want[key])
+        assert got[key].shape == base[key].shape
+        assert error(got[key], want[key]) <= budget, key
 
 
 # Equal shapes and equally many rows, so that nothing but the values tells a mixed-up batch.

@@ -116,7 +116,8 @@ def run_tests(name: str, arguments: list[str]) -> Result:
     report = LOGS / f"{name}.xml"
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    variables: dict[str, str] = {}
+    # Of a cache that environments share, inductor would take code that it wrote for other vector instructions.
+    variables = {"TORCHINDUCTOR_CACHE_DIR": str(LOGS / f"{name}.inductor")}
     with contextlib.ExitStack() as stack:
         for part in parts:
             variables |= ENVIRONMENTS[part].variables
