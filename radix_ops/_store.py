@@ -77,7 +77,7 @@ class TokenStore:
             ids = ids.detach().cpu()
         # What NumPy would take for integers beside others, or for those under a mask.
         if isinstance(ids, (list, tuple)) and not _BOOLS.isdisjoint(map(type, ids)):
-            raise TypeError(f"sequence {len(self)} must hold integers, got a bool")
+            raise TypeError(f"sequence {len(self)} must hold integers, got bool")
         if np.ma.is_masked(ids):
             raise TypeError(f"sequence {len(self)} must hold integers, got an array with masked values")
         found = np.asarray(ids)
