@@ -53,7 +53,7 @@ bench: $(VENV)/.built $(VENV)/.deps
 	for device in $$devices; do for name in qwen3 training; do \
 	$(BIN)/python benchmarks/bench_$$name.py --device $$device || exit 1; done; done
 
-# Which types of transformers models fold: radix_ops/hf_models.json and docs/models.md. Takes about half an hour on two cores.
+# Which types of transformers models fold: radix_ops/hf/models.json and docs/models.md. Takes about half an hour on two cores.
 models: $(VENV)/.built $(VENV)/.deps
 	$(BIN)/python tools/prove_models.py
 	for version in $(OLDER_TRANSFORMERS); do target=build/transformers-$$version; \

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from radix_ops import FoldedBatch, attention, pack
-from radix_ops.attention import attend, plan_attention
+from radix_ops._attention import attend, plan_attention
 
 # Sequences that share a prefix, its length and that of the rest, and how many such groups there are.
 SHAPES = {

@@ -23,9 +23,9 @@ import radix_ops  # noqa: F401  isort: skip  (before torch, as in the command: i
 import harness
 import torch
 
-from radix_ops._budget import MOST_ROWS, Budget
-from radix_ops.commands import loading, scoring
-from radix_ops.commands.records import Records
+from radix_ops.data.records import Records
+from radix_ops.engine import loading, scoring
+from radix_ops.plan.budget import MOST_ROWS, Budget
 
 QUESTIONS = Path("build/demo/questions.jsonl")
 # A loop ends with its parent, or after ten minutes.

@@ -14,11 +14,11 @@ import harness
 import numpy as np
 import torch
 
-from radix_ops._budget import MOST_ROWS, Budget
-from radix_ops.commands import loading, scoring
-from radix_ops.commands.items import Collector
-from radix_ops.commands.records import Records
-from radix_ops.commands.runner import RunStats
+from radix_ops.data.records import Records
+from radix_ops.engine import loading, scoring
+from radix_ops.engine.items import Collector
+from radix_ops.engine.runners import RunStats
+from radix_ops.plan.budget import MOST_ROWS, Budget
 
 QUESTIONS = Path("build/demo/questions.jsonl")
 

@@ -28,7 +28,7 @@ def _load_extension() -> None:
 _load_extension()
 
 from . import ops  # noqa: E402  (registers fakes and autograd on the schemas that the extension defines)
-from .attention import attention  # noqa: E402
+from ._attention import attention  # noqa: E402
 from .batch import FoldedBatch, fold, pack  # noqa: E402
 
 __all__ = ["FoldedBatch", "attention", "fold", "ops", "pack"]

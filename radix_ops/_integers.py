@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._check import INDEX_DTYPES
+from .ops.checks import INDEX_DTYPES
 
 # torch stores and converts these, and computes little with them.
 STORED_ONLY = (torch.uint16, torch.uint32, torch.uint64)

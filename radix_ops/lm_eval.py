@@ -25,12 +25,11 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from . import _hf_verify
-from ._budget import find_budget
-from ._hf_logits import RowLogits
 from .batch import FoldedBatch
-from .hf import RadixStats
-from .plan import TokenStore, plan_folded
+from .hf import RadixStats, verify
+from .hf.logits import RowLogits
+from .plan.budget import find_budget
+from .plan.planner import TokenStore, plan_folded
 
 __all__ = ["RadixLM"]
 
@@ -97,11 +96,11 @@ class RadixLM(HFLM):
         with self._computing():
             plain = self._model_call(ids.to(self.device))  # [2, L, V]
             logits = self._rows.logits(self._rows.run(batch), batch.unfold_index)  # [2 * L, V]
-            is_exact = _hf_verify.is_exact(self._rows.stack)
+            is_exact = verify.is_exact(self._rows.stack)
         is_equal = logits.numel() == plain.numel()
         if is_equal:
             is_real = torch.ones(ids.shape, dtype=torch.bool, device=plain.device)
-            is_equal = _hf_verify.difference(logits.view_as(plain), plain, is_real, is_exact) is None
+            is_equal = verify.difference(logits.view_as(plain), plain, is_real, is_exact) is None
         if not is_equal:
             raise ValueError(
                 f"{type(self.model).__name__} gives other logits than its decoder stack and head do when folded, as a "

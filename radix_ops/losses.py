@@ -39,10 +39,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._check import ATTENTION_DTYPES as _DTYPES
-from ._check import INDEX_DTYPES
-from ._loss_ops import head, head_plan
 from .batch import FoldedBatch
+from .ops.checks import ATTENTION_DTYPES as _DTYPES
+from .ops.checks import INDEX_DTYPES
+from .ops.head_ops import head, head_plan
 
 _IGNORED = -100
 

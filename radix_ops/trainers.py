@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer
 
-from . import _hf_loss, hf
+from . import hf
+from .hf import loss
 
 __all__ = ["GroupSampler", "enable", "keep_groups_together", "loss_on_rows"]
 
@@ -76,11 +77,11 @@ def loss_on_rows() -> Iterator[None]:
     from the rows by `radix_ops.losses.causal_lm_loss`: equal up to rounding, and logits exist for a block at a time.
     Of other models and calls the output is as it would be outside.
     """
-    token = _hf_loss.wanted.set(True)
+    token = loss.wanted.set(True)
     try:
         yield
     finally:
-        _hf_loss.wanted.reset(token)
+        loss.wanted.reset(token)
 
 
 class _LossOnRows:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from radix_ops._budget import free_memory
+from radix_ops.plan.budget import free_memory
 
 
 def require_memory(gibibytes: float) -> None:

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from radix_ops import _flash, _trie  # the package registers torch.ops.radix
+from radix_ops.ops import flash, trie  # the package registers torch.ops.radix
 
 RADIX = torch.ops.radix
 IDS, CU = torch.tensor([1, 2, 3, 4]), torch.tensor([0, 2, 4])
@@ -310,8 +310,8 @@ def test_the_backward_on_cuda_refuses_what_no_forward_returned(attention, name, 
     message = re.escape(f"{name} must be ") + ".*" + re.escape(f", got {value.dtype} of {list(value.shape)}")
     tables = [torch.zeros(3, dtype=torch.int32)] * 6
     call, *others = {
-        "trie": (_trie.trie_attention_backward, *tables, CU_Q, 3, 1.0),
-        "flash": (_flash.flash_attention_backward, CU_Q, CU_K, 3, 2, 3, 1.0),
+        "trie": (trie.trie_attention_backward, *tables, CU_Q, 3, 1.0),
+        "flash": (flash.flash_attention_backward, CU_Q, CU_K, 3, 2, 3, 1.0),
     }[attention]
     with pytest.raises(RuntimeError, match=message):
         call(*saved.values(), *others)
@@ -329,7 +329,7 @@ def test_the_backward_on_cuda_refuses_what_no_forward_returned(attention, name, 
 def test_flash_attention_refuses_counts(counts, message):
     q, k = Q.bfloat16(), K.bfloat16()
     with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::flash_attention: {message}')}$"):
-        _flash.flash_attention(q, k, k, CU_Q, CU_K, *counts, 1.0)
+        flash.flash_attention(q, k, k, CU_Q, CU_K, *counts, 1.0)
 
 
 CALLS = [

@@ -17,12 +17,13 @@ from expecttest import assert_expected_inline
 pytest.importorskip("transformers")
 from test_scoring import TEXT, needs_hf, oracle, sequences_of, tiny_model, tiny_tokenizer
 
-import radix_ops.commands.score as score_command
+import radix_ops.cli.score as score_command
 from radix_ops import cli
-from radix_ops.commands import loading, running, scoring
-from radix_ops.commands.fingerprint import fingerprint
-from radix_ops.commands.records import Records
-from radix_ops.commands.runner import RunStats, TransformersRunner
+from radix_ops.cli import job
+from radix_ops.data.fingerprint import fingerprint
+from radix_ops.data.records import Records
+from radix_ops.engine import loading, scoring
+from radix_ops.engine.runners import RunStats, TransformersRunner
 
 QUESTIONS = [
     {"id": "long", "context": " ".join(TEXT), "choices": [" the Seine", " the river Rhine", " the sea"], "gold": 0},
@@ -313,7 +314,7 @@ def test_comparison_table_is_computed_from_the_runs():
     plain = RunStats(tokens=40_000, rows=41_000, head_rows=300, batches=9, seconds=80.0)
     folded = RunStats(tokens=40_000, rows=5_000, head_rows=280, batches=3, seconds=10.5)
     assert_expected_inline(
-        running.comparison_table(plain, folded),
+        job.comparison_table(plain, folded),
         """\
                            plain    folded
 tokens                    40,000    40,000

@@ -12,12 +12,14 @@ from test_cli import failing_command, write_jsonl
 from test_scoring import tiny_model, tiny_tokenizer
 
 import radix_ops
-from radix_ops import _budget, cli
-from radix_ops._budget import find_budget
-from radix_ops.commands import common
-from radix_ops.commands.matrix import MatrixFile
-from radix_ops.commands.records import UserError
-from radix_ops.commands.results import ResultFile, ResultStream
+from radix_ops import cli
+from radix_ops.cli import arguments
+from radix_ops.cli._main import COMMANDS
+from radix_ops.data.matrix import MatrixFile
+from radix_ops.data.records import UserError
+from radix_ops.data.results import ResultFile, ResultStream
+from radix_ops.plan import budget
+from radix_ops.plan.budget import find_budget
 
 transformers = pytest.importorskip("transformers")
 CPU, NUM_ITEMS = torch.device("cpu"), 300
@@ -111,10 +113,10 @@ def test_a_budget_is_what_half_of_the_free_memory_holds(monkeypatch):
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         a_row = size * elements + 8 * 100
         for rows in (1500, 3999):
-            monkeypatch.setattr(_budget, "free_memory", lambda device, rows=rows, a_row=a_row: 2 * rows * a_row)
+            monkeypatch.setattr(budget, "free_memory", lambda device, rows=rows, a_row=a_row: 2 * rows * a_row)
             assert find_budget(config, dtype, CPU, 100).max_rows == rows
     for free, rows in ((0, 1024), (2**50, 4096)):
-        monkeypatch.setattr(_budget, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(budget, "free_memory", lambda device, free=free: free)
         assert find_budget(config, torch.float32, CPU, 100).max_rows == rows
     assert find_budget(config, torch.float32, torch.device("cuda"), 100).max_rows == 65_536
     # The longest fits with what it shares nearly all with.
@@ -124,21 +126,21 @@ def test_a_budget_is_what_half_of_the_free_memory_holds(monkeypatch):
 def test_a_budget_can_be_found_for_every_kind_of_config(monkeypatch):
     configs = [transformers.GPT2Config(), transformers.MixtralConfig(), transformers.Gemma2Config()]
     configs += [transformers.Gemma3Config(), transformers.Gemma3nTextConfig(), transformers.DeepseekV3Config()]
-    monkeypatch.setattr(_budget, "free_memory", lambda device: 2**31)
+    monkeypatch.setattr(budget, "free_memory", lambda device: 2**31)
     for config in configs:
         assert 1024 <= find_budget(config, torch.float32, CPU, 1000).max_rows <= 4096
     capped, plain = transformers.Gemma2Config(), transformers.Gemma2Config(attn_logit_softcapping=None)
-    monkeypatch.setattr(_budget, "free_memory", lambda device: 2**31)
+    monkeypatch.setattr(budget, "free_memory", lambda device: 2**31)
     rows = [find_budget(config, torch.float32, CPU, 1024).max_rows for config in (capped, plain)]
     assert rows[0] < rows[1]
 
 
 def test_free_memory_is_some_of_the_machines():
-    size = _budget.free_memory(CPU)
+    size = budget.free_memory(CPU)
     assert 2**20 < size < 2**50
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches_by_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
@@ -163,7 +165,7 @@ def test_an_input_that_stands_where_the_output_is_made_is_refused(tmp_path, suff
     inputs = tmp_path / f"out.npy{suffix}"
     inputs.write_text("the sea\n")
     with pytest.raises(UserError, match=r"is made by way of .*out\.npy\S+, which is the input file"):
-        common.check_output(str(tmp_path / "out.npy"), str(inputs))
+        arguments.check_output(str(tmp_path / "out.npy"), str(inputs))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from test_cli import QUESTIONS, model_folder, score, write_jsonl  # noqa: F401
 
 from radix_ops import cli
-from radix_ops.commands import items, scoring
+from radix_ops.engine import items, scoring
 
 IDS = [{"input_ids": [1, 2, 3]}, {"input_ids": [1, 2, 4]}]
 

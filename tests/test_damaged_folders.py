@@ -10,9 +10,9 @@ from test_cli import failing_command, write_jsonl
 from test_scoring import needs_hf, tiny_model, tiny_tokenizer
 
 from radix_ops import cli
-from radix_ops.commands.loading import hub_file
-from radix_ops.commands.records import UserError
-from radix_ops.commands.templates import find_template
+from radix_ops.data.records import UserError
+from radix_ops.engine.loading import hub_file
+from radix_ops.engine.templates import find_template
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from test_cli import failing_command, read_jsonl, write_jsonl
 from test_scoring import TEXT, needs_hf, tiny_model, tiny_tokenizer
 
 from radix_ops import cli
-from radix_ops.commands import embed as embed_command
-from radix_ops.commands import embedding
-from radix_ops.commands.matrix import MatrixFile
-from radix_ops.commands.recipes import Recipe
-from radix_ops.commands.runner import Qwen3Runner, States
+from radix_ops.cli import embed as embed_command
+from radix_ops.data.matrix import MatrixFile
+from radix_ops.engine import embedding
+from radix_ops.engine.recipes import Recipe
+from radix_ops.engine.runners import Qwen3Runner, States
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -389,7 +389,7 @@ def test_embeddings_that_are_not_finite_are_refused(tmp_path, texts, capsys):
 
 
 def test_means_over_many_tokens_are_of_each_sequence(monkeypatch):
-    monkeypatch.setattr("radix_ops.commands.runner._TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr("radix_ops.engine.runners._TOKENS_AT_ONCE", 7)
     rows = torch.randn(9, 4)
     lengths = np.array([5, 3, 14])
     token_rows = torch.randint(9, (22,))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from radix_ops.commands import fingerprint as module
-from radix_ops.commands.fingerprint import fingerprint
+from radix_ops.data import fingerprint as module
+from radix_ops.data.fingerprint import fingerprint
 
 
 class Small(nn.Module):

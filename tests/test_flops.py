@@ -12,8 +12,8 @@ pytest.importorskip("transformers")
 import transformers
 from test_inspect import inspect_json, write_jsonl
 
-from radix_ops.commands import flops
-from radix_ops.commands.records import UserError
+from radix_ops.data.records import UserError
+from radix_ops.plan import flops
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import fold_checks

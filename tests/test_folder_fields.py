@@ -10,8 +10,8 @@ from sentence_models import VERSION
 from test_cli import failing_command, write_jsonl
 from test_sentence_folders import FLAT, answering, cross_encoder, encoder
 
-from radix_ops.commands import embed as embed_command
-from radix_ops.commands import rerank as rerank_command
+from radix_ops.cli import embed as embed_command
+from radix_ops.cli import rerank as rerank_command
 
 pytestmark = pytest.mark.skipif(Version("6.2") > VERSION, reason="the folders are those of 6.2")
 
@@ -191,7 +191,7 @@ def test_files_that_are_no_json_objects(refusal, file):
 
 def test_settings_that_change_nothing_are_taken(folders, tmp_path):
     """What sentence-transformers 5 and 6 write beside, and what only other calls than encode read."""
-    from radix_ops.commands.recipes import find_recipe
+    from radix_ops.engine.recipes import find_recipe
 
     folder = tmp_path / "model"
     shutil.copytree(folders["embed"], folder)

@@ -14,7 +14,8 @@ from hf_models import error
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from radix_ops import _hf_fold, _hf_proofs, hf
+from radix_ops import hf
+from radix_ops.hf import fold, proofs
 
 # transformers renames gradient checkpointing; the old name serves all its supported versions.
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated")
@@ -26,7 +27,7 @@ import models_page  # noqa: E402
 import prove_models  # noqa: E402
 import small_configs  # noqa: E402
 
-CONTENT = json.loads((ROOT / "radix_ops" / "hf_models.json").read_text())
+CONTENT = json.loads((ROOT / "radix_ops" / "hf" / "models.json").read_text())
 proves = pytest.mark.skipif(
     transformers.__version__ != CONTENT["transformers"], reason="the list was made with another version of transformers"
 )
@@ -91,8 +92,8 @@ WRONG_CONFIGS = {
 }  # fmt: skip
 
 
-def proof_of(model_type: str) -> _hf_proofs.Proof:
-    return _hf_proofs.proofs()[0][model_type]
+def proof_of(model_type: str) -> proofs.Proof:
+    return proofs.proofs()[0][model_type]
 
 
 def skip_if_absent(model_type: str) -> None:
@@ -106,7 +107,7 @@ def build(model_type: str, **changed):
 
 
 def test_runtime_goes_by_the_committed_list():
-    proven, refused = _hf_proofs.proofs()
+    proven, refused = proofs.proofs()
     assert {name: dataclasses.asdict(proof) for name, proof in proven.items()} == CONTENT["proven"]
     assert refused == CONTENT["refused"]
     assert not proven.keys() & refused.keys()
@@ -147,7 +148,7 @@ def without_gradients_of_values(attend):
 def test_proof_fails_where_folding_is_wrong(monkeypatch, fault):
     model = build("mistral")
     assert fold_checks.positions_that_fit(model, 1) == {"tokens", "columns"}
-    monkeypatch.setattr(_hf_fold, "attend", fault(_hf_fold.attend))
+    monkeypatch.setattr(fold, "attend", fault(fold.attend))
     with pytest.raises(fold_checks.Refused, match="folded, it differs"):
         fold_checks.positions_that_fit(model, 1)
 
@@ -196,14 +197,14 @@ def test_wrong_types_are_refused_by_name(model_type):
 def test_wrong_configs_are_refused_by_value(name):
     model_type, changed, message = WRONG_CONFIGS[name]
     config = AutoConfig.for_model(model_type, **changed)
-    assert message in _hf_proofs.unproven_config(config, proof_of(model_type))
+    assert message in proofs.unproven_config(config, proof_of(model_type))
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_configs_of_checkpoints_are_proven(name):
     model_type, values = CHECKPOINTS[name]
     config = AutoConfig.for_model(model_type, **values, _name_or_path=name, use_cache=True)
-    assert _hf_proofs.unproven_config(config, proof_of(model_type)) is None
+    assert proofs.unproven_config(config, proof_of(model_type)) is None
 
 
 def test_values_of_single_layers_are_looked_at():
@@ -211,21 +212,21 @@ def test_values_of_single_layers_are_looked_at():
     if not hasattr(config, "per_layer_config"):
         pytest.skip("this version of transformers has one config for all layers")
     config.per_layer_config = {1: {"num_key_value_heads": 4}}
-    assert _hf_proofs.unproven_config(config, proof_of("llama")) is None
+    assert proofs.unproven_config(config, proof_of("llama")) is None
     for values, message in (({"is_causal": False}, "is_causal"), ({"skip": ["self_attn"]}, "skip")):
         config = AutoConfig.for_model("llama", num_hidden_layers=2)
         config.is_causal = True
         config.per_layer_config = {1: values}
-        assert message in _hf_proofs.unproven_config(config, proof_of("llama"))
+        assert message in proofs.unproven_config(config, proof_of("llama"))
 
 
 def test_classes_that_borrow_a_name_are_not_proven():
     llama = transformers.models.llama.modeling_llama
     proof = proof_of("llama")
-    assert _hf_proofs.is_proven_class(llama.LlamaAttention, proof)
+    assert proofs.is_proven_class(llama.LlamaAttention, proof)
     remote = type("LlamaAttention", (llama.LlamaAttention,), {"__module__": llama.__name__})
-    assert _hf_proofs.path_of(remote) == _hf_proofs.path_of(llama.LlamaAttention)
-    assert not _hf_proofs.is_proven_class(remote, proof)
+    assert proofs.path_of(remote) == proofs.path_of(llama.LlamaAttention)
+    assert not proofs.is_proven_class(remote, proof)
 
 
 def test_older_transformers_than_a_proof_holds_for_is_refused():
@@ -242,7 +243,7 @@ def test_types_that_this_transformers_lacks_are_no_error():
         proof_of("llama"), module="transformers.models.none", classes=["transformers.none.None"]
     )
     assert proof.stack_class is None
-    assert not _hf_proofs.is_proven_class(transformers.LlamaModel, proof)
+    assert not proofs.is_proven_class(transformers.LlamaModel, proof)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +251,7 @@ def test_types_that_this_transformers_lacks_are_no_error():
 )
 def test_stack_is_found(model_type, path):
     model = build(model_type)
-    assert _hf_proofs.find_stack(model) is model.get_submodule(path)
+    assert proofs.find_stack(model) is model.get_submodule(path)
 
 
 @torch.no_grad()

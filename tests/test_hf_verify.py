@@ -8,7 +8,8 @@ from hf_models import TREE, Witness, build, no_warnings, pad
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from radix_ops import _hf_verify, hf
+from radix_ops import hf
+from radix_ops.hf import verify as verification
 
 IDS, MASK = pad(TREE, "left")
 ROWS = 9
@@ -79,7 +80,7 @@ def test_verifying_leaves_random_numbers_and_gradients_alone(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("rows_of_positions", [1, 3])
 def test_large_batches_are_verified_a_few_rows_at_a_time(monkeypatch, rows_of_positions):
-    monkeypatch.setattr(_hf_verify, "_POSITIONS_AT_ONCE", 2 * IDS.shape[1])
+    monkeypatch.setattr(verification, "_POSITIONS_AT_ONCE", 2 * IDS.shape[1])
     positions = (torch.arange(IDS.shape[1]) % 5).expand(rows_of_positions if rows_of_positions == 1 else len(IDS), -1)
     model = hf.enable(build(), threshold=1.0)
     with Witness() as witness, no_warnings():
@@ -93,36 +94,36 @@ def test_difference():
     real = torch.ones(2, 50, dtype=torch.bool)
     real[1, 0] = False
     noisy = want * (1 + 1e-5 * torch.randn_like(want))
-    assert _hf_verify.difference(noisy, want, real, True) is None
+    assert verification.difference(noisy, want, real, True) is None
     padding, one, bad = want.clone(), want.clone(), want.clone()
     padding[1, 0] = 9  # which is not compared
-    assert _hf_verify.difference(padding, want, real, True) is None
+    assert verification.difference(padding, want, real, True) is None
     one[0, 7] += 0.1
-    assert "at most, where rounding makes at most 0.001 and 0.01" in _hf_verify.difference(one, want, real, True)
+    assert "at most, where rounding makes at most 0.001 and 0.01" in verification.difference(one, want, real, True)
     bad[0, 7] = torch.nan
-    assert "inf at most" in _hf_verify.difference(bad, want, real, True)
+    assert "inf at most" in verification.difference(bad, want, real, True)
     # What the plain model has as NaN or infinity can't be compared.
-    assert _hf_verify.difference(want, bad, real, True) is None
+    assert verification.difference(want, bad, real, True) is None
     half = [x.to(torch.bfloat16) for x in (want, want * 1.02, want.roll(1, 1))]
-    assert _hf_verify.difference(half[1], half[0], real, False) is None
-    assert "hidden states differ" in _hf_verify.difference(half[2], half[0], real, False)
+    assert verification.difference(half[1], half[0], real, False) is None
+    assert "hidden states differ" in verification.difference(half[2], half[0], real, False)
 
 
 @torch.no_grad()
 def test_limits_are_those_of_the_products_precision():
     model = build()
-    assert _hf_verify.is_exact(model)
-    assert _hf_verify.is_exact(build().double())
+    assert verification.is_exact(model)
+    assert verification.is_exact(build().double())
     with torch.autocast("cpu", torch.bfloat16):
-        assert not _hf_verify.is_exact(model)
+        assert not verification.is_exact(model)
         hf.enable(model, threshold=1.0, verify="always")(IDS, MASK)
     torch.set_float32_matmul_precision("high")
     try:
-        assert not _hf_verify.is_exact(model)
+        assert not verification.is_exact(model)
     finally:
         torch.set_float32_matmul_precision("highest")
     model.model.layers[1].to(torch.bfloat16)
-    assert not _hf_verify.is_exact(model)
+    assert not verification.is_exact(model)
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ from batches import NAMED, random_sequences, rounds
 from torch.nn import functional as F
 
 import radix_ops
-from radix_ops import FoldedBatch, _loss_plan, losses
+from radix_ops import FoldedBatch, losses
+from radix_ops.ops import head_plan
 
 VOCABULARY, WIDTH = 13, 5
 # (rows_per_chunk, narrowest block): whole rows, one and several at a time, then parts of the vocabulary.
@@ -136,20 +137,20 @@ def check_all(batch, options, rows_per_chunk, device="cpu"):
 def test_values_and_gradients_equal_those_of_the_packed_batch(name, monkeypatch):
     batch = FoldedBatch.from_sequences(NAMED[name], pad_multiple_of=4)
     for i, options in enumerate(OPTIONS[:2]):
-        monkeypatch.setattr(_loss_plan, "_MIN_COLUMNS", [1024, 2][i])
+        monkeypatch.setattr(head_plan, "_MIN_COLUMNS", [1024, 2][i])
         check_all(batch, options, [None, 1][i])
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("rows_per_chunk", "narrowest"), [BLOCKS[0], BLOCKS[5]])
 def test_options(rows_per_chunk, narrowest, options, monkeypatch):
-    monkeypatch.setattr(_loss_plan, "_MIN_COLUMNS", narrowest)
+    monkeypatch.setattr(head_plan, "_MIN_COLUMNS", narrowest)
     check_all(FoldedBatch.from_sequences(NAMED["nested"] + NAMED["duplicates"]), options, rows_per_chunk)
 
 
 @pytest.mark.parametrize(("rows_per_chunk", "narrowest"), BLOCKS)
 def test_blocks(rows_per_chunk, narrowest, monkeypatch):
-    monkeypatch.setattr(_loss_plan, "_MIN_COLUMNS", narrowest)
+    monkeypatch.setattr(head_plan, "_MIN_COLUMNS", narrowest)
     check_all(FoldedBatch.from_sequences(NAMED["nested"] + NAMED["duplicates"]), OPTIONS[-1], rows_per_chunk)
 
 
@@ -157,7 +158,7 @@ def test_random_batches(monkeypatch):
     for seed in rounds(12):
         rng = np.random.default_rng(seed)
         sequences = [[token % VOCABULARY for token in sequence[:60]] for sequence in random_sequences(rng)]
-        monkeypatch.setattr(_loss_plan, "_MIN_COLUMNS", int(rng.choice([1, 2, 5, 1024])))
+        monkeypatch.setattr(head_plan, "_MIN_COLUMNS", int(rng.choice([1, 2, 5, 1024])))
         batch = FoldedBatch.from_sequences(sequences, pad_multiple_of=int(rng.choice([1, 8])))
         rows = [None, 1, 3, 7, 64, batch.num_rows + 5][rng.integers(6)]
         check_all(batch, OPTIONS[rng.integers(len(OPTIONS))], rows)
@@ -167,7 +168,7 @@ def test_blocks_hold_what_is_asked_for():
     for num_rows, vocabulary, rows in itertools.product(
         (1, 7, 16384, 100_000), (1, 50, 151_936), (0, 1, 3, 500, 20_000)
     ):
-        block_rows, block_columns = _loss_plan.block_shape(num_rows, vocabulary, rows)
+        block_rows, block_columns = head_plan.block_shape(num_rows, vocabulary, rows)
         assert 1 <= block_rows <= num_rows
         assert 1 <= block_columns <= vocabulary
         assert block_rows * block_columns <= (rows * vocabulary or max(2**25, vocabulary))
@@ -224,7 +225,7 @@ def test_entropy_counts_a_row_as_often_as_it_predicts():
 
 @pytest.mark.parametrize("function", ["token_logprobs_and_entropy", "causal_lm_loss"])
 def test_gradcheck(function, monkeypatch):
-    monkeypatch.setattr(_loss_plan, "_MIN_COLUMNS", 3)
+    monkeypatch.setattr(head_plan, "_MIN_COLUMNS", 3)
     batch = FoldedBatch.from_sequences(NAMED["nested"], pad_multiple_of=4)
     labels = random_labels(batch)
     more = {"label_smoothing": 0.1} if function == "causal_lm_loss" else {}
@@ -260,7 +261,7 @@ def test_only_rows_with_a_target_run_and_nothing_unwritten_is_read():
 
 def test_infinite_bias_and_large_logits(monkeypatch):
     """A bias of -inf takes a token out of the vocabulary, or a whole block; logits of thousands overflow nothing."""
-    monkeypatch.setattr(_loss_plan, "_MIN_COLUMNS", 2)
+    monkeypatch.setattr(head_plan, "_MIN_COLUMNS", 2)
     batch = FoldedBatch.from_sequences(NAMED["nested"])
     for scale in (1.0, 3000.0):
         hidden, weight, bias = inputs = tensors(batch, True)

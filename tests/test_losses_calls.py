@@ -9,7 +9,8 @@ from test_losses import Options, Packed, random_labels, tensors
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from radix_ops import FoldedBatch, _loss_plan, losses
+from radix_ops import FoldedBatch, losses
+from radix_ops.ops import head_plan
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -90,7 +91,7 @@ def test_no_tensor_is_larger_than_a_block_of_logits(rows_per_chunk, dtype):
 
 
 def test_the_default_block_has_128_mib_of_logits():
-    rows, columns = _loss_plan.block_shape(16384, 151_936, 0)
+    rows, columns = head_plan.block_shape(16384, 151_936, 0)
     assert 0.9 * 2**27 < rows * columns * 4 <= 2**27
 
 

@@ -11,7 +11,8 @@ import torch
 from batches import NAMED
 from test_losses import OPTIONS, Options, Packed, check_all, random_labels, tensors
 
-from radix_ops import FoldedBatch, _loss_head, _loss_plan, losses
+from radix_ops import FoldedBatch, losses
+from radix_ops.ops import head, head_plan
 
 SHARED = [[*range(40), i, *range(i, i + 20)] for i in range(6)] + [list(range(30))] * 3
 GIB = 2**30
@@ -19,14 +20,14 @@ GIB = 2**30
 
 def check_statistics(device):
     """Three blocks of 50 columns, of which the first holds no finite logit of row 2."""
-    from radix_ops import _loss_cuda
+    from radix_ops.ops import head_triton
 
     logits = torch.randn(3, 7, 50, device=device) * 5
     logits[0, 2] = -torch.inf
     logits[1, :, 3:9] = -torch.inf
     for has_spread in (False, True):
         got, want = ([torch.zeros(7, device=device) for _ in range(3)] for _ in range(2))
-        for kernels, (highest, total, spread) in ((_loss_cuda, got), (_loss_head._Plain, want)):
+        for kernels, (highest, total, spread) in ((head_triton, got), (head._Plain, want)):
             highest.fill_(-torch.inf)
             for block in logits.clone():
                 kernels.update_statistics(block, highest, total, spread if has_spread else None)
@@ -38,20 +39,20 @@ def check_statistics(device):
 
 
 def check_gradients(device):
-    from radix_ops import _loss_cuda
+    from radix_ops.ops import head_triton
 
     logits = torch.randn(7, 50, device=device)
     logits[:, 3:9] = -torch.inf
     vectors = torch.randn(4, 7, 1, device=device)
     for some in ((True, True, False, False), (True, True, True, False), (True, True, False, True), (True,) * 4):
-        terms = _loss_head._RowTerms(*[x if given else None for x, given in zip(vectors, some, strict=True)])
+        terms = head._RowTerms(*[x if given else None for x, given in zip(vectors, some, strict=True)])
         for bent in (0.0, 0.3):
             finite = logits.clamp(min=-3.0) if bent else logits  # a softcap leaves none that are not
-            got = _loss_cuda.gradient(finite, terms, bent, torch.float32)
-            want = _loss_head._Plain.gradient(finite.clone(), terms, bent, torch.float32)
+            got = head_triton.gradient(finite, terms, bent, torch.float32)
+            want = head._Plain.gradient(finite.clone(), terms, bent, torch.float32)
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
             # One step of bfloat16: the interpreter cuts digits off.
-            half = _loss_cuda.gradient(finite, terms, bent, torch.bfloat16)
+            half = head_triton.gradient(finite, terms, bent, torch.bfloat16)
             torch.testing.assert_close(half.float(), got, rtol=2**-7, atol=1e-6)
 
 
@@ -94,19 +95,19 @@ def check_errors(sequences, dtype, device):
 
 def interpret():
     """The kernels on the CPU, alone and then as CUDA's losses in half precision use them."""
-    from radix_ops import _loss_cuda
+    from radix_ops.ops import head_triton
 
-    _loss_cuda._BLOCK = 16
+    head_triton._BLOCK = 16
     check_statistics("cpu")
     check_gradients("cpu")
 
     def multiply_into(out, a, b, *, alpha=1.0, beta=0.0):
         out.addmm_(a.to(out.dtype), b.to(out.dtype), alpha=alpha, beta=beta)
 
-    _loss_head._multiply_into = multiply_into
-    _loss_head._operand_dtype = lambda device, dtype: dtype
-    _loss_cuda._BLOCK = 512
-    _loss_plan._MIN_COLUMNS = 80
+    head._multiply_into = multiply_into
+    head._operand_dtype = lambda device, dtype: dtype
+    head_triton._BLOCK = 512
+    head_plan._MIN_COLUMNS = 80
     for dtype in (torch.bfloat16, torch.float16):
         check_errors([SHARED[0][:6], [*SHARED[0][:4], 9, 8], SHARED[0][:4]], dtype, "cpu")
     print("interpreted")
@@ -132,7 +133,7 @@ def test_kernels():
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("rows_per_chunk", "narrowest"), [(None, 1024), (1, 2), (3, 1), (5, 1024)])
 def test_values_and_gradients_equal_those_of_the_packed_batch(rows_per_chunk, narrowest, options, monkeypatch):
-    monkeypatch.setattr(_loss_plan, "_MIN_COLUMNS", narrowest)
+    monkeypatch.setattr(head_plan, "_MIN_COLUMNS", narrowest)
     for name in ("nested", "identical", "empty_between", "all_empty", "no_sequences"):
         batch = FoldedBatch.from_sequences(NAMED[name], pad_multiple_of=4, device="cuda")
         check_all(batch, options, rows_per_chunk, "cuda")
@@ -141,7 +142,7 @@ def test_values_and_gradients_equal_those_of_the_packed_batch(rows_per_chunk, na
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_that_of_plain_torch(dtype, monkeypatch):
-    monkeypatch.setattr(_loss_plan, "_MIN_COLUMNS", 80)
+    monkeypatch.setattr(head_plan, "_MIN_COLUMNS", 80)
     check_errors(SHARED, dtype, "cuda")
 
 

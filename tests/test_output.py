@@ -13,11 +13,12 @@ import processes
 import pytest
 
 from radix_ops import cli
-from radix_ops.commands import common, matrix, output, results
-from radix_ops.commands.matrix import MatrixFile
-from radix_ops.commands.output import claimed
-from radix_ops.commands.records import UserError
-from radix_ops.commands.results import ResultFile
+from radix_ops.cli import arguments
+from radix_ops.data import matrix, output, results
+from radix_ops.data.matrix import MatrixFile
+from radix_ops.data.output import claimed
+from radix_ops.data.records import UserError
+from radix_ops.data.results import ResultFile
 
 COUNT, SHAPE = 6, (6, 5)
 ROWS = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
@@ -333,13 +334,13 @@ def test_a_link_to_itself_is_no_output(tmp_path):
     for name in ("o.jsonl", "o.npy"):
         (tmp_path / name).symlink_to(tmp_path / "other")
         (tmp_path / "other").unlink(missing_ok=True)
-        common.check_output(str(tmp_path / name))  # one that leads to nothing yet is
+        arguments.check_output(str(tmp_path / name))  # one that leads to nothing yet is
         (tmp_path / "other").symlink_to(tmp_path / name)
         with pytest.raises(UserError, match=rf"{name} is a symbolic link that leads back to itself"):
-            common.check_output(str(tmp_path / name))
+            arguments.check_output(str(tmp_path / name))
     (tmp_path / "far.jsonl").symlink_to(tmp_path / "absent" / "o.jsonl")
     with pytest.raises(UserError, match=r"far.jsonl: its folder does not exist"):
-        common.check_output(str(tmp_path / "far.jsonl"))
+        arguments.check_output(str(tmp_path / "far.jsonl"))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ def test_every_op_has_schema_fake_and_cpu_kernel():
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("radix::")]
     # A build with CUDA has one for tests.
     names = [name for name in names if name != "radix::_fold_by_key"]
-    assert sorted(names) == sorted(f"radix::{name}" for name in radix_ops.ops._ALL_OPS)
+    assert sorted(names) == sorted(f"radix::{name}" for name in radix_ops.ops.dispatch._ALL_OPS)
     for name in names:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")

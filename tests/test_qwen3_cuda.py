@@ -171,7 +171,7 @@ def test_compact_attention_is_that_of_packed_bit_for_bit(dtype):
 
 def test_the_trie_layout_compiles_once_for_batches_never_seen():
     """Numbers of rows, above 128 and below, that are multiples of 16 or not, forward and backward."""
-    from radix_ops import _trie_cuda
+    from radix_ops.ops import trie_triton
 
     def run(shared, own):
         sequences = [[1] * shared + [2 + i] * own for i in range(3)]
@@ -189,7 +189,7 @@ def test_the_trie_layout_compiles_once_for_batches_never_seen():
                 torch.testing.assert_close(g, w, rtol=5e-2, atol=5e-2)
 
     def compiled():
-        kernels = _trie_cuda._forward, _trie_cuda._backward_q, _trie_cuda._backward_kv
+        kernels = trie_triton._forward, trie_triton._backward_q, trie_triton._backward_kv
         return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
 
     run(333, 61)

@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 
-from radix_ops.commands.records import Record, Records, UserError
+from radix_ops.data.records import Record, Records, UserError
 
 
 def texts(path, **options):

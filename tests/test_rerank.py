@@ -9,11 +9,11 @@ from test_cli import failing_command, read_jsonl, write_jsonl
 from test_scoring import TEXT, needs_hf, tiny_model, tiny_tokenizer
 
 from radix_ops import cli
-from radix_ops.commands import rerank as rerank_command
-from radix_ops.commands import reranking
-from radix_ops.commands.records import UserError
-from radix_ops.commands.runner import Qwen3Runner
-from radix_ops.commands.templates import QWEN3_RERANKER, find_template
+from radix_ops.cli import rerank as rerank_command
+from radix_ops.data.records import UserError
+from radix_ops.engine import reranking
+from radix_ops.engine.runners import Qwen3Runner
+from radix_ops.engine.templates import QWEN3_RERANKER, find_template
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

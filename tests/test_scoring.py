@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from radix_ops._budget import Budget
-from radix_ops.commands import scoring
-from radix_ops.commands.records import Records, UserError
-from radix_ops.commands.runner import TransformersRunner, plan_batches
+from radix_ops.data.records import Records, UserError
+from radix_ops.engine import scoring
+from radix_ops.engine.runners import TransformersRunner, plan_batches
+from radix_ops.plan.budget import Budget
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

@@ -9,9 +9,9 @@ import pytest
 from test_inspect import failing, report, write_jsonl
 from test_plan import random_sequences, rows_of
 
-from radix_ops.commands import sharing_plot
-from radix_ops.commands.sharing import Sharing, sharing_from_end
+from radix_ops.cli.inspection import plot
 from radix_ops.plan import TokenStore, plan_folded
+from radix_ops.plan.sharing import Sharing, sharing_from_end
 
 SEEDS = range(30)
 
@@ -135,7 +135,7 @@ def test_icicle_against_brute_force():
     sequences = random_sequences(random.Random(3), most=60, longest=12, vocabulary=2)
     found = sharing_of(sequences)
     depth = max(map(len, sequences))
-    image = sharing_plot._icicle(found, found.prefixes(), depth)
+    image = plot._icicle(found, found.prefixes(), depth)
     in_order = sorted(tuple(s) for s in sequences)
     expected = [
         [sum(t[: p + 1] == s[: p + 1] for t in in_order) if p < len(s) else 0 for s in in_order] for p in range(depth)
@@ -146,7 +146,7 @@ def test_icicle_against_brute_force():
 def test_icicle_of_many_sequences_is_a_sample():
     sequences = [[i // 100, *([7] * 700)] for i in range(2000)]
     found = sharing_of(sequences)
-    image = sharing_plot._icicle(found, found.prefixes(), 701)
+    image = plot._icicle(found, found.prefixes(), 701)
     assert image.shape == (600, 1200)
     assert set(np.unique(image)) == {100}
 

@@ -10,9 +10,9 @@ import zlib
 
 import pytest
 
-from radix_ops.commands import records as records_module
-from radix_ops.commands import streams
-from radix_ops.commands.records import Records, UserError
+from radix_ops.data import records as records_module
+from radix_ops.data import streams
+from radix_ops.data.records import Records, UserError
 
 LINES = [f'{{"text": "{i}"}}' for i in range(50)]
 

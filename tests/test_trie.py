@@ -8,7 +8,8 @@ import torch
 from batches import NAMED, random_sequences, rounds
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from radix_ops import FoldedBatch, _trie
+from radix_ops import FoldedBatch
+from radix_ops.ops import trie
 
 RADIX = torch.ops.radix
 LONG = [[*range(900), i] for i in range(3)] + [[*range(300), 5, *range(400)], list(range(650)), [*range(300), 5]]
@@ -149,12 +150,12 @@ def test_no_key_or_value_is_unfolded():
     q, k, v = (torch.randn(batch.num_rows, heads, 8) for heads in (4, 2, 2))
     order = order_of(batch)
     arguments = (*order, batch.kv_index, batch.cu_seqlens_q, batch.num_nodes, 0.3)
-    out, logsumexp = _trie.trie_attention(q, k, v, *arguments)
+    out, logsumexp = trie.trie_attention(q, k, v, *arguments)
     for tensor in (k, v):
         with RowsRead(tensor) as read:
-            _trie.trie_attention(q, k, v, *arguments)
+            trie.trie_attention(q, k, v, *arguments)
         with RowsRead(tensor) as read_backward:
-            _trie.trie_attention_backward(torch.ones_like(out), q, k, v, out, logsumexp, *arguments)
+            trie.trie_attention_backward(torch.ones_like(out), q, k, v, out, logsumexp, *arguments)
         # Each row for the edge it stands in, for what is below, and to see whether it is finite; backward, a key
         # makes scores and gradients.
         assert batch.num_rows <= read.count <= 3 * batch.num_rows
@@ -165,7 +166,7 @@ def test_no_key_or_value_is_unfolded():
 def test_nothing_below_an_edge_is_computed_alone():
     """The shared 200 rows are read as whole tiles, not once for each of the sequences below."""
     batch = FoldedBatch.from_sequences([[*range(200), i] for i in range(1000, 1050)])
-    edges = _trie._Edges.of(*order_of(batch)[:4], batch.cu_seqlens_q, batch.num_nodes)
+    edges = trie._Edges.of(*order_of(batch)[:4], batch.cu_seqlens_q, batch.num_nodes)
     k = torch.zeros(batch.num_rows, 1, 1)
-    below = [t for t in _trie._tiles(edges, 0, 256, k, k) if t.mask is None and t.keys.stop - t.keys.start == 200]
+    below = [t for t in trie._tiles(edges, 0, 256, k, k) if t.mask is None and t.keys.stop - t.keys.start == 200]
     assert [tile.queries.stop - tile.queries.start for tile in below] == [50]

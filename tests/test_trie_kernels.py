@@ -43,7 +43,7 @@ def strided(x):
 
 
 def check(sequences, shape, dtype, device, tolerance, layout=lambda x: x):
-    from radix_ops import _trie_cuda
+    from radix_ops.ops import trie_triton
 
     heads, kv_heads, size, value_size, window, scale = shape
     batch = FoldedBatch.from_sequences(sequences, pad_multiple_of=4, device=device)
@@ -59,8 +59,8 @@ def check(sequences, shape, dtype, device, tolerance, layout=lambda x: x):
     q, k, v = map(layout, (q, k, v))
     _, leave, depth, row_of, path = order_of(batch)
     tables = leave, depth, row_of, path, batch.kv_index, batch.num_nodes, scale, window
-    out, logsumexp = _trie_cuda.forward(q, k, v, *tables)
-    grads = _trie_cuda.backward(grad_out, q, k, v, out, logsumexp, *tables)
+    out, logsumexp = trie_triton.forward(q, k, v, *tables)
+    grads = trie_triton.backward(grad_out, q, k, v, out, logsumexp, *tables)
 
     nodes = batch.num_nodes
     sees = ancestors_of(batch)[:nodes, :nodes].to(device)
@@ -99,9 +99,9 @@ def watch_memory():
     import numpy
     from triton.runtime import interpreter
 
-    from radix_ops import _trie_cuda
+    from radix_ops.ops import trie_triton
 
-    launch, builder = _trie_cuda._launch, interpreter.InterpreterBuilder
+    launch, builder = trie_triton._launch, interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
     bounds = []
 
@@ -129,7 +129,7 @@ def watch_memory():
         check_pointers(pointers, mask)
         return store(self, pointers, values, mask, *arguments)
 
-    _trie_cuda._launch, builder.create_masked_load, builder.create_masked_store = (
+    trie_triton._launch, builder.create_masked_load, builder.create_masked_store = (
         watched_launch,
         watched_load,
         watched_store,
@@ -137,7 +137,7 @@ def watch_memory():
 
 
 def interpret_damaged():
-    from radix_ops import _trie_cuda
+    from radix_ops.ops import trie_triton
 
     set_small_blocks()
     watch_memory()
@@ -150,17 +150,17 @@ def interpret_damaged():
     for window in (0, 9):
         for tables in (dict(zip(names, sound, strict=True)), *damaged(names, sound, window)):
             arguments = {**tables, "num_nodes": batch.num_nodes, "scale": 0.3, "window": window}
-            out, logsumexp = _trie_cuda.forward(q, k, v, **arguments)
-            _trie_cuda.backward(out, q, k, v, out, logsumexp, **arguments)
+            out, logsumexp = trie_triton.forward(q, k, v, **arguments)
+            trie_triton.backward(out, q, k, v, out, logsumexp, **arguments)
     print("interpreted")
 
 
 def set_small_blocks():
     """Blocks small enough that short batches have full ones, masked ones and several."""
-    from radix_ops import _trie_cuda
+    from radix_ops.ops import trie_triton
 
     for kernel, config in (("_forward", (32, 16)), ("_backward_q", (32, 16)), ("_backward_kv", (16, 32))):
-        _trie_cuda._CONFIGS[getattr(_trie_cuda, kernel)] = [None, (*config, 1, 4)]  # the first is Hopper's
+        trie_triton._CONFIGS[getattr(trie_triton, kernel)] = [None, (*config, 1, 4)]  # the first is Hopper's
 
 
 def interpret():
@@ -246,12 +246,12 @@ def test_offsets_past_32_bits():
     near = torch.randn(far.shape, dtype=torch.bfloat16, device="cuda")
     far.copy_(near)
     _, *order = order_of(batch)
-    from radix_ops import _trie_cuda
+    from radix_ops.ops import trie_triton
 
     tables = *order, batch.kv_index, batch.num_nodes, 0.25, 0
-    want = _trie_cuda.forward(near, near, near, *tables)
+    want = trie_triton.forward(near, near, near, *tables)
     for q, k, v in ((far, near, near), (near, far, near), (near, near, far)):
-        for got, exact in zip(_trie_cuda.forward(q, k, v, *tables), want, strict=True):
+        for got, exact in zip(trie_triton.forward(q, k, v, *tables), want, strict=True):
             assert torch.equal(got, exact)
 
 

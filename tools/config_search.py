@@ -38,8 +38,8 @@ from small_configs import (
 )
 from transformers import PreTrainedConfig
 
-from radix_ops import _hf_proofs
-from radix_ops._hf_proofs import NUMBER, Proof
+from radix_ops.hf import proofs
+from radix_ops.hf.proofs import NUMBER, Proof
 
 # Of as many layers as by default, through which errors grow.
 DEEP_TOLERANCE = 1e-2
@@ -61,7 +61,7 @@ class Search:
     def learn(self, model) -> None:
         seen = observed(model)
         for name, kinds in seen.values.items():
-            if NUMBER not in kinds or not _hf_proofs.SUSPICIOUS.search(name):
+            if NUMBER not in kinds or not proofs.SUSPICIOUS.search(name):
                 self.values.setdefault(name, set()).update(kinds)
             else:
                 self.values.setdefault(name, set()).update(kind for kind in kinds if kind != NUMBER)
@@ -82,11 +82,11 @@ class Search:
             return None
         except Refused as reason:
             self.log(f"{changed}: refused: {reason}")
-            self.refused.append(_hf_proofs.innermost_stack(model).config)
+            self.refused.append(proofs.innermost_stack(model).config)
             return False
         if not found:
             self.log(f"{changed}: refused: positions differ")
-            self.refused.append(_hf_proofs.innermost_stack(model).config)
+            self.refused.append(proofs.innermost_stack(model).config)
             return False
         if found != self.positions:
             self.log(f"{changed}: positions are {found}")
@@ -100,7 +100,7 @@ class Search:
         states = []
         for value in (one, other):
             try:
-                stack = _hf_proofs.innermost_stack(build(self.model_type, {**self.arguments, **context, name: value}))
+                stack = proofs.innermost_stack(build(self.model_type, {**self.arguments, **context, name: value}))
                 with torch.no_grad():
                     found = stack(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             except Exception:
@@ -110,7 +110,7 @@ class Search:
         return shapes != other_shapes or difference(a, b) > TOLERANCE
 
     def proof(self, model, packing: bool, heads: list[str], on_rows: bool) -> Proof:
-        stack = _hf_proofs.innermost_stack(model)
+        stack = proofs.innermost_stack(model)
         return Proof(
             module=type(stack).__module__,
             stack=type(stack).__name__,
@@ -118,7 +118,7 @@ class Search:
             values={
                 name: sorted(kinds, key=repr)
                 for name, kinds in sorted(self.values.items())
-                if kinds and (kinds != {NUMBER} or _hf_proofs.SUSPICIOUS.search(name))
+                if kinds and (kinds != {NUMBER} or proofs.SUSPICIOUS.search(name))
             },
             layer_types=sorted(self.layer_types),
             calls=self.calls,
@@ -139,7 +139,7 @@ def count_calls(search: Search, model) -> None:
             return
         except Refused as reason:
             seen = re.search(r"attention is called (\d+) times and not", str(reason))
-            layers = _hf_proofs.innermost_stack(model).config.num_hidden_layers
+            layers = proofs.innermost_stack(model).config.num_hidden_layers
             if seen is None or calls == 2:
                 raise
             if int(seen[1]) != 2 * layers:
@@ -163,7 +163,7 @@ def check_far(search: Search) -> None:
 
 def vary(search: Search, model) -> None:
     """Runs the type with other values of its config, one by one and jointly where only that makes sense."""
-    config = _hf_proofs.innermost_stack(model).config
+    config = proofs.innermost_stack(model).config
     for changed in layer_choices(search.model_type, search.arguments, config):
         search.fits(**changed)
     for changed in rope_choices(config):
@@ -173,12 +173,12 @@ def vary(search: Search, model) -> None:
             search.fits(**{name: value, "head_dim": 8})
     for name, value in vars(config).items():
         # By default there is none: `numbers` doesn't know it.
-        if value is None and name in NUMBERS and _hf_proofs.SUSPICIOUS.search(name):
+        if value is None and name in NUMBERS and proofs.SUSPICIOUS.search(name):
             vary_suspicious(search, config, name, [NUMBERS[name], NUMBERS[name] - 1])
     for name, others in numbers(config):
         if name in BOUNDS:
             search.values.setdefault(name, set()).add(NUMBER)
-        elif _hf_proofs.SUSPICIOUS.search(name):
+        elif proofs.SUSPICIOUS.search(name):
             vary_suspicious(search, config, name, others)
         elif any(search.fits(with_gradients=False, **{name: other}) is False for other in others[:2]):
             # Right for some numbers alone.
@@ -189,7 +189,7 @@ def vary_suspicious(search: Search, config, name: str, others: list) -> None:
     """A number stands for all of them only where it was seen at work, and right."""
     value = vars(config)[name]
     # Some act only in layers of another type, or through layer types that the config makes of them.
-    declared = _hf_proofs.declared_fields(config)
+    declared = proofs.declared_fields(config)
     contexts: list[dict[str, Any]] = [{}]
     if name.startswith("prefix_dense"):
         contexts.append(
@@ -226,7 +226,7 @@ def check_default(search: Search, proof: Proof) -> None:
     arguments = with_default_layers(search.model_type, search.arguments)
     try:
         model = build(search.model_type, arguments)
-        stack = _hf_proofs.innermost_stack(model)
+        stack = proofs.innermost_stack(model)
         ids, mask = pad("right")
         error = Case(stack, mask, False, input_ids=ids).error(model, stack, observed(model, calls=search.calls))
     except Unbuildable as reason:
@@ -237,7 +237,7 @@ def check_default(search: Search, proof: Proof) -> None:
         search.log(f"with layers as by default, {stack.config.num_hidden_layers} of them, it differs by {error:.2g}")
         if not error < DEEP_TOLERANCE:
             raise Refused(f"folded, with layers as by default, it differs by {error:.2g} of its size")
-    for name, value in _hf_proofs.leaves(default):
-        known = _hf_proofs.is_proven(name, value, proof) or {name: value} in search.unbuilt
+    for name, value in proofs.leaves(default):
+        known = proofs.is_proven(name, value, proof) or {name: value} in search.unbuilt
         if not known and search.model_type not in NOT_BY_DEFAULT:
             raise Refused(f"by its default config: config.{name} is {value!r}, which did not fold or was not at work")

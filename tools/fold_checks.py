@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from radix_ops import _hf_proofs, hf
-from radix_ops._hf_proofs import Proof
+from radix_ops import hf
+from radix_ops.hf import proofs
+from radix_ops.hf.proofs import Proof
 
 # Sums in another order differ by a few 1e-6 here; a token that attends to a wrong one makes 1e-2 and more.
 TOLERANCE = 1e-4
@@ -91,22 +92,22 @@ def pad(side: str, sequences: list[list[int]] = SEQUENCES) -> tuple[Tensor, Tens
 
 def classes_of(model: PreTrainedModel) -> list[str]:
     """Of the modules in and around the stack that aren't torch's own, token by token."""
-    classes = {_hf_proofs.class_of(module) for module in model.modules() if module is not model}
-    return sorted(_hf_proofs.path_of(cls) for cls in classes if not _hf_proofs.is_tokenwise(cls))
+    classes = {proofs.class_of(module) for module in model.modules() if module is not model}
+    return sorted(proofs.path_of(cls) for cls in classes if not proofs.is_tokenwise(cls))
 
 
 def observed(model: PreTrainedModel, positions: str = "tokens", packing: bool = True, calls: int = 1) -> Proof:
     """What a proof would say that holds for this model's classes and config alone."""
-    stack = _hf_proofs.innermost_stack(model)
+    stack = proofs.innermost_stack(model)
     values: dict[str, set] = {}
-    for name, value in _hf_proofs.leaves(stack.config):
-        values.setdefault(name, set()).add(_hf_proofs.kind_of(value))
+    for name, value in proofs.leaves(stack.config):
+        values.setdefault(name, set()).add(proofs.kind_of(value))
     return Proof(
         module=type(stack).__module__,
         stack=type(stack).__name__,
         classes=classes_of(model),
         values={name: list(kinds) for name, kinds in values.items()},
-        layer_types=sorted(set(_hf_proofs.layer_types_of(stack.config))),
+        layer_types=sorted(set(proofs.layer_types_of(stack.config))),
         calls=calls,
         positions=positions,
         packing=packing,
@@ -118,12 +119,12 @@ def observed(model: PreTrainedModel, positions: str = "tokens", packing: bool = 
 @contextlib.contextmanager
 def allowed(model_type: str, proof: Proof) -> Iterator[None]:
     """The type's proof stands in for the list that radix_ops.hf goes by."""
-    listed = _hf_proofs.proofs
-    _hf_proofs.proofs = lambda: ({model_type: proof}, {})
+    listed = proofs.proofs
+    proofs.proofs = lambda: ({model_type: proof}, {})
     try:
         yield
     finally:
-        _hf_proofs.proofs = listed
+        proofs.proofs = listed
 
 
 @contextlib.contextmanager
@@ -238,7 +239,7 @@ def padded_cases(stack: PreTrainedModel, with_gradients: bool) -> dict[str, Case
 
 def positions_that_fit(model: PreTrainedModel, calls: int, with_gradients: bool = True) -> set[str]:
     """From where left-padded rows may count: "tokens", "columns" or both. Raises Refused where folding is wrong."""
-    stack = _hf_proofs.innermost_stack(model)
+    stack = proofs.innermost_stack(model)
     cases = padded_cases(stack, with_gradients)
     error = cases["right"].error(model, stack, observed(model, calls=calls))
     if not error < TOLERANCE:
@@ -255,7 +256,7 @@ def positions_that_fit(model: PreTrainedModel, calls: int, with_gradients: bool 
 
 def depends_on_place(model: PreTrainedModel) -> bool:
     """Whether the plain model's outputs change where all positions are FAR from the start."""
-    stack = _hf_proofs.innermost_stack(model)
+    stack = proofs.innermost_stack(model)
     ids = torch.tensor([SEQUENCES[2]])
     near = torch.arange(ids.shape[1])[None]
     try:
@@ -267,7 +268,7 @@ def depends_on_place(model: PreTrainedModel) -> bool:
 
 def long_rows_differ(model: PreTrainedModel, proof: Proof) -> float:
     """By how much, folded, where a batch is FAR long."""
-    stack = _hf_proofs.innermost_stack(model)
+    stack = proofs.innermost_stack(model)
     ids = torch.randint(5, 40, (2, FAR), generator=torch.Generator().manual_seed(2))
     ids[1, : FAR // 2] = ids[0, : FAR // 2]
     return Case(stack, None, False, input_ids=ids).error(model, stack, proof)
@@ -275,7 +276,7 @@ def long_rows_differ(model: PreTrainedModel, proof: Proof) -> float:
 
 def given_positions_fit(model: PreTrainedModel, proof: Proof) -> bool:
     """Whether position_ids are taken as they come, of padded rows."""
-    stack = _hf_proofs.innermost_stack(model)
+    stack = proofs.innermost_stack(model)
     ids, mask = pad("left")
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     try:
@@ -287,7 +288,7 @@ def given_positions_fit(model: PreTrainedModel, proof: Proof) -> bool:
 
 def packing_that_fits(model: PreTrainedModel, positions: str, calls: int) -> bool:
     """Whether a row of several sequences, told apart by their positions, is seen as that. Raises Refused if unclear."""
-    stack = _hf_proofs.innermost_stack(model)
+    stack = proofs.innermost_stack(model)
     ids = torch.tensor([[5, 6, 7, 5, 6, 7, 8, 9], [5, 6, 7, 8, 5, 6, 7, 9]])
     packed = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 0, 1, 2, 3]])
     same = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
@@ -311,7 +312,7 @@ def packing_that_fits(model: PreTrainedModel, positions: str, calls: int) -> boo
 
 def check_checkpointing(model: PreTrainedModel, proof: Proof) -> None:
     """Two forwards in training, both alive before one backward that computes their layers again."""
-    stack = _hf_proofs.innermost_stack(model)
+    stack = proofs.innermost_stack(model)
     batches = [pad("right"), pad("left", OTHERS)]
 
     def run() -> tuple[list[Tensor], Tensor]:

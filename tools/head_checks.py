@@ -21,8 +21,8 @@ from fold_checks import (
 )
 from torch import Tensor
 
-from radix_ops import _hf_heads, _hf_proofs
-from radix_ops._hf_proofs import Proof
+from radix_ops.hf import heads, proofs
+from radix_ops.hf.proofs import Proof
 
 _HEADS = ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
 
@@ -30,7 +30,7 @@ _HEADS = ("CausalLM", "SequenceClassification", "TokenClassification", "Question
 def heads_that_fit(model_type: str, arguments: dict[str, Any], proof: Proof) -> tuple[list[str], bool, list[str]]:
     """Names of heads whose outputs are what they were, whether the causal LM's may run on rows, and its classes."""
     arguments = {"pad_token_id": 0} | arguments | {"num_labels": 3}
-    heads, on_rows, around = [], False, []
+    found, on_rows, around = [], False, []
     for kind in _HEADS:
         try:
             model = build(model_type, arguments, head=kind)
@@ -47,13 +47,13 @@ def heads_that_fit(model_type: str, arguments: dict[str, Any], proof: Proof) -> 
             if not fits:
                 fits = _fits(model, kind, dataclasses.replace(candidate, head_on_rows=False))
         if fits:
-            heads.append(name)
-    return heads, on_rows, around
+            found.append(name)
+    return found, on_rows, around
 
 
 def _runs_on_rows(model, proof: Proof) -> bool:
     with folding(model, proof, folds=None):
-        return _hf_heads.may_run_on_rows(model, _hf_proofs.innermost_stack(model), {"input_ids": pad("right")[0]})
+        return heads.may_run_on_rows(model, proofs.innermost_stack(model), {"input_ids": pad("right")[0]})
 
 
 def _fits(model, kind: str, proof: Proof) -> bool:

@@ -3,7 +3,7 @@
 Every type is built small, with random weights, in a process of its own with a time limit, and run through
 `radix_ops.hf.enable` and as it is: on batches that share prefixes, padded on the right, the left and both, packed, and
 with gradient checkpointing. Hidden states and the gradient of every parameter must agree, and outputs and losses of the
-heads. Then the config is varied field by field. What agreed is written to radix_ops/hf_models.json, which
+heads. Then the config is varied field by field. What agreed is written to radix_ops/hf/models.json, which
 `radix_ops.hf.enable` goes by, and to docs/models.md. A type that can't be built or run is refused, with the reason.
 """
 
@@ -43,8 +43,8 @@ from models_page import page
 from small_configs import default_config, small_arguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING
 
-from radix_ops import _hf_proofs
-from radix_ops._hf_proofs import Proof
+from radix_ops.hf import proofs
+from radix_ops.hf.proofs import Proof
 
 ROOT = Path(__file__).parent.parent
 # Of kinds of layers: those in which a token sees more than the tokens up to it, or no attention at all.
@@ -113,7 +113,7 @@ def first_model(model_type: str):
 
 def run_plain(model) -> None:
     """Raises Unbuildable, and Refused where a token sees those behind it."""
-    stack = _hf_proofs.innermost_stack(model)
+    stack = proofs.innermost_stack(model)
     ids, _ = pad("right")
     try:
         with torch.no_grad():
@@ -132,7 +132,7 @@ def refuse_by_modules(model_type: str, model) -> None:
     others = sorted({found[0] for name in mixers if (found := _MIXER_CLASSES.search(name))})
     if others:
         raise Refused(f"has layers other than attention ({', '.join(others)})")
-    stack = _hf_proofs.innermost_stack(model)
+    stack = proofs.innermost_stack(model)
     if stack.config.model_type != model_type:
         raise Refused(f"made of several models, among them {stack.config.model_type!r}")
 
@@ -220,7 +220,7 @@ def main() -> None:
     for name, result in run_apart({name: (prove_or_refuse, name, arguments.verbose) for name in types}, arguments.jobs):
         results[name] = result
         print(f"{name}: {result if isinstance(result, str) else 'proven'}", file=sys.stderr, flush=True)
-    path = ROOT / "radix_ops" / "hf_models.json"
+    path = ROOT / "radix_ops" / "hf" / "models.json"
     old = json.loads(path.read_text()) if arguments.types else {"proven": {}, "refused": {}}
     proven = {name: proof for name, proof in old["proven"].items() if name not in results}
     refused = {name: reason for name, reason in old["refused"].items() if name not in results}

@@ -1,4 +1,4 @@
-"""Finds out which proofs of radix_ops/hf_models.json hold for an older transformers, the one at hand: `make models`.
+"""Finds out which proofs of radix_ops/hf/models.json hold for an older transformers, the one at hand: `make models`.
 
 For versions one after another, the newest first: a proof that fails for one of them is not tried for those before it.
 """
@@ -16,8 +16,8 @@ from models_page import page
 from prove_models import ROOT, as_json, search_terms
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from radix_ops import _hf_proofs
-from radix_ops._hf_proofs import NUMBER, Proof
+from radix_ops.hf import proofs
+from radix_ops.hf.proofs import NUMBER, Proof
 
 
 def classes_or_failure(model_type: str, listed: Proof) -> list[str] | str:
@@ -35,7 +35,7 @@ def classes_or_failure(model_type: str, listed: Proof) -> list[str] | str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     for config in search.refused:
-        if _hf_proofs.unproven_config(config, listed) is None:
+        if proofs.unproven_config(config, listed) is None:
             return f"a config is refused that the proof allows: {config.to_diff_dict()}"
     wanted = {"tokens", "columns"} if listed.positions == "any" else {listed.positions}
     if not wanted <= search.positions:
@@ -54,12 +54,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once (default: one a core)")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    path = ROOT / "radix_ops" / "hf_models.json"
+    path = ROOT / "radix_ops" / "hf" / "models.json"
     content = json.loads(path.read_text())
     version, newer = transformers.__version__, [content["transformers"], *content["older"]][-1]
     types = [name for name, proof in content["proven"].items() if proof["since"] == newer]
     print(f"{len(types)} types with transformers {version}, after {newer}")
-    checks = {name: (classes_or_failure, name, _hf_proofs.proofs()[0][name]) for name in types}
+    checks = {name: (classes_or_failure, name, proofs.proofs()[0][name]) for name in types}
     for name, found in run_apart(checks, arguments.jobs):
         if isinstance(found, str):
             print(f"{name}: {found}", flush=True)

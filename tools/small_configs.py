@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from radix_ops import _hf_guards, _hf_proofs
+from radix_ops.hf import guards, proofs
 
 # Fields by name: widths, counts, and what a batch of 14 tokens must exceed to see it at work.
 SMALL = {
@@ -115,7 +115,7 @@ def small_arguments(model_type: str) -> dict[str, Any]:
     """Arguments of the type's config class that make it small and without randomness in training."""
     default = default_config(model_type)
     config_class = type(default)
-    known = _hf_proofs.declared_fields(default, of_all=False) | set(default.attribute_map)
+    known = proofs.declared_fields(default, of_all=False) | set(default.attribute_map)
     settable = {name for name in known if not isinstance(getattr(config_class, name, None), property)}
     arguments = {
         name: value
@@ -123,7 +123,7 @@ def small_arguments(model_type: str) -> dict[str, Any]:
         if name in settable and (_value(default, name) is not None or name in _ALWAYS)
     }
     arguments |= {
-        name: 0.0 for name in settable if _hf_guards.RANDOM.search(name) and isinstance(_value(default, name), float)
+        name: 0.0 for name in settable if guards.RANDOM.search(name) and isinstance(_value(default, name), float)
     }
     arguments = {default.attribute_map.get(name, name): value for name, value in arguments.items()}
     if "qk_nope_head_dim" in arguments:  # latent attention has a head_dim and K/V heads of its own
@@ -177,7 +177,7 @@ def _annotated(config_class: type, name: str) -> tuple[set[type], list]:
 def choices(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
     """A field of the config and another value of it that is a bool, a string or None, or a number where it is None."""
     for name, value in vars(config).items():
-        if _hf_proofs.is_harmless(name) or name not in _hf_proofs.declared_fields(config):
+        if proofs.is_harmless(name) or name not in proofs.declared_fields(config):
             continue
         hints, literals = _annotated(type(config), name)
         others = [*literals, *_CHOICES.get(name, ())]
@@ -189,14 +189,14 @@ def choices(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
             others.append(NUMBERS.get(name, SMALL.get(name, 2 if int in hints else 0.5)))
         for other in others:
             is_same = type(other) is type(value) and other == value
-            if not is_same and _hf_proofs.NEVER.get(name, ...) is not other:
+            if not is_same and proofs.NEVER.get(name, ...) is not other:
                 yield name, other
 
 
 def layer_choices(model_type: str, arguments: dict[str, Any], config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
     """Arguments that choose which layers attend to a window, how wide it is and what their feed-forwards are."""
     default = default_config(model_type)
-    declared = _hf_proofs.declared_fields(default)
+    declared = proofs.declared_fields(default)
     kinds = list(dict.fromkeys(_value(config, "layer_types") or ()))
     small = {"num_hidden_layers": 2}
     if kinds:
@@ -266,9 +266,9 @@ def numbers(config: PreTrainedConfig) -> Iterator[tuple[str, list]]:
     for name, value in vars(config).items():
         if name.startswith("_") or isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if _hf_proofs.is_harmless(name) or name not in _hf_proofs.declared_fields(config):
+        if proofs.is_harmless(name) or name not in proofs.declared_fields(config):
             continue
-        if _hf_guards.RANDOM.search(name) or (_SHAPE.search(name) and not _hf_proofs.SUSPICIOUS.search(name)):
+        if guards.RANDOM.search(name) or (_SHAPE.search(name) and not proofs.SUSPICIOUS.search(name)):
             continue
         if isinstance(value, int):
             others = [1, 2, 3, value + 1, 2 * value, value - 1, 0]

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .._check import INDEX_DTYPES
-from ..attention import AttentionPlan, attend, plan_attention
+from .._attention import AttentionPlan, attend, plan_attention
 from ..batch import FoldedBatch
+from ..ops.checks import INDEX_DTYPES
 from .qwen3_config import Qwen3Config
 from .weights import DTYPES, find_folder, read_weights
 

@@ -6,7 +6,7 @@ import dataclasses
 from numbers import Integral, Real
 from pathlib import Path
 
-from .._files import read_object
+from .files import read_object
 from .weights import find_folder
 
 _MOST = 2**31 - 1

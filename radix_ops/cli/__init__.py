@@ -1,0 +1,5 @@
+"""The `radix-ops` command."""
+
+from ._main import main
+
+__all__ = ["main"]

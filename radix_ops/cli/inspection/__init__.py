@@ -1,0 +1,1 @@
+"""What `radix-ops inspect` prints and draws."""

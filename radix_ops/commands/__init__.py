@@ -1,1 +1,0 @@
-"""The subcommands of `radix-ops`, one module each."""

@@ -1,0 +1,1 @@
+"""Files of the command: what is read from them and written to them."""

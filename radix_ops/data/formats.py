@@ -1,0 +1,236 @@
+"""What the lines of a data file hold, and the token sequences that commands and trainers make of them.
+
+parser = FormatParser(formats())
+records = Records("data.jsonl", parser)  # the first line tells the format, all lines are checked
+items = parser.format.encode(records, tokenizer)
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..engine import reranking, scoring
+from ..engine.items import Items
+from ..engine.templates import TEMPLATES, find_template
+from ..plan.planner import TokenStore
+from .records import Record, UserError, check_text, kind_of
+
+_LINES_AT_ONCE = 128  # given to the tokenizer
+_MAX_ID = 2**31 - 1
+PAIRS = "pairs"
+
+
+@dataclass(frozen=True)
+class Format:
+    """Lines with these keys. `parse` checks one, `encode` makes an item of each of those that it returned."""
+
+    keys: tuple[str, ...]
+    meaning: str  # of a line, and which sequences are made of it
+    parse: Callable[[Record], object]
+    encode: Callable[[Iterable, object], Items]
+    needs_tokenizer: bool = True
+
+    @property
+    def shape(self) -> str:
+        return "{" + ", ".join(f'"{key}"' for key in self.keys) + "}"
+
+
+class FormatParser:
+    """A parser for `Records` that takes the format from the first line; all others must have it."""
+
+    def __init__(self, formats: list[Format]):
+        self.formats = formats
+        self.format: Format | None = None
+
+    def __call__(self, record: Record):
+        if self.format is None:
+            self.format = self._find(record)
+        return self.format.parse(record)
+
+    def _find(self, record: Record) -> Format:
+        found = next((f for f in self.formats if all(key in record.fields for key in f.keys)), None)
+        if found is None:
+            has = ", ".join(f'"{key}"' for key in list(record.fields)[:8]) or "no keys"
+            known = ", ".join(f.shape for f in self.formats)
+            raise UserError(f"{record.where} has {has}; a line may have {known}")
+        return found
+
+
+def formats(text_key: str = "text", prompt: str = "", template: str | None = None) -> list[Format]:
+    """All formats, the most telling keys first.
+
+    `prompt` stands before each text under `text_key`; `template` is a name or file of `find_template`, or PAIRS.
+    """
+    pairs, template = template == PAIRS, find_template(template) if template not in (None, PAIRS) else None
+
+    def parse_query(record: Record) -> reranking.Query:
+        query = reranking.parse_query(record)
+        if not pairs and template is None:
+            known = ", ".join(TEMPLATES)
+            raise UserError(
+                f"{record.where} holds a query and documents: --template must say how a model reads them, {known} or a "
+                f"JSON file, or {PAIRS} for the pairs of a cross-encoder"
+            )
+        return reranking.check_instruction(query, template)
+
+    def encode_queries(queries: Iterable[reranking.Query], tokenizer) -> Items:
+        return reranking.encode(queries, tokenizer, template, max_length=None, truncate_right=False)
+
+    return [
+        Format(("input_ids",), "token ids", _parse_ids, _encode_ids, needs_tokenizer=False),
+        Format(
+            ("context", "choices"),
+            "questions as `radix-ops score` reads them: the context with each choice, without its last token",
+            scoring.parse_item,
+            scoring.encode,
+        ),
+        Format(
+            ("query", "documents"),
+            "queries as `radix-ops rerank` reads them: the query with each document",
+            parse_query,
+            encode_queries,
+        ),
+        Format(
+            ("prompt", "chosen", "rejected"),
+            "preferences: the prompt with each of its two answers",
+            lambda record: _parse_answers(record, "chosen", "rejected"),
+            _encode_lines,
+        ),
+        Format(
+            ("prompt", "completion"),
+            "prompts with their completions",
+            lambda record: _parse_answers(record, "completion"),
+            _encode_lines,
+        ),
+        Format(("messages",), "conversations, by the tokenizer's chat template", _parse_messages, _encode_lines),
+        Format(
+            (text_key,),
+            "texts, each behind the prompt" if prompt else "texts",
+            lambda record: _Line(record.where, [prompt + record.text(text_key)]),
+            _encode_lines,
+        ),
+    ]
+
+
+def packed_arrays(path: str) -> Items:
+    """The sequences of a .npz file: input_ids [N] end to end and cu_seqlens [B + 1]. UserError for anything else."""
+    if os.path.isfile(path) and not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is no .npz file, which is a zip archive of arrays")
+    try:
+        with np.load(path) as arrays:
+            names = set(arrays.files)
+            ids, ends = (arrays[name] if name in names else None for name in ("input_ids", "cu_seqlens"))
+    except Exception as error:  # an archive may be damaged in any way
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"{path} can't be used: {reason}") from error
+    missing = "input_ids" if ids is None else "cu_seqlens" if ends is None else None
+    if missing:
+        raise UserError(f"{path} has no array {missing}; it must hold input_ids and cu_seqlens")
+    ends = np.asarray(ends)
+    if ends.dtype.kind not in "iu":
+        raise UserError(f"{path}: cu_seqlens holds {ends.dtype}; it must hold whole numbers")
+    items = Items()
+    try:
+        items.store = TokenStore.from_packed(ids, ends)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} can't be used: {error}") from error
+    return items
+
+
+def _parse_ids(record: Record) -> np.ndarray:
+    ids, where = record.fields.get("input_ids"), f'{record.where}: "input_ids"'
+    if not isinstance(ids, list):
+        found = kind_of(ids) if "input_ids" in record.fields else "missing"
+        raise UserError(f"{where} is {found}; it must be an array of token ids")
+    if set(map(type, ids)) - {int}:
+        index = next(i for i, token in enumerate(ids) if type(token) is not int)
+        raise UserError(f"{where}[{index}] is not a token id but {kind_of(ids[index])}")
+    if ids and (min(ids) < 0 or max(ids) > _MAX_ID):
+        index = next(i for i, token in enumerate(ids) if not 0 <= token <= _MAX_ID)
+        raise UserError(f"{where}[{index}] is {ids[index]}; a token id is from 0 to {_MAX_ID}")
+    return np.array(ids, np.int32)
+
+
+def _encode_ids(lines: Iterable[np.ndarray], tokenizer) -> Items:
+    items = Items()
+    for ids in lines:
+        items.append([ids])
+    return items
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What stands in a line: texts, or conversations, which the tokenizer's chat template makes texts of."""
+
+    where: str
+    contents: list[str] | list[list[dict]]
+    tools: list | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        return isinstance(self.contents[0], list)
+
+
+def _parse_messages(record: Record) -> _Line:
+    return _Line(record.where, [_messages(record, "messages")], _tools(record))
+
+
+def _parse_answers(record: Record, *answers: str) -> _Line:
+    """A prompt with each of its answers: strings, or messages where the prompt is an array."""
+    if isinstance(record.fields.get("prompt"), list):
+        prompt = _messages(record, "prompt")
+        return _Line(record.where, [prompt + _messages(record, key) for key in answers], _tools(record))
+    prompt = record.text("prompt")
+    return _Line(record.where, [prompt + record.text(key) for key in answers])
+
+
+def _messages(record: Record, key: str) -> list[dict]:
+    messages, where = record.fields.get(key), f'{record.where}: "{key}"'
+    if not isinstance(messages, list) or not messages:
+        found = "an empty array" if messages == [] else kind_of(messages) if key in record.fields else "missing"
+        raise UserError(f"{where} is {found}; it must be an array of messages")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UserError(f'{where}[{index}] must be an object with a "role"')
+        if isinstance(message.get("content"), str):
+            check_text(message["content"], f"{where}[{index}].content")
+    return messages
+
+
+def _tools(record: Record) -> list | None:
+    tools = record.fields.get("tools")
+    if tools is not None and not isinstance(tools, list):
+        raise UserError(f'{record.where}: "tools" is {kind_of(tools)}; it must be an array of tools')
+    return tools
+
+
+def _encode_lines(lines: Iterable[_Line], tokenizer) -> Items:
+    """Texts with the special tokens that the tokenizer puts around them; what a chat template writes has its own."""
+    items, lines = Items(), iter(lines)
+    while part := list(itertools.islice(lines, _LINES_AT_ONCE)):
+        texts = [text for line in part if not line.is_chat for text in line.contents]
+        chats = [text for line in part if line.is_chat for text in _rendered(line, tokenizer)]
+        texts, chats = iter(_tokenize(tokenizer, texts, True)), iter(_tokenize(tokenizer, chats, False))
+        for line in part:
+            items.append(itertools.islice(chats if line.is_chat else texts, len(line.contents)))
+    return items
+
+
+def _tokenize(tokenizer, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"] if texts else []
+
+
+def _rendered(line: _Line, tokenizer) -> list[str]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(f"{line.where} holds messages, and the tokenizer has no chat template")
+    try:
+        texts = [tokenizer.apply_chat_template(chat, tools=line.tools, tokenize=False) for chat in line.contents]
+    except Exception as error:  # whatever a template does
+        raise UserError(f"{line.where}: the chat template can't render the messages: {error}") from error
+    return [check_text(text, f"{line.where}: what the chat template writes") for text in texts]

@@ -1,0 +1,1 @@
+"""What scores, embeds and reranks: models, their inputs and their results, without files or arguments."""

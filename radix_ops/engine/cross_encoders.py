@@ -1,0 +1,155 @@
+"""How a cross-encoder scores a pair of texts, as sentence-transformers, or its config alone, writes it down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from packaging.version import InvalidVersion, Version
+
+from ..data.records import UserError
+from .messages import Chat, Messages
+from .sentence_folder import Module, Settings, find_model_settings, find_modules, find_transformer, kind_of_class
+
+READINGS = ("pairs", "chat")  # of a pair: by the tokenizer, or by its chat template
+_ACTIVATIONS = {
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+    "torch.nn.Sigmoid": "sigmoid",
+    "torch.nn.modules.linear.Identity": "identity",
+    "torch.nn.Identity": "identity",
+}
+
+
+@dataclass(frozen=True)
+class CrossEncoder:
+    """How a query and a document become a score, where no template of radix-ops' own is used."""
+
+    classifies: bool  # by a classification head; else by a token's logit against another's
+    answers: tuple[int, int | None] | None = None  # those tokens; of one alone the logit counts
+    activation: str = "sigmoid"  # or "identity"
+    prompt: str = ""  # stands before the query, or is the system's message
+    max_length: int | None = None
+    messages: Messages | None = None  # where a chat template renders each pair
+    is_open: bool = False  # whether nothing is said of that
+
+
+def find_cross_encoder(name: str, config) -> CrossEncoder | None:
+    """What a folder or hub model says of scoring pairs, given its transformers config; None for a language model of
+    which nothing is said.
+
+    A classification head counts as a cross-encoder without a modules.json, too. UserError for modules and settings that
+    would need something else than a classification head of one label, or two tokens' logits.
+    """
+    modules = find_modules(name, "rerank", lambda types: _check_modules(name, types))
+    classifies = (getattr(config, "architectures", None) or [""])[0].endswith("ForSequenceClassification")
+    if modules is None:
+        if not classifies:
+            return None
+        activation, is_old = _of_config(name, config)
+        return CrossEncoder(True, activation=activation, is_open=not is_old)
+    kinds = [module.kind for module in modules]
+    if classifies == (kinds[-1] == "LogitScore"):
+        raise UserError(
+            f"--model {name} has the modules {', '.join(kinds)} and {'a' if classifies else 'no'} classification head"
+        )
+    if modules[0].path:
+        raise UserError(
+            f"--model {name} has its weights in {modules[0].path}, and radix-ops rerank wants them beside modules.json"
+        )
+    model = find_model_settings(name, "rerank", "CrossEncoder")
+    task = "sequence-classification" if classifies else "text-generation"
+    transformer = find_transformer(name, modules[0], "rerank", task)
+    given = model.activation
+    return CrossEncoder(
+        classifies,
+        None if classifies else _answers(name, modules[1], config),
+        _of_config(name, config)[0] if given is None else _activation(name, given),
+        model.prompt,
+        transformer.max_length,
+        transformer.messages,
+    )
+
+
+def _check_modules(name: str, types: list[str]) -> None:
+    kinds = [kind_of_class(type) for type in types]
+    if kinds not in (["Transformer"], ["Transformer", "LogitScore"]):
+        raise UserError(
+            f"--model {name} has the modules {', '.join(kinds)}; radix-ops rerank computes Transformer alone, or "
+            "Transformer and LogitScore"
+        )
+
+
+def _answers(name: str, module: Module, config) -> tuple[int, int | None]:
+    settings = Settings(name, f"{module.path}/config.json", "rerank")
+    size = config.get_text_config().vocab_size
+
+    def is_token(value) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < size
+
+    true, false = (
+        settings.take(key, f"a token's id, from 0 to {size - 1}", is_token)
+        for key in ("true_token_id", "false_token_id")
+    )
+    if true is None:
+        raise UserError(f"{settings.where} lacks true_token_id")
+    if (settings.text("module_input_name") or "causal_logits") != "causal_logits":
+        settings.refuse("module_input_name")
+    settings.close()
+    return true, false
+
+
+def _of_config(name: str, config) -> tuple[str, bool]:
+    """(activation, whether sentence-transformers saved it before it had modules) by the config.json."""
+    given = getattr(config, "sentence_transformers", None)
+    settings = Settings(name, "config.json, sentence_transformers,", "rerank", {} if given is None else given)
+    older = getattr(config, "sbert_ce_default_activation_function", None)
+    activation, version = settings.text("activation_fn"), settings.text("version")
+    settings.close()
+    is_old = older is not None or (version is not None and _is_before_modules(version))
+    return _activation(name, activation or older or "torch.nn.Sigmoid"), is_old
+
+
+def _is_before_modules(version: str) -> bool:
+    try:
+        return Version(version) < Version("5.4")
+    except InvalidVersion:
+        return False
+
+
+def _activation(name: str, activation) -> str:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
+        raise UserError(
+            f"--model {name} sets activation_fn to {activation!r}; radix-ops rerank computes "
+            f"{' and '.join(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[activation]
+
+
+def chat_of(name: str, encoder: CrossEncoder, reading: str | None, tokenizer, config) -> Chat | None:
+    """What renders the pairs of a cross-encoder, None where they are pairs to the tokenizer; `reading` is "chat" or
+    "pairs" where the user says so.
+
+    UserError for a template that drops a query or a document, and where a folder leaves open whether a template that
+    takes both renders them: to sentence-transformers 6 it does, to those before and to transformers it doesn't.
+    """
+    if reading == "pairs" or (reading is None and encoder.messages is None and not encoder.is_open):
+        return None
+    messages = (encoder.messages or Messages()).fitted(tokenizer, config.model_type)
+    chat, roles = Chat(tokenizer, messages, encoder.prompt), ("query", "document")
+    if reading is None and encoder.is_open:
+        if _takes(chat, tokenizer, roles):
+            raise UserError(
+                f"--model {name} does not say whether its chat template, which takes a query and a document, renders "
+                "its pairs: --template chat does so, as sentence-transformers 6 does; --template pairs leaves it aside"
+            )
+        return None
+    chat.check(roles)
+    return chat
+
+
+def _takes(chat: Chat, tokenizer, roles: tuple[str, ...]) -> bool:
+    if getattr(tokenizer, "chat_template", None) is None:
+        return False
+    try:
+        return not chat.dropped(roles)
+    except UserError:  # of a template that knows no such roles
+        return False

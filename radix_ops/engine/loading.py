@@ -1,0 +1,219 @@
+"""Tokenizers, configs and models of the radix-ops command by name: a local folder, a hub id or a .gguf file.
+
+Whatever can't be loaded is a UserError with the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import stat
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ..data.records import UserError
+from ..models.files import shards
+from .runners import ClassifierRunner, Qwen3Runner, TransformersRunner
+
+# As safetensors and torch name them.
+_FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
+
+
+def load_tokenizer(name: str, option: str = "--model", trust_remote_code: bool = False):
+    """The tokenizer of transformers; `option` is what the user gave the name by."""
+    source, options = _source(name, option)
+    with loading("tokenizer", source):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+
+
+def load_config(name: str, option: str = "--model", trust_remote_code: bool = False):
+    """The config of transformers."""
+    source, options = _source(name, option)
+    with loading("config", source):
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+
+
+def load_runner(
+    name: str,
+    config,
+    auto_class: str,
+    dtype: str | None,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    pad_token_id: int = 0,
+):
+    """The model on `device` in eval mode, in a runner; `auto_class` is AutoModel, AutoModelForCausalLM or
+    AutoModelForSequenceClassification.
+
+    A Qwen3 runs on `radix_ops.models.qwen3`, but for a classification head and .gguf files, which run on transformers
+    as all others do. Without a dtype the model computes in float32 on the CPU and in its own on CUDA, where one of
+    float32 computes in bfloat16.
+    """
+    own = None if device.type == "cuda" else "float32"
+    classifies = auto_class == "AutoModelForSequenceClassification"
+    brings_code = auto_class in (getattr(config, "auto_map", None) or {})
+    if brings_code and not trust_remote_code:
+        print(
+            f"{name} brings code of its own for {auto_class}, which is not run: transformers' class of model type "
+            f"{config.model_type} is; --trust-remote-code runs the model's",
+            file=sys.stderr,
+        )
+    runs_code = brings_code and trust_remote_code
+    if config.model_type == "qwen3" and not classifies and not name.endswith(".gguf") and not runs_code:
+        with loading("weights", name):
+            from ..models.qwen3 import Qwen3ForCausalLM, Qwen3Model
+
+            kind = Qwen3Model if auto_class == "AutoModel" else Qwen3ForCausalLM
+            model = kind.from_pretrained(name, dtype=dtype or own)
+        return Qwen3Runner(_on_device(model, device, dtype), config)
+    source, options = _source(name, "--model")
+    with loading("weights", source):
+        import transformers
+
+        is_quantised = bool(getattr(config, "quantization_config", None))
+        if Path(source).is_dir() and not options:
+            check_weights(Path(source), is_quantised)
+        load = getattr(transformers, auto_class).from_pretrained
+        options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+        model, report = load(source, dtype=dtype or own or "auto", **options)
+        if not Path(source).is_dir() and (cached := hub_file(source, "config.json")) is not None:
+            check_weights(cached.parent, is_quantised)  # the hub's files stand there once they are loaded
+    # transformers draws at random what a checkpoint lacks.
+    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if absent:
+        raise UserError(
+            f"the weights of {source} lack {', '.join(absent[:3])}{' and more' if len(absent) > 3 else ''} for "
+            f"{type(model).__name__}; the command needs a model that was trained for it"
+        )
+    model = _on_device(model.eval(), device, dtype)
+    return ClassifierRunner(model, pad_token_id) if classifies else TransformersRunner(model)
+
+
+def _on_device(model, device: torch.device, dtype: str | None):
+    if device.type == "cuda" and dtype is None and next(model.parameters()).dtype == torch.float32:
+        print("the model is of float32 and computes in bfloat16 on CUDA; --dtype float32 is slower", file=sys.stderr)
+        return model.to(device, torch.bfloat16)
+    return model.to(device)
+
+
+def _source(name: str, option: str) -> tuple[str, dict]:
+    """(folder or hub id, further options) for transformers' from_pretrained."""
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError("radix-ops needs transformers: pip install transformers")
+    path = Path(name)
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise UserError(f"{option} {name} does not exist")
+        missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+        if missing:
+            raise UserError(f"reading a .gguf file needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_file():
+        raise UserError(f"{option} {name} is a file; it must be a model's folder, a hub id or a .gguf file")
+    if path.is_dir():
+        check_regular_files(path)
+    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise UserError(f"{option} {name} does not exist")
+    return name, {}
+
+
+def check_regular_files(folder: Path) -> None:
+    """UserError for a pipe, a socket or a device in a model's folder: whoever reads it may wait for ever."""
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere
+            mode = entry.stat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise UserError(f"{entry.path} is no regular file; a model's folder must hold files and folders alone")
+
+
+def check_weights(folder: Path, is_quantised: bool) -> None:
+    """ValueError for what transformers reads without a word: shards that an index has outside of the folder, weights of
+    whole numbers in a model that isn't quantised; and for an adapter, whose weights folding doesn't know."""
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} holds an adapter (adapter_config.json): merge it into its model and save that")
+    for index in folder.glob("*.index.json"):
+        shards(index)
+    paths = [] if is_quantised else [*folder.glob("*.safetensors")]
+    if not is_quantised and not any(folder.glob("model*.safetensors")):
+        paths += folder.glob("pytorch_model*.bin")
+    for path in paths:
+        for name, dtype in _dtypes_of(path):
+            if name.endswith(".weight") and dtype not in _FLOATS:
+                raise ValueError(f"{path.name} holds {name} of {dtype}; weights must be of floating point")
+
+
+def _dtypes_of(path: Path) -> Iterator[tuple[str, str]]:
+    """Name and dtype of each tensor in a file of weights, none of which is read."""
+    if path.suffix == ".bin":
+        is_mappable = zipfile.is_zipfile(path)  # others are of torch before 1.6
+        found = torch.load(path, map_location="meta", weights_only=True, mmap=is_mappable)
+        yield from ((name, str(tensor.dtype)) for name, tensor in found.items() if isinstance(tensor, torch.Tensor))
+        return
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
+            yield name, tensors.get_slice(name).get_dtype()
+
+
+@contextlib.contextmanager
+def loading(what: str, source: str):
+    """Turns any error inside into a UserError about `what` of `source`."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason += "" if Path(source).exists() else f" (a folder {source} does not exist)"
+        if "trust_remote_code" in str(error):
+            reason = "it brings Python code of its own, which runs with --trust-remote-code alone: only if you trust it"
+        raise UserError(f"the {what} of {source} could not be loaded: {reason}") from error
+
+
+def context_length(config, tokenizer) -> int | None:
+    """The most tokens that the model reads, None where neither config nor tokenizer says."""
+    config = config.get_text_config()
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if getattr(config, name, None) is not None:
+            return int(getattr(config, name))
+    length = getattr(tokenizer, "model_max_length", None)
+    return int(length) if length is not None and length < 10**9 else None
+
+
+def hub_file(name: str, file: str) -> Path | None:
+    """A file of a local folder or of a model on the hub; None where it has none, and for a .gguf file."""
+    if name.endswith(".gguf"):
+        return None
+    if Path(name).is_dir():
+        return path if (path := Path(name) / file).exists() else None
+    _source(name, "--model")
+    with loading(file, name):
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(name, file))
+        except LocalEntryNotFoundError:
+            # Offline, what is not in the cache may be on the hub all the same.
+            if _is_known_to_lack(name, file):
+                return None
+            raise
+        except EntryNotFoundError:
+            return None
+
+
+def _is_known_to_lack(name: str, file: str) -> bool:
+    """Whether the cache says that a hub model has no such file: by a mark, or as it holds all that there is."""
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
+    # Of a model that was downloaded whole; nobody asks for this file alone.
+    is_whole = isinstance(try_to_load_from_cache(name, ".gitattributes"), str)
+    return is_whole or try_to_load_from_cache(name, file) is _CACHED_NO_EXIST

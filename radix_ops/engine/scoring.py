@@ -1,0 +1,235 @@
+"""Multiple-choice scoring: the log-probability of each choice behind its context.
+
+The data flows one way: `parse_item` (of an input line) -> `encode` (token ids) -> `score` (planned batches, hidden
+states, then logits of scored tokens only) -> `result` (one output object an item). Plain and folded runs share every
+step but the plan and the fold.
+"""
+
+from __future__ import annotations
+
+import array
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..data.records import Record, UserError
+from ..plan.budget import Budget
+from .items import Items, first_equals
+from .runners import RunStats, run
+
+MAX_LOGIT_BYTES = 64 * 2**20  # of one chunk of fp32 logits
+RESERVED_KEYS = ("line", "key", "logprobs", "tokens", "greedy", "best", "best_per_char")
+SHAPE = 'one object {"context": ..., "choices": [...]} a line'
+_ITEMS_AT_ONCE = 256  # whose contexts are given to the tokenizer
+_TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 2**22  # of contexts with their choices
+
+
+@dataclass(frozen=True)
+class Item:
+    """One input line; `where` names file and line for messages, `extra` holds all other keys."""
+
+    line: int
+    where: str
+    context: str
+    choices: list[str]
+    extra: dict
+
+
+class Choices(Items):
+    """The choices of all items as token sequences: context, then choice. A model reads all tokens but the last."""
+
+    def __init__(self):
+        super().__init__()
+        self._context_lengths = array.array("i")
+
+    def append(self, sequences: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+        """An item of (context, choice) pairs of token ids, int32."""
+        sequences = list(sequences)
+        self._context_lengths.extend(len(context) for context, _ in sequences)
+        super().append(np.concatenate(pair) for pair in sequences)
+
+    def parts(self, sequence: int) -> tuple[np.ndarray, np.ndarray]:
+        """(context, choice) of a sequence."""
+        ids, size = self.store[sequence], self._context_lengths[sequence]
+        return ids[:size], ids[size:]
+
+    def __getitem__(self, item: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [self.parts(sequence) for sequence in self.of(item)]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.store.lengths - 1
+
+
+def parse_item(record: Record) -> Item:
+    """{"context": str, "choices": [str, ...], ...} of an input line. UserError for anything else."""
+    context, choices = record.text("context"), record.texts("choices")
+    for index, choice in enumerate(choices):
+        if not choice:
+            raise UserError(f"{record.where}: choices[{index}] is an empty string; a choice must hold text to score")
+    return Item(record.line, record.where, context, choices, record.others(("context", "choices"), RESERVED_KEYS))
+
+
+def encode(items: Iterable[Item], tokenizer, max_length: int | None = None, truncate_left: bool = False) -> Choices:
+    """Token ids of every (context, choice) pair, split as lm-evaluation-harness 0.4.13 splits them.
+
+    Trailing white space of the context counts as the continuation's. The continuation is what the encoding of the
+    whole text has behind as many tokens as the context alone encodes to. Special tokens are the tokenizer's
+    default, left out where the text itself starts with the prefix token (BOS, or EOS without one). A context of no
+    tokens becomes the prefix token, which a choice that starts with it brings along itself.
+
+    UserError where a choice yields no token, and where the model would read more than `max_length` tokens; with
+    `truncate_left` such a sequence loses context on its left instead, and only a continuation too long is an error.
+    """
+    prefix_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    prefix_text = None if prefix_id is None else tokenizer.decode(prefix_id)
+    encoded, items = Choices(), iter(items)
+    while part := list(itertools.islice(items, _ITEMS_AT_ONCE)):
+        contexts = _encode_texts(tokenizer, [item.context.rstrip() for item in part], prefix_text)
+        wholes = _encode_many(tokenizer, (i.context + c for i in part if i.context for c in i.choices), prefix_text)
+        bare = _encode_many(tokenizer, (c for i in part if not i.context for c in i.choices), None, False)
+        for item, context in zip(part, contexts, strict=True):
+            # An empty context takes no special tokens along: the prefix token stands in for them.
+            context = np.asarray(context if item.context else [], dtype=np.int32)
+            pairs = []
+            for number in range(len(item.choices)):
+                rest = np.asarray(next(wholes if item.context else bare)[len(context) :], dtype=np.int32)
+                pair = (context, rest) if len(context) else _add_prefix(item, rest, prefix_id)
+                pairs.append(_fit(f"{item.where}: choices[{number}]", *pair, max_length, truncate_left))
+            encoded.append(pairs)
+    return encoded
+
+
+def _encode_many(tokenizer, texts: Iterable[str], *options) -> Iterator[list[int]]:
+    """As _encode_texts, a few texts at a time: a long context stands before each of its choices."""
+    part, size = [], 0
+    for text in texts:
+        part.append(text)
+        size += len(text)
+        if len(part) == _TEXTS_AT_ONCE or size >= _CHARACTERS_AT_ONCE:
+            yield from _encode_texts(tokenizer, part, *options)
+            part, size = [], 0
+    yield from _encode_texts(tokenizer, part, *options)
+
+
+def _encode_texts(tokenizer, texts: list[str], prefix_text: str | None, special: bool = True) -> list[list[int]]:
+    encoded: list[list[int]] = [[]] * len(texts)
+    has_prefix = [prefix_text is not None and text.startswith(prefix_text) for text in texts]
+    for flag in (False, True):
+        chosen = [index for index in range(len(texts)) if has_prefix[index] == flag]
+        if chosen:
+            batch = tokenizer([texts[i] for i in chosen], add_special_tokens=special and not flag, verbose=False)
+            for index, ids in zip(chosen, batch["input_ids"], strict=True):
+                encoded[index] = ids
+    return encoded
+
+
+def _add_prefix(item: Item, rest: np.ndarray, prefix_id: int | None) -> tuple[np.ndarray, np.ndarray]:
+    if prefix_id is None:
+        raise UserError(f"{item.where}: the context yields no tokens, and the tokenizer has neither BOS nor EOS")
+    if len(rest) and rest[0] == prefix_id:
+        return rest[:1], rest[1:]
+    return np.asarray([prefix_id], dtype=np.int32), rest
+
+
+def _fit(where: str, context, continuation, max_length: int | None, truncate_left: bool):
+    if not len(continuation):
+        raise UserError(f"{where} yields no token of its own; a choice must add at least one to its context")
+    extra = 0 if max_length is None else len(context) + len(continuation) - 1 - max_length
+    if extra > 0 and not truncate_left:
+        raise UserError(
+            f"{where} needs {max_length + extra} tokens of input and the model reads at most {max_length}; "
+            "--truncate-left drops tokens from the start of the context"
+        )
+    if extra >= len(context):
+        raise UserError(f"{where} has {len(continuation)} tokens and the model reads at most {max_length}")
+    return (context[extra:] if extra > 0 else context), continuation
+
+
+def score(runner, choices: Choices, budget: Budget, folded: bool, on_batch=None, warm_up=False) -> RunStats:
+    """Scores all choices by a runner of a causal language model that `check` accepted.
+
+    After each batch `on_batch(indices, (logprobs, greedy))` gets each sequence's log-probability of its choice (float64
+    array) and whether greedy decoding would write it (bool array). `run` has the rest.
+    """
+    ends, head_rows = choices.ends, 0
+
+    def compute(indices: np.ndarray, inputs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, int]:
+        targets = [choices.parts(i)[1] for i in indices]
+        context_lengths = [len(ids) + 1 - len(choice) for ids, choice in zip(inputs, targets, strict=True)]
+        states = runner.states(inputs)
+        tokens, row_of = _head_rows(np.searchsorted(ends, indices, "right"), context_lengths, targets, states.starts)
+        logprobs, greedy = _score_targets(runner.head, states.at(tokens), row_of, np.concatenate(targets))
+        first = np.cumsum([0] + [len(choice) for choice in targets[:-1]])
+        return np.add.reduceat(logprobs, first), np.logical_and.reduceat(greedy, first), len(tokens)
+
+    def count(indices: np.ndarray, found: tuple[np.ndarray, np.ndarray, int]) -> None:
+        nonlocal head_rows
+        head_rows += found[2]
+        if on_batch:
+            on_batch(indices, found[:2])
+
+    stats = run(runner, choices, budget, folded, compute, count, warm_up)
+    stats.head_rows = head_rows
+    return stats
+
+
+def _head_rows(items, context_lengths: list[int], targets, starts) -> tuple[np.ndarray, np.ndarray]:
+    """Packed tokens of the batch that need logits, and for each scored token which of them predicts it.
+
+    Choices of one item that start alike share those tokens: a small trie per item, rooted at its context's end.
+    """
+    nodes: dict[tuple[int, int], int] = {}
+    tokens, row_of = [], []
+    for item, length, choice, start in zip(items.tolist(), context_lengths, targets, starts.tolist(), strict=True):
+        # Negative first parts are roots; contexts of one item that were cut to the same length are the same.
+        key = (-1 - item, length)
+        for offset, token in enumerate(choice.tolist()):
+            row = nodes.setdefault(key, len(tokens))
+            if row == len(tokens):
+                tokens.append(start + length - 1 + offset)
+            row_of.append(row)
+            key = (row, token)
+    return np.asarray(tokens, dtype=np.int64), np.asarray(row_of, dtype=np.int64)
+
+
+def _score_targets(head, rows: torch.Tensor, row_of: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probability (float64 array) and is-greedy (bool array) of targets[i] given rows[row_of[i]]."""
+    logprobs, greedy = np.empty(len(targets)), np.empty(len(targets), dtype=bool)
+    targets = targets.astype(np.int64)
+    chunk = max(1, MAX_LOGIT_BYTES // (4 * head.weight.shape[0]))
+    for first in range(0, len(rows), chunk):
+        logits = head(rows[first : first + chunk]).float()  # [chunk, vocab]
+        chosen = np.flatnonzero((row_of >= first) & (row_of < first + chunk))
+        row = torch.from_numpy(row_of[chosen] - first).to(logits.device)
+        target = torch.from_numpy(targets[chosen]).to(logits.device)
+        logprobs[chosen] = logits.log_softmax(-1)[row, target].cpu().numpy()
+        greedy[chosen] = (logits.argmax(-1)[row] == target).cpu().numpy()
+    return logprobs, greedy
+
+
+def result(item: Item, num_tokens: list[int], logprobs: np.ndarray, greedy: np.ndarray) -> dict:
+    """The output object of one item; `best_per_char` divides by characters without leading white space (acc_norm).
+
+    Equal choices get what the first of them did, which rounding may set apart where they ran in different batches; the
+    first is the best of them. UserError for a log-probability that isn't finite.
+    """
+    first = first_equals(item.choices)
+    logprobs, greedy = logprobs[first], greedy[first]
+    for number, value in enumerate(logprobs.tolist()):
+        if not math.isfinite(value):
+            raise UserError(f"{item.where}: choices[{number}] got the log-probability {value}; try --dtype float32")
+    lengths = [max(1, len(choice.lstrip())) for choice in item.choices]
+    return {
+        "line": item.line,
+        **item.extra,
+        "logprobs": logprobs.tolist(),
+        "tokens": num_tokens,
+        "greedy": greedy.tolist(),
+        "best": int(np.argmax(logprobs)),
+        "best_per_char": int(np.argmax(logprobs / lengths)),
+    }

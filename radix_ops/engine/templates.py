@@ -1,0 +1,101 @@
+"""Prompts that a language model reranks with: a query, a document, and the question that it answers by yes or no."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data.records import UserError, check_text
+from ..models.files import read_json
+
+_PLACEHOLDER = re.compile(r"\{(query|document|instruction)\}")
+
+
+@dataclass(frozen=True)
+class Template:
+    """`text` holds {query}, {document} once and perhaps {instruction}; what is behind {document} is tokenised apart.
+
+    `yes` and `no` are tokens, as text or as ids; `instruction` stands in for lines that bring none.
+    """
+
+    text: str
+    yes: str | int = "yes"
+    no: str | int = "no"
+    instruction: str | None = None
+
+    def __post_init__(self):
+        found = _PLACEHOLDER.findall(self.text)
+        if found.count("document") != 1 or "query" not in found:
+            raise ValueError("its text must hold {document} once and {query}")
+
+    @property
+    def takes_instruction(self) -> bool:
+        return "{instruction}" in self.text
+
+    def parts(self, query: str, instruction: str | None) -> tuple[str, str]:
+        """What stands before the document and what behind it."""
+        values = {"query": query, "instruction": instruction or ""}
+        head, _, tail = self.text.partition("{document}")
+        head, tail = (_PLACEHOLDER.sub(lambda match: values[match[1]], part) for part in (head, tail))
+        return head, tail
+
+    def token_ids(self, tokenizer) -> tuple[int, int]:
+        """The ids of (yes, no)."""
+        yes, no = _token_id(tokenizer, "yes", self.yes), _token_id(tokenizer, "no", self.no)
+        if yes == no:
+            raise UserError(f"the template's yes ({self.yes!r}) and no ({self.no!r}) are one token, {yes}")
+        return yes, no
+
+
+def _token_id(tokenizer, name: str, token: str | int) -> int:
+    ids = [token] if isinstance(token, int) else tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) != 1 or not 0 <= ids[0] < len(tokenizer):
+        raise UserError(
+            f"the template's {name}, {token!r}, is {len(ids)} tokens to the model's tokenizer; it must be one"
+            if isinstance(token, str)
+            else f"the template's {name}, {token}, is no id of the model's tokenizer, which has {len(tokenizer)}"
+        )
+    return ids[0]
+
+
+# As the model card of Qwen/Qwen3-Reranker-0.6B has it.
+QWEN3_RERANKER = Template(
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+    "<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
+    "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    instruction="Given a web search query, retrieve relevant passages that answer the query",
+)
+TEMPLATES = {"qwen3-reranker": QWEN3_RERANKER}
+
+
+def find_template(name_or_path: str) -> Template:
+    """A template by name, or of a JSON file that holds its fields:
+
+    {"text": "Query: {query}\\nDocument: {document}\\nRelevant:", "yes": " yes", "no": " no"} and perhaps an
+    "instruction". UserError for anything else.
+    """
+    if name_or_path in TEMPLATES:
+        return TEMPLATES[name_or_path]
+    where, known = f"--template {name_or_path}", " or ".join(TEMPLATES)
+    try:
+        fields = read_json(Path(name_or_path))
+    except OSError as error:
+        raise UserError(f"{where} is neither {known} nor a file: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"--template {error}") from error
+    kinds = {"text": str, "yes": (str, int), "no": (str, int), "instruction": str}
+    if not isinstance(fields, dict) or "text" not in fields:
+        raise UserError(f'{where} must hold an object with "text" and perhaps "yes", "no" and "instruction"')
+    for key, value in fields.items():
+        if key not in kinds:
+            raise UserError(f'{where} has the key "{key}"; a template has text, yes, no and instruction')
+        if not isinstance(value, kinds[key]) or isinstance(value, bool):
+            raise UserError(f'{where}: "{key}" must be a string{" or a token id" if key in ("yes", "no") else ""}')
+        if isinstance(value, str):
+            check_text(value, f'{where}: "{key}"')
+    try:
+        return Template(**fields)
+    except ValueError as error:
+        raise UserError(f"{where} can't be used: {error}") from error

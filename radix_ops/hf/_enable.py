@@ -1,0 +1,185 @@
+"""enable, disable and folded: what stands in for what, and what puts it back."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .._attention import LAYOUTS
+from . import guards, proofs
+from .forward import VERIFY, Options, StackForward
+from .sentences import encode, modules
+
+
+def enable(model: nn.Module, threshold: float | None = None, layout: str = "auto", verify: str = "first") -> nn.Module:
+    """Makes `model` fold its batches, in place, and returns it.
+
+    Args:
+        model: a transformers model, with whatever head, or what is wrapped around one: PEFT, DistributedDataParallel,
+            torch.compile, sentence-transformers (below). Of a type and a config that were proven to fold exactly
+            (docs/models.md), on the CPU or on one CUDA device. Give the outermost module that is called: of a module
+            further in, labels and pooling are out of sight (below).
+        threshold: fold a batch where rows / real tokens is at most this; 1.0 folds always, 0 never. By default a batch
+            is folded where that pays, by a rule that was measured: at most 95% of its padded positions have to be
+            computed, and what is saved is large enough beside the cost of folding, which depends on the model's width
+            and the device. Small models and batches run as before.
+        layout: that of `radix_ops.attention`.
+        verify: "first" compares the first folded batch, and the first that is longer than a window of the config, with
+            the plain model, again when the config changed; "always" every one and "never" none. It costs a forward of
+            the plain model without gradients.
+
+    The model takes the same arguments and returns the same output class and shapes, padded as the input: input_ids and
+    attention_mask [B, T], padded on either side or both, last_hidden_state [B, T, D]. Values and gradients are equal
+    up to rounding, gradient checkpointing included, but hidden states at masked positions are zeros where a batch was
+    folded (logits there are zeros, or the head's of zeros). A cache that only `config.use_cache` asked for is made by
+    the plain model, as it would have been in the call, when somebody looks inside; RuntimeError where the model has
+    changed since. Positions of a left-padded row are those that the plain model would have had, or, where only their
+    distances matter (RoPE), count from its first real token. Rows that hold several packed sequences are understood as
+    transformers does: from `position_ids`, without a mask and without a cache.
+
+    These run as before, with one warning for each reason: an explicit `use_cache=True` or `past_key_values`,
+    `output_attentions`, `output_hidden_states` with gradients (rows that sequences share have one together),
+    `inputs_embeds`, a mask with holes or of another shape than input_ids, unknown arguments, active dropout or noise,
+    hooks inside the decoder stack that aren't torch's or transformers' own (they would see rows, [1, num_rows, D]),
+    labels or pooling that read a masked position, transforms of torch.func, tracers, fake tensors, weights that were
+    quantised after `enable`. A call that brings both a cache and `use_cache=True`, as `generate()` does in each step,
+    runs as before without a warning.
+
+    A SentenceTransformer or CrossEncoder (sentence-transformers 5.0 or newer) trains as before, batch by batch.
+    `encode` and `predict`, and what calls those, return what they did, in the caller's order, up to rounding, but
+    tokenise all texts first and put those together that share prefixes, prompts included. Batches that pay are folded:
+    of at most as many rows as the largest of the library's would have positions, batch_size times the longest text in
+    tokens, and at most four times as many positions. All other texts run in the library's own batches, and so does
+    everything where results are those of tokens (`output_value`), where they depend on their batch's padding, where
+    inputs are no texts or pairs of texts, and on a model sharded by fully_shard. A pool's processes plan what they get,
+    which are neighbours of the sorted texts; they count in their own `radix_stats`. Where a module behind the
+    transformers model reads hidden states at masked positions, batches with such positions run as before. Of a Router
+    all routes are enabled. A SparseEncoder folds batch by batch; a MultiVectorEncoder is refused.
+
+    torch.export gives the plain model's program; with strict=True, and torch.compile with fullgraph=True, it raises.
+    Compiled models run uncompiled where they fold. Attention over rows is differentiable once: a second derivative
+    raises RuntimeError.
+
+    Enabling again sets the options anew. `model.radix_stats` counts what was done (`RadixStats`). Copies and pickles
+    of an enabled model are enabled, with counts of their own. What calls the decoder stack's submodules itself, past
+    its forward, is not folded. Where torch.distributed runs several processes, nothing is verified, with one warning: a
+    forward more on one of them could wait for the others forever.
+
+    Raises TypeError where there is no transformers model, ValueError for a type, class or config that folding isn't
+    known to be right for, for weights that are a subclass of Tensor (quantised ones), for a model on several devices
+    or on others than these, and for options out of range. A folded batch that verify finds to be wrong raises
+    RuntimeError, and the model is disabled.
+    """
+    options = _check_options(threshold, layout, verify)
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("DataParallel can't be folded: it calls copies of the model; DistributedDataParallel can")
+    encoder = modules.find_encoder(proofs.check_module(model, "enable"))
+    owners = [proofs.find_model(model)] if encoder is None else modules.owners_to_fold(encoder)
+    stacks = [_foldable_stack(owner) for owner in owners]  # all, before the first is changed
+    states = [_state_of(stack) or StackForward(stack) for stack in stacks]
+    for owner, state in zip(owners, states, strict=True):
+        state.module.forward = state
+        state.options, state.verified, state.stats = options, None, states[0].stats
+        state.add_owner(owner)
+    if encoder is not None:
+        encode.install(encoder, states)
+    for outer in (encoder, model):
+        if outer is not None and not any(outer is owner for owner in owners):
+            outer.radix_stats = states[0].stats
+    return model
+
+
+def _foldable_stack(owner: PreTrainedModel) -> PreTrainedModel:
+    """The decoder stack of a transformers model. Raises ValueError where it can't be folded."""
+    stack = proofs.find_stack(owner)
+    reason = guards.elsewhere(owner, stack) or guards.unfoldable(stack)
+    if reason is None and _state_of(stack) is None and "forward" in vars(stack):
+        reason = f"the forward of its decoder stack was replaced{guards.replacer(stack)}"
+    if reason is not None:
+        raise ValueError(f"{type(owner).__name__} can't be folded: {reason}")
+    return stack
+
+
+def disable(model: nn.Module) -> None:
+    """Takes back `enable`, attribute by attribute; `model.radix_stats` goes too. Nothing happens if it isn't enabled.
+
+    Backward passes of folded forwards may still be run. Raises RuntimeError where a forward was replaced since by
+    another: put back the one that stood there, or delete the attribute, and disable again.
+    """
+    encoder = modules.find_encoder(proofs.check_module(model, "disable"))
+    states = _states_in(model, encoder)
+    if not states and _has_stats(model, encoder):
+        raise RuntimeError("the forward of the decoder stack was replaced after enable; undo that before disable")
+    for state in states:
+        state.check_in_place()
+    for state in states:
+        state.remove()
+    if encoder is not None:
+        modules.remove(encoder)
+        vars(encoder).pop("radix_stats", None)
+    vars(model).pop("radix_stats", None)
+
+
+@contextlib.contextmanager
+def folded(
+    model: nn.Module, threshold: float | None = None, layout: str = "auto", verify: str = "first"
+) -> Iterator[nn.Module]:
+    """`enable` on entry, and on exit the state before: disabled, or enabled with its former options."""
+    encoder = modules.find_encoder(proofs.check_module(model, "folded"))
+    before = [(state, state.options, state.verified, [*state.owners]) for state in _states_in(model, encoder)]
+    was_installed = encoder is not None and modules.is_installed(encoder)
+    outer = [module for module in (encoder, model) if module is not None]
+    had_no_stats = [module for module in outer if "radix_stats" not in vars(module)]
+    enable(model, threshold, layout, verify)
+    try:
+        yield model
+    finally:
+        if not before:
+            disable(model)
+        else:
+            _restore(before, _states_in(model, encoder))
+            if encoder is not None and not was_installed:
+                modules.remove(encoder)
+            for module in had_no_stats:
+                vars(module).pop("radix_stats", None)
+
+
+def _restore(before: list[tuple], states: list[StackForward]) -> None:
+    for state, options, verified, owners in before:
+        state.options, state.verified = options, verified
+        for owner in [owner for owner in state.owners if not any(owner is other for other in owners)]:
+            state.remove_owner(owner)
+    for state in states:
+        if not any(state is known for known, *_ in before):
+            state.remove()
+
+
+def _check_options(threshold: float | None, layout: str, verify: str) -> Options:
+    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
+        raise TypeError(f"threshold must be a number or None, got {type(threshold).__name__}")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be between 0 and 1, or None, got {threshold}")
+    for name, value, allowed in (("layout", layout, LAYOUTS), ("verify", verify, VERIFY)):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return Options(threshold, layout, verify)
+
+
+def _state_of(stack: nn.Module) -> StackForward | None:
+    forward = vars(stack).get("forward")
+    return forward if isinstance(forward, StackForward) else None
+
+
+def _states_in(model: nn.Module, encoder: nn.Module | None) -> list[StackForward]:
+    """The states of the enabled stacks inside `model`: all those of an encoder, otherwise that of the first."""
+    states = filter(None, map(_state_of, (model if encoder is None else encoder).modules()))
+    return list(states if encoder is not None else itertools.islice(states, 1))
+
+
+def _has_stats(model: nn.Module, encoder: nn.Module | None) -> bool:
+    models = [model] if encoder is None else [part for part in encoder.modules() if isinstance(part, PreTrainedModel)]
+    return any("radix_stats" in vars(model) for model in models)

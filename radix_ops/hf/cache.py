@@ -1,0 +1,181 @@
+"""The cache in a folded batch's output, where the plain model's output has one. For `radix_ops.hf`.
+
+A folded forward makes none: most callers drop it, and rows are not where the next call looks for keys and values. The
+plain model makes it from the batch when somebody looks inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
+
+from . import guards, verify
+from .calls import size_of
+from .fold import PaddedBatch
+from .modes import is_plain, why_unreadable
+from .proofs import class_of
+from .stats import RadixStats
+
+# The output's field up to transformers 5.23, and since.
+_FIELD = next(x.name for x in dataclasses.fields(BaseModelOutputWithPast) if x.name in ("past_key_values", "cache"))
+_ATTRIBUTES = frozenset(vars(DynamicCache()))
+# Rows of the batch by which a model is known again.
+_NUM_WITNESSES = 64
+_REMEDY = "pass use_cache=True to a call that another one continues: it runs unfolded"
+_lock = threading.RLock()
+
+
+class PendingCache(DynamicCache):
+    """Turns into the plain model's cache of a batch, with its class and all that it holds, when that is looked at.
+
+    Until then it holds the batch's ids and mask, and no keys and values. Looking raises RuntimeError where the model
+    is gone or has changed since, and where several processes would have to make the cache together.
+    """
+
+    def __init__(self, batch: _Batch):
+        self._batch = batch  # and no layers, so that __getattr__ is asked for them
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _ATTRIBUTES:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.make()
+        return getattr(self, name)
+
+    @torch.compiler.disable
+    def make(self) -> None:
+        with _lock:
+            if type(self) is PendingCache:  # and not made by another thread
+                made = self._batch.run_plain()
+                vars(self).update(vars(made))
+                self.__class__ = type(made)
+                del self._batch
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __reduce_ex__(self, protocol: int):
+        self.make()
+        return self.__reduce_ex__(protocol)
+
+    def __repr__(self) -> str:
+        return f"{PendingCache.__name__}(of a folded batch, made when it is used)"
+
+
+def make_pending(arguments: Mapping[str, Any]) -> None:
+    """Makes the caches among the arguments of a call before code that may be compiled sees them."""
+    for value in arguments.values():
+        if isinstance(value, PendingCache):
+            value.make()
+
+
+def add_pending(
+    outputs: ModelOutput,
+    stack: PreTrainedModel,
+    arguments: Mapping[str, Any],
+    padded: PaddedBatch,
+    stats: RadixStats,
+    warned: set[str],
+) -> ModelOutput:
+    """The output in rows of a folded call with these arguments, with a cache where it has a place for one."""
+    if all(field.name != _FIELD for field in dataclasses.fields(outputs)):
+        return outputs
+    batch = _Batch(stack, arguments, padded, outputs.last_hidden_state, stats, warned)
+    return dataclasses.replace(outputs, **{_FIELD: PendingCache(batch)})
+
+
+class _Batch:
+    """What the plain model needs to make the cache long after the call as it would have in the call."""
+
+    def __init__(self, stack, arguments, padded: PaddedBatch, rows: Tensor, stats: RadixStats, warned: set[str]):
+        names = ("input_ids", "attention_mask", "position_ids")
+        given = {name: arguments[name] for name in names if arguments.get(name) is not None}
+        self.given = {name: value.clone() for name, value in given.items()}  # callers change theirs in place
+        self.stack = weakref.ref(stack)  # outputs keep no model alive
+        self.stats, self.warned = stats, warned
+        self.device = rows.device.type
+        self.modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        self.autocast = torch.is_autocast_enabled(self.device), torch.get_autocast_dtype(self.device)
+        self.weights = _weights_of(stack)
+        # Some of the rows, and where in the flat padded batch they stand: the plain model must make the same.
+        end = padded.batch.num_nodes
+        witnesses = slice(max(end - _NUM_WITNESSES, 0), end)
+        tokens = padded.batch.fold_index[witnesses]
+        self.places = (tokens if padded.real is None else padded.real[tokens]).clone()
+        self.rows = rows.detach()[:, witnesses].clone()  # [1, len(places), D]
+
+    def run_plain(self) -> DynamicCache:
+        stack = self.stack()
+        reason = "its model is gone" if stack is None else _obstacle(stack)
+        if reason is None and _weights_of(stack) != self.weights:
+            reason = "the model's weights or adapters have changed since"
+        if reason is not None:
+            raise _refusal(reason)
+        text = f"radix_ops: a batch runs again, unfolded, because the cache in its output is used; {_REMEDY}"
+        if text not in self.warned:
+            self.warned.add(text)
+            warnings.warn(text, stacklevel=4)
+        with self._as_in_the_call(), verify.keep_random(self.given["input_ids"]):
+            outputs = class_of(stack).forward(stack, **self.given, use_cache=True, return_dict=True)
+            states = outputs.last_hidden_state.detach().flatten(0, 1)[self.places][None]
+            is_real = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+            difference = verify.difference(self.rows, states, is_real, verify.is_exact(stack))
+        if difference is not None:
+            raise _refusal(f"the model has changed since: {difference}")
+        if outputs.get(_FIELD) is None:
+            raise _refusal("the model, as it is set, makes none")
+        self.stats._add(*size_of(self.given), folded=False)
+        return outputs[_FIELD]
+
+    @contextlib.contextmanager
+    def _as_in_the_call(self) -> Iterator[None]:
+        is_inference, has_gradients = self.modes
+        enabled, dtype = self.autocast
+        is_inside = why_unreadable({}) is not None  # a transform or a tracer, which its own tensors do not outlive
+        with (
+            temporarily_clear_interpreter_stack() if is_inside else contextlib.nullcontext(),
+            _disable_current_modes() if is_inside else contextlib.nullcontext(),
+            torch.inference_mode(is_inference),
+            torch.set_grad_enabled(has_gradients),
+            torch.autocast(self.device, dtype=dtype, enabled=enabled),
+        ):
+            yield
+
+
+def _refusal(reason: str) -> RuntimeError:
+    return RuntimeError(f"the cache of a folded batch can't be made: {reason}; {_REMEDY}")
+
+
+def _obstacle(stack: PreTrainedModel) -> str | None:
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        return "torch.distributed runs several processes, and a forward more on one of them could wait for the others"
+    if any(isinstance(parameter, DTensor) for parameter in stack.parameters()):
+        return "its model is sharded, and gathers its weights in a call alone"
+    return guards.interference(stack)
+
+
+def _weights_of(stack: PreTrainedModel) -> list:
+    """What changes when a saved weight is updated in place or replaced, and with the adapters that are at work."""
+    found = []
+    for module in guards.parts(stack):
+        own = module.__dict__
+        if "_disable_adapters" in own:
+            found.append((own["_disable_adapters"], str(own.get("_active_adapter"))))
+        kept = (x for name, x in own["_buffers"].items() if name not in module._non_persistent_buffers_set)
+        for weight in (*own["_parameters"].values(), *kept):
+            if weight is not None and is_plain(weight):
+                found.append((weight.data_ptr(), None if weight.is_inference() else weight._version))
+    return found

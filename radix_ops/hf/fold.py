@@ -1,0 +1,224 @@
+"""How a transformers decoder stack computes a padded batch on the rows of its prefix trie. For `radix_ops.hf`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+from .._attention import AttentionPlan, attend, cast_for_autocast, check_attention, plan_attention
+from ..batch import FoldedBatch, fold
+from .proofs import class_of
+
+_ATTENTION_NAME = "radix_ops"
+# Further arguments of a stack's forward that may reach its layers because they don't change what a row computes.
+HARMLESS_ARGUMENTS = frozenset(
+    {"output_hidden_states", "return_dict", "num_items_in_batch", "shift_labels", "ignore_index", "token_type_ids"}
+)
+
+
+# What layers pass on to the attention function that it has no use for.
+_UNUSED_ARGUMENTS = HARMLESS_ARGUMENTS | {
+    "position_ids", "cache_position", "use_cache", "output_attentions", "past_key_values", "past_key_value", "cache",
+    "head_mask", "position_embeddings",
+}  # fmt: skip
+# Of scores: a cap, and sinks.
+_OWN_FEATURES = {"softcap", "s_aux"}
+
+
+@dataclasses.dataclass(eq=False)
+class PaddedBatch:
+    """A padded batch [B, T] as rows, and the way back."""
+
+    batch: FoldedBatch
+    shape: torch.Size  # [B, T]
+    real: Tensor | None  # [num_tokens] where the packed tokens stand in the flat padded batch; None without padding
+
+    @classmethod
+    def fold(
+        cls, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, *, sees_packing: bool
+    ) -> PaddedBatch:
+        """Folds input_ids [B, T] under attention_mask [B, T]; position_ids [B, T] or [1, T] count from 0 if left out.
+
+        With `sees_packing`, a row without a mask holds several sequences, one from each step of its positions that
+        isn't 1 to the next, as transformers has it.
+        """
+        shape = input_ids.shape
+        if position_ids is not None:
+            position_ids = position_ids.expand(shape)
+        if attention_mask is not None:
+            mask = attention_mask.to(device=input_ids.device, dtype=torch.bool)
+            batch = FoldedBatch.from_padded(input_ids, mask, position_ids)
+            return cls(batch, shape, None if batch.num_tokens == shape.numel() else mask.flatten().nonzero().flatten())
+        is_start = torch.zeros(shape, dtype=torch.bool, device=input_ids.device)
+        is_start[:, 0] = True
+        if position_ids is not None and sees_packing:
+            is_start[:, 1:] = position_ids.diff(dim=1) != 1
+        cu_seqlens = nn.functional.pad(is_start.flatten().nonzero().flatten(), (0, 1), value=shape.numel())
+        positions = None if position_ids is None else position_ids.flatten()
+        return cls(fold(input_ids.flatten(), cu_seqlens, positions), shape, None)
+
+    def is_real(self) -> Tensor:
+        """[B, T] where its tokens are."""
+        if self.real is None:
+            return torch.ones(self.shape, dtype=torch.bool, device=self.batch.input_ids.device)
+        flat = torch.zeros(self.shape.numel(), dtype=torch.bool, device=self.real.device)
+        return flat.index_fill_(0, self.real, True).unflatten(0, self.shape)
+
+    def unfold(self, rows: Tensor) -> Tensor:
+        """[1, num_rows, D] -> [B, T, D] with zeros at padding."""
+        tokens = self.batch.unfold(rows.squeeze(0))
+        if self.real is not None:
+            tokens = tokens.new_zeros(self.shape.numel(), tokens.shape[1]).index_copy_(0, self.real, tokens)
+        return tokens.unflatten(0, self.shape)
+
+
+class _FoldedCall:
+    """What the attention function needs to know.
+
+    It travels by keyword argument: a layer that gradient checkpointing computes again gets what it got the first time,
+    whatever was called in between. No dataclass: the mixed precision of fully_shard gives layers copies of those.
+    """
+
+    def __init__(self, batch: FoldedBatch, plan: AttentionPlan):
+        self.batch, self.plan = batch, plan
+        self.attention_calls = 0
+
+
+def wants_hidden_states(stack: PreTrainedModel, arguments: Mapping[str, Any]) -> bool:
+    wanted = arguments.get("output_hidden_states")
+    return bool(getattr(stack.config, "output_hidden_states", False) if wanted is None else wanted)
+
+
+def run_folded(
+    stack: PreTrainedModel,
+    padded: PaddedBatch,
+    further_arguments: dict[str, Any],
+    layout: str,
+    wanted_calls: int,
+    leaves_rows: bool = False,
+    amend: Callable[[ModelOutput], ModelOutput] | None = None,
+):
+    """The stack's output for the batch, in its padded layout; `further_arguments` are the HARMLESS_ARGUMENTS given.
+
+    `amend` may add to it while its hidden states are rows, [1, num_rows, D]; with `leaves_rows`, last_hidden_state
+    stays so. Raises RuntimeError unless the stack calls its attention `wanted_calls` times.
+    """
+    wants_dict = further_arguments.pop("return_dict", getattr(stack.config, "return_dict", True))
+    if wants_hidden_states(stack, further_arguments):
+        # The twin's modules share their hooks with the stack's, but not the note that the hooks are there.
+        maybe_install_capturing_hooks(stack)
+    call = _FoldedCall(padded.batch, plan_attention(padded.batch, layout))
+    outputs = class_of(stack).forward(
+        _twin_of(stack, {}),
+        input_ids=padded.batch.input_ids[None],
+        position_ids=padded.batch.position_ids[None],
+        use_cache=False,
+        return_dict=True,
+        radix_call=call,
+        **further_arguments,
+    )
+    if call.attention_calls != wanted_calls:
+        raise RuntimeError(
+            f"{type(stack).__name__} called the folded attention {call.attention_calls} times and not {wanted_calls}, "
+            "so its output is not to be trusted: something replaced its attention after enable"
+        )
+    if amend is not None:
+        outputs = amend(outputs)
+    last_rows, hidden_states = outputs.last_hidden_state, outputs.get("hidden_states")
+    unfolded = {id(None): None}
+    if not leaves_rows:
+        outputs.last_hidden_state = unfolded[id(last_rows)] = padded.unfold(last_rows)
+    if hidden_states is not None:
+        outputs.hidden_states = tuple(
+            unfolded[id(rows)] if id(rows) in unfolded else padded.unfold(rows) for rows in hidden_states
+        )
+    return outputs.to_tuple() if wants_dict is False else outputs
+
+
+def _twin_of(module: nn.Module, configs: dict[int, PreTrainedConfig]) -> nn.Module:
+    """The same module, parameters, hooks, flags and all, whose attention is ours.
+
+    The attention function is named by the config, which the model shares with its owner, with other threads and with
+    layers that are computed again during backward. So the name changes in copies of the configs, and shallow copies of
+    the modules that hold one, and of the modules around those, lead there. No mask function has our name, so no mask
+    is made. `configs` holds the copies by the identity of what they are copies of.
+    """
+    replaced: dict[str, Any] = {}
+    is_torchs = type(module).__module__.startswith("torch.nn.")  # and knows no config
+    for name, value in () if is_torchs else module.__dict__.items():
+        if isinstance(value, PreTrainedConfig):
+            if id(value) not in configs:
+                configs[id(value)] = _shallow_copy(value, _attn_implementation_internal=_ATTENTION_NAME)
+            replaced[name] = configs[id(value)]
+    if module._modules:
+        children = {name: child and _twin_of(child, configs) for name, child in module._modules.items()}
+        if any(children[name] is not child for name, child in module._modules.items()):
+            replaced["_modules"] = children
+    if not replaced:
+        return module
+    # A compiled call is bound to the original.
+    return _shallow_copy(module, **replaced, _compiled_call_impl=None)
+
+
+def _shallow_copy(original: nn.Module | PreTrainedConfig, **replaced):
+    copied = object.__new__(type(original))
+    copied.__dict__.update(original.__dict__, **replaced)
+    return copied
+
+
+def _folded_attention(
+    module: nn.Module,
+    query: Tensor,  # [1, H, num_rows, D]
+    key: Tensor,  # [1, H_kv, num_rows, D]
+    value: Tensor,  # [1, H_kv, num_rows, D]
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    radix_call: _FoldedCall | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface -> ([1, num_rows, H, D], no weights)."""
+    if radix_call is None:
+        raise RuntimeError(f"the attention {_ATTENTION_NAME!r} can't be chosen by name; use radix_ops.hf.enable(model)")
+    if attention_mask is not None or dropout or is_causal is False:
+        raise RuntimeError("the folded attention was given a mask, dropout or is_causal=False, which it has no use for")
+    further = {name: value for name, value in kwargs.items() if value is not None and name not in _UNUSED_ARGUMENTS}
+    unknown = sorted(further.keys() - _OWN_FEATURES)
+    if unknown:
+        raise RuntimeError(f"the folded attention was given {unknown[0]}, which it does not know")
+    radix_call.attention_calls += 1
+    q, k, v = (cast_for_autocast(x.squeeze(0).transpose(0, 1)) for x in (query, key, value))
+    if further:
+        return _own_attention(module, q, k, v, radix_call.batch, scaling, sliding_window, further)[None], None
+    check_attention(q, k, v, radix_call.batch, sliding_window)
+    return attend(q, k, v, radix_call.batch, radix_call.plan, scaling, sliding_window)[None], None
+
+
+def _own_attention(module, q, k, v, batch: FoldedBatch, scaling, sliding_window, further: dict[str, Any]) -> Tensor:
+    """[num_rows, H, D] by the model's own eager attention on the unfolded, padded batch, for features it alone has."""
+    length = batch.max_seqlen_k
+    distance = torch.arange(length, device=q.device)
+    distance = distance[:, None] - distance
+    hidden = (distance < 0) if sliding_window is None else (distance < 0) | (distance >= sliding_window)
+    mask = torch.zeros(1, 1, length, length, dtype=q.dtype, device=q.device)
+    mask.masked_fill_(hidden, torch.finfo(q.dtype).min)
+    forward = sys.modules[class_of(module).__module__].eager_attention_forward
+    padded = [batch.to_padded(x).transpose(1, 2) for x in (q, k, v)]
+    out, _ = forward(module, *padded, mask, scaling=scaling, dropout=0.0, sliding_window=sliding_window, **further)
+    is_real = distance[:, 0] < batch.lengths[:, None]
+    rows = batch.fold(out.flatten(0, 1)[is_real.flatten()])
+    is_padding = torch.arange(batch.num_rows, device=q.device) >= batch.num_nodes
+    return rows.masked_fill(is_padding[:, None, None], 0)
+
+
+AttentionInterface.register(_ATTENTION_NAME, _folded_attention)

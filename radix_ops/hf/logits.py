@@ -1,0 +1,83 @@
+"""The logits of a causal language model of transformers' at chosen rows of a folded batch.
+
+What scores tokens needs logits at few places. The decoder stack runs on the rows of the batch; then the forward of the
+model around it, which may scale or cap its logits, runs on the hidden states of the rows that are asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from ..batch import FoldedBatch
+from . import guards, proofs
+from .fold import PaddedBatch, _shallow_copy, run_folded
+from .heads import causal_lm_class
+
+
+class RowLogits:
+    """Runs a causal language model on folded batches, without changing it.
+
+    `model` is one of transformers', or what PEFT wraps around one. What a wrapper does besides changing weights, such
+    as putting virtual tokens first, is not done: compare with the model itself before relying on it. Raises TypeError
+    where there is no such model and ValueError for one that folding isn't known to be right for.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.owner = proofs.find_model(model)
+        self.stack = proofs.find_stack(self.owner)
+        name = type(self.owner).__name__
+        if proofs.class_of(self.owner) is not causal_lm_class(self.owner.config):
+            raise ValueError(f"{name} is not transformers' causal language model of its type")
+        reason = guards.elsewhere(self.owner, self.stack) or self.obstacle()
+        if reason is not None:
+            raise ValueError(f"{name} can't be folded: {reason}")
+
+    def obstacle(self) -> str | None:
+        """What was done to the model that makes folding wrong at this moment; None if nothing was."""
+        inside = {id(module) for child in self.stack.children() for module in child.modules()}
+        for name, module in self.model.named_modules():
+            if id(module) in inside:
+                continue
+            if "forward" in vars(module):
+                return (
+                    f"the forward of {name or 'the model'} was replaced{guards.replacer(module)} "
+                    "(radix_ops.hf.enable does that, and disable takes it back)"
+                )
+            if guards.has_foreign_hook(module):
+                return f"{name or 'the model'} has a hook, which would see rows for positions"
+        return guards.unfoldable(self.stack) or guards.interference(self.stack)
+
+    @property
+    def has_own_attention(self) -> bool:
+        """Whether its scores have a cap or sinks, so that attention runs on the padded batch."""
+        has_sinks = any(name.endswith("sinks") for name, _ in self.stack.named_parameters())
+        return has_sinks or getattr(self.stack.config, "attn_logit_softcapping", None) is not None
+
+    def run(self, batch: FoldedBatch, layout: str = "auto") -> ModelOutput:
+        """The decoder stack's output for a batch on its device; last_hidden_state is [1, num_rows, D]."""
+        packed = PaddedBatch(batch, torch.Size([1, batch.num_tokens]), None)
+        calls = proofs.proof_of(self.stack).calls * self.stack.config.num_hidden_layers
+        return run_folded(self.stack, packed, {"return_dict": True}, layout, calls, leaves_rows=True)
+
+    def logits(self, outputs: ModelOutput, rows: Tensor) -> Tensor:
+        """[len(rows), vocabulary]: the model's logits at `rows` of the batch that `run` gave these outputs for."""
+        states = outputs.last_hidden_state[:, rows]  # [1, len(rows), D]
+        chosen = type(outputs)(last_hidden_state=states)
+        # A compiled call is bound to the original.
+        stack = _shallow_copy(self.stack, forward=lambda *args, **kwargs: chosen, _compiled_call_impl=None)
+        model = _with_stack(self.owner, self.stack, stack)
+        ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
+        return model(input_ids=ids, use_cache=False, return_dict=True).logits[0]
+
+
+def _with_stack(module: nn.Module, stack: nn.Module, replacement: nn.Module) -> nn.Module:
+    """`module` with another decoder stack in its place: copies of the modules that lead there, all else shared."""
+    if module is stack:
+        return replacement
+    children = {name: child and _with_stack(child, stack, replacement) for name, child in module._modules.items()}
+    if all(children[name] is child for name, child in module._modules.items()):
+        return module
+    return _shallow_copy(module, _modules=children, _compiled_call_impl=None)

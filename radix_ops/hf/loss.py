@@ -1,0 +1,129 @@
+"""The loss of a causal language model of transformers' on the rows of a folded batch, without logits for all of it."""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING
+
+from ..losses import causal_lm_loss
+from .fold import PaddedBatch, _shallow_copy
+from .heads import is_rowwise
+from .proofs import class_of
+
+_IGNORED = -100
+# Whether models that are called with labels are to return their loss without logits.
+wanted: contextvars.ContextVar[bool] = contextvars.ContextVar("radix_loss_on_rows", default=False)
+
+
+def applies(head: PreTrainedModel, stack: PreTrainedModel, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call is for the plain loss of a causal language model, and its logits reach nothing else."""
+    labels, input_ids = arguments.get("labels"), arguments.get("input_ids")
+    if not wanted.get() or not isinstance(labels, Tensor) or not isinstance(input_ids, Tensor):
+        return False
+    if labels.shape != input_ids.shape or not is_rowwise(head, stack, arguments):
+        return False
+    if any(arguments.get(name) is not None for name in ("shift_labels", "ignore_index")):
+        return False
+    lm_head = head.get_output_embeddings()
+    if type(lm_head) is not nn.Linear or hasattr(lm_head.weight, "full_tensor"):
+        return False
+    is_plain = head.loss_function is LOSS_MAPPING["ForCausalLM"] and lm_head.out_features == head.config.vocab_size
+    return is_plain and _passes_logits_on(head, stack)
+
+
+class RowLoss:
+    """A head's forward that returns the loss and no logits. `padded` is the batch, if its stack left it in rows."""
+
+    def __init__(self, head: PreTrainedModel):
+        self.head = head
+        self.padded: PaddedBatch | None = None
+
+    @torch.compiler.disable
+    def __call__(self, *args, **kwargs):
+        twin = _twin_of(self.head, lambda states: states, self._loss)
+        outputs = class_of(self.head).forward(twin, *args, **kwargs)
+        return dataclasses.replace(outputs, logits=None)
+
+    def _loss(self, logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch=None, **kwargs) -> Tensor:
+        """Gets hidden states for logits: rows [1, num_rows, D] of a folded batch, [B, T, D] of another."""
+        states, padded, lm_head = logits, self.padded, self.head.get_output_embeddings()
+        packed = None if padded is None else _packed_labels(padded, labels.to(states.device))
+        if packed is None:
+            states = states if padded is None else padded.unfold(states)
+            return self.head.loss_function(lm_head(states), labels, vocab_size, num_items_in_batch, **kwargs)
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        head = {"weight": lm_head.weight, "bias": lm_head.bias}
+        loss = causal_lm_loss(states[0], padded.batch, packed, reduction=reduction, **head).float()
+        return loss if num_items_in_batch is None else loss / torch.as_tensor(num_items_in_batch, device=loss.device)
+
+
+def _packed_labels(padded: PaddedBatch, labels: Tensor) -> Tensor | None:
+    """Of labels [B, T] those of tokens, [num_tokens]; None where the plain loss counts others, too.
+
+    Those are labels at masked positions behind a token, and of tokens that begin a sequence behind another one.
+    """
+    flat = labels.flatten()
+    if padded.real is not None:
+        return flat[padded.real] if bool((labels[~padded.is_real()] == _IGNORED).all()) else None
+    starts = padded.batch.cu_seqlens[:-1]
+    behind_others = starts[starts % labels.shape[1] != 0]
+    return flat if bool((flat[behind_others] == _IGNORED).all()) else None
+
+
+def _passes_logits_on(head: PreTrainedModel, stack: PreTrainedModel) -> bool:
+    """Whether the head's forward gives logits to its loss as they are, neither scaled nor capped; a trial tells."""
+    given, taken = [], []
+
+    def loss(logits, *args, **kwargs):
+        taken.append(logits)
+        return logits.sum()
+
+    states = torch.zeros(1, 2, stack.config.hidden_size)
+    stand_in = nn.Identity()
+    stand_in.forward = lambda *args, **kwargs: _OnlyStates(states)
+    twin = _twin_of(head, lambda states: given.append(states) or states, loss)
+    twin = _with(twin, _path_of(stack, head), stand_in)
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    class_of(head).forward(twin, input_ids=ids, labels=ids, use_cache=False, return_dict=True)
+    return len(given) == len(taken) == 1 and given[0] is taken[0]
+
+
+class _OnlyStates:
+    """The output of a decoder stack of any kind, without what wasn't asked for."""
+
+    def __init__(self, states: Tensor):
+        self.last_hidden_state = states
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        return None if index else self.last_hidden_state
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _twin_of(head: PreTrainedModel, make_logits, loss) -> PreTrainedModel:
+    """The same head, with another function in place of the projection to logits, and another loss."""
+    lm_head = head.get_output_embeddings()
+    twin = _with(head, _path_of(lm_head, head), _shallow_copy(lm_head, forward=make_logits, _compiled_call_impl=None))
+    return _shallow_copy(twin, _loss_function=loss)
+
+
+def _path_of(module: nn.Module, model: nn.Module) -> list[str]:
+    return next(name for name, found in model.named_modules() if found is module).split(".")
+
+
+def _with(module: nn.Module, path: list[str], replacement: nn.Module) -> nn.Module:
+    """`module` with another one at `path`: copies of the modules that lead there, all else shared."""
+    if not path:
+        return replacement
+    name, *further = path
+    child = _with(module._modules[name], further, replacement)
+    # A compiled call is bound to the original.
+    return _shallow_copy(module, _modules=module._modules | {name: child}, _compiled_call_impl=None)

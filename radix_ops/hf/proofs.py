@@ -1,0 +1,304 @@
+"""Which transformers models fold exactly, and in which configs: what `make models` proved, held against a model.
+
+`models.json` is the allow-list. Of each model type it holds the classes that its decoder stack is made of and the
+values of its config that were run, folded against plain. What it does not hold is refused by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+from packaging.version import Version
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules import activation
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+
+# Their frequencies depend on the config alone; those of "dynamic" and "longrope" on the longest position of a batch,
+# which left padding moves.
+FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+# What else rope_parameters may hold; other keys, such as scales of the scores by position, have to be proven.
+_ROPE_KEYS = frozenset(
+    {
+        "rope_type", "type", "rope_theta", "factor", "partial_rotary_factor", "low_freq_factor", "high_freq_factor",
+        "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim",
+        "truncate",
+    }
+)  # fmt: skip
+# Config fields that change neither what a row computes nor who attends to whom, or that are checked elsewhere.
+_HARMLESS_FIELDS = frozenset(
+    {
+        "use_cache", "output_hidden_states", "output_attentions", "return_dict", "tie_word_embeddings", "architectures",
+        "transformers_version", "problem_type", "id2label", "label2id", "dtype", "torch_dtype", "model_type",
+        "tokenizer_class", "auto_map", "chunk_size_feed_forward", "layer_types", "rope_parameters", "rope_scaling",
+        "is_causal", "is_encoder_decoder", "max_window_layers", "torchscript", "task_specific_params",
+        "base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "base_model_fsdp_plan", "quantization_config",
+    }
+)  # fmt: skip
+# Values that no proof may allow, whatever it finds: by them the loss counts tokens, or attention is not causal.
+NEVER = {
+    "is_causal": False, "output_router_logits": True, "use_bidirectional_attention": True, "is_encoder_decoder": True,
+    "add_cross_attention": True,
+}  # fmt: skip
+# Numbers whose names say that they may decide who attends to whom, or scale by position: right only if they were run.
+SUSPICIOUS = re.compile(
+    r"chunk|block|index_|sparse|compress|floor|attn_scale|temperature|stride|local|global|window|memory|segment|every"
+)
+NUMBER = "a number"
+# What transformers' own masks read of a config, whether its class declares it or not.
+_READ_OF_ALL = {"sliding_window", "attention_chunk_size"}
+# Modules of torch's that treat each token by itself, whatever a model was proven with.
+_TOKENWISE = frozenset(
+    {
+        nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity, nn.ModuleList, nn.ModuleDict,
+        nn.Sequential, nn.ParameterList, nn.ParameterDict,
+        *(getattr(activation, name) for name in activation.__all__ if "Softm" not in name and "Attention" not in name),
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What `make models` found out about a model type: that its decoder stack folds exactly, and on which terms."""
+
+    module: str  # of the stack's class
+    stack: str  # the class that owns the embedding and the layers
+    classes: list[str]  # of the modules inside
+    # Of each field of the config that may be a bool, a string or None, those that were run; NUMBER where a number was.
+    values: Mapping[str, list]
+    layer_types: list[str]
+    calls: int  # of attention, for each layer
+    positions: str  # a left-padded row counts from its first real token ("tokens") or column ("columns"), or "any"
+    packing: bool  # whether steps of the positions other than 1 part sequences
+    heads: list[str] = field(default_factory=list)  # classes whose outputs were compared, labels too
+    head_on_rows: bool = False  # whether the causal LM's head may run on rows
+    since: str = "0"  # the oldest version of transformers that it holds for, and for all that were tried since
+
+    @functools.cached_property
+    def stack_class(self) -> type | None:
+        """None where this version of transformers has none."""
+        return _found(f"{self.module}.{self.stack}")
+
+    @functools.cached_property
+    def known_classes(self) -> frozenset[type | None]:
+        return frozenset(map(_found, self.classes))
+
+
+def _found(path: str) -> type | None:
+    """The class of that path_of, if there is one."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+@functools.cache
+def proofs() -> tuple[dict[str, Proof], dict[str, str]]:
+    """The proven types, and why others are not."""
+    content = json.loads((Path(__file__).parent / "models.json").read_text(encoding="utf-8"))
+    return {name: Proof(**proof) for name, proof in content["proven"].items()}, content["refused"]
+
+
+def proof_of(stack: PreTrainedModel) -> Proof:
+    return proofs()[0][stack.config.model_type]
+
+
+def check_module(model: nn.Module, caller: str) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller} needs a transformers model, got {type(model).__name__}")
+    return model
+
+
+def find_model(model: nn.Module) -> PreTrainedModel:
+    """The outermost model of transformers' in `model`, which may be wrapped by PEFT, DDP, torch.compile and others.
+
+    Raises TypeError where there is none.
+    """
+    check_module(model, "enable")
+    found = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if found is None:
+        raise TypeError(f"enable needs a transformers PreTrainedModel, got {type(model).__name__}, which holds none")
+    return found
+
+
+def find_stack(model: PreTrainedModel) -> PreTrainedModel:
+    """The module that owns the embedding and the decoder layers, of a model that can be folded.
+
+    Raises ValueError for a model that folding isn't known to be right for.
+    """
+    name = type(model).__name__
+    stack = innermost_stack(model)
+    model_type = getattr(model.config, "model_type", None)
+    proven, refused = proofs()
+    if model_type not in proven or stack.config.model_type != model_type:
+        raise ValueError(
+            f"{name} is of model type {model_type!r}, which folding is not known to be right for"
+            f"{': ' + refused[model_type] if model_type in refused else ''}; docs/models.md lists those that it is"
+        )
+    proof = proven[model_type]
+    if Version(transformers.__version__) < Version(proof.since):
+        raise ValueError(
+            f"{name} is of model type {model_type!r}, which folding is known to be right for from transformers "
+            f"{proof.since} on, and this is {transformers.__version__}"
+        )
+    reason = _unknown_head(model, stack, proof)
+    if class_of(stack) is not proof.stack_class:
+        reason = f"its decoder stack is {path_of(class_of(stack))} and not transformers' own {proof.stack}"
+    if reason is not None:
+        raise ValueError(f"{name} can't be folded: {reason}")
+    return stack
+
+
+def innermost_stack(model: PreTrainedModel) -> PreTrainedModel:
+    """The innermost module of transformers' that holds an embedding and a list of layers."""
+
+    def holds_all(module: nn.Module) -> bool:
+        children = list(module.modules())
+        has_layers = any(isinstance(child, nn.ModuleList) and len(child) for child in children)
+        return has_layers and any(isinstance(child, nn.Embedding) for child in children)
+
+    while True:
+        inner = (child for child in model.modules() if child is not model and isinstance(child, PreTrainedModel))
+        found = next((child for child in inner if holds_all(child)), None)
+        if found is None:
+            return model
+        model = found
+
+
+def class_of(module: nn.Module) -> type:
+    """Its class, without the one that fully_shard derives."""
+    return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+
+
+def path_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def is_tokenwise(cls: type) -> bool:
+    """Whether its modules are known to treat each token by itself: torch's own, and PEFT's around projections."""
+    if cls in _TOKENWISE:
+        return True
+    if not cls.__module__.startswith("peft.tuners."):
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return issubclass(cls, BaseTunerLayer)
+
+
+def _unknown_head(model: PreTrainedModel, stack: PreTrainedModel, proof: Proof) -> str | None:
+    """Of transformers' own heads those that were run; a user's are taken to read all that they can."""
+    cls = class_of(model)
+    is_base = cls is MODEL_MAPPING.get(type(model.config), None)  # whose hidden states are the stack's
+    if model is stack or is_base or not cls.__module__.startswith("transformers.") or cls.__name__ in proof.heads:
+        return None
+    return f"which hidden states a {cls.__name__} reads is not proven"
+
+
+def is_proven_class(cls: type, proof: Proof) -> bool:
+    return is_tokenwise(cls) or cls in proof.known_classes
+
+
+def declared_fields(config, of_all: bool = True) -> set[str]:
+    """Those of its class, and those that transformers looks for `of_all` configs."""
+    declared = set(getattr(type(config), "__dataclass_fields__", ()))
+    declared |= set(inspect.signature(type(config).__init__).parameters)
+    return declared | _READ_OF_ALL if of_all else declared
+
+
+def layer_overrides(config) -> Iterator[tuple[str, Any]]:
+    """Fields that single layers have values of their own of."""
+    for overrides in getattr(vars(config).get("_heterogeneity_spec"), "per_layer_overrides", {}).values():
+        yield from overrides.items()
+
+
+def layer_types_of(config) -> list[str]:
+    return getattr(config, "layer_types", None) or []
+
+
+def leaves(config) -> Iterator[tuple[str, Any]]:
+    """All fields of a config that may matter to folding, by name; dicts, lists and configs inside by what they hold.
+
+    Fields that the config's class does not declare, as files from a hub hold them, matter to nobody, but for those of
+    NEVER.
+    """
+    declared = declared_fields(config)
+
+    def below(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                yield from below(f"{name}.{key}", item)
+        elif isinstance(value, (list, tuple, set)):
+            for item in value:
+                yield from below(name, item)
+        elif isinstance(value, PreTrainedConfig):
+            for key, item in leaves(value):
+                yield f"{name}.{key}", item
+        else:
+            yield name, value
+
+    for name, value in vars(config).items():
+        if name in declared and not is_harmless(name):
+            yield from below(name, value)
+    for name, value in layer_overrides(config):
+        yield from below(name, value)
+    for rope in _ropes(config):
+        yield "rope_parameters.rope_type", rope.get("rope_type", "default")
+        for key, value in rope.items():
+            if key not in _ROPE_KEYS:
+                yield from below(f"rope_parameters.{key}", value)
+
+
+def _ropes(config) -> list[Mapping[str, Any]]:
+    """The parameters of its rotary embeddings, of which each type of layer may have its own."""
+    given = vars(config).get("rope_parameters") or {}
+    nested = [value for value in given.values() if isinstance(value, Mapping)]
+    return nested or ([given] if given else [])
+
+
+def kind_of(value: Any) -> Any:
+    """What a proof says of a value: a number stands for all numbers."""
+    return NUMBER if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a field of a config changes nothing that folding depends on: activations, ids of tokens."""
+    words = name.split("_")
+    return name.startswith("_") or name in _HARMLESS_FIELDS or "act" in words or name.endswith(("token_id", "_ids"))
+
+
+def unproven_config(config, proof: Proof) -> str | None:
+    """A field of the config whose value the proof says nothing about."""
+    overrides = list(layer_overrides(config))
+    for name, value in NEVER.items():
+        own = vars(config).get(name, getattr(type(config), name, None))
+        if own is value or (name, value) in overrides:
+            return f"config.{name} is {value}"
+    for rope in _ropes(config):
+        kind = rope.get("rope_type", "default")
+        if kind not in FIXED_ROPE:
+            return f"rope_type {kind!r} depends on the padded length; supported are {', '.join(FIXED_ROPE)}"
+    for name, value in leaves(config):
+        if not is_proven(name, value, proof):
+            return f"config.{name} is {value!r}, which is not proven for {config.model_type!r}"
+    unproven = set(layer_types_of(config)) - set(proof.layer_types)
+    if unproven:
+        return f"config.layer_types holds {min(unproven)!r}, which is not proven for {config.model_type!r}"
+    return None
+
+
+def is_proven(name: str, value: Any, proof: Proof) -> bool:
+    kind = kind_of(value)
+    if name not in proof.values:
+        return kind == NUMBER and not SUSPICIOUS.search(name)
+    # Equal in Python are also True and 1.
+    return any(type(one) is type(other) and one == other for one in (kind, value) for other in proof.values[name])

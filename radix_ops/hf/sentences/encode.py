@@ -1,0 +1,304 @@
+"""Stand-ins for what sentence-transformers' models do with many texts, for `radix_ops.hf`: shared prefixes meet.
+
+The library's own code runs every batch. What is decided here is which texts go into which of its calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from ...plan.planner import plan_folded
+from .. import guards, proofs
+from ..forward import StackForward, Unfolded, must_fold, pays
+from . import modules
+from .modules import Method, library
+from .tokens import Tokenize, Tokens
+
+# A folded batch's positions over those of the library's largest. Hidden states are unfolded into positions for the
+# pooling; the layers, which take several times as much memory for each, see rows.
+_MAX_POSITIONS = 4
+_TEXTS_AT_ONCE = 256  # to be tokenised
+_QUANTISED = ("int8", "uint8", "binary", "ubinary")
+_CALIBRATED = ("int8", "uint8")  # by all embeddings that are quantised together
+
+
+def install(encoder: nn.Module, states: list[StackForward]) -> None:
+    """Takes the place of those of an encoder's methods that run batches; `modules.remove` takes it back."""
+    modules.remove(encoder)
+    forwards = modules.transformer_forwards(encoder)
+    methods: list[Method] = [*forwards]
+    has = functools.partial(hasattr, type(encoder))
+    call = "_inference" if has("_inference") else "predict" if _is_cross_encoder(encoder) else "encode"
+    if _takes_texts(encoder) and getattr(type(encoder), call).__module__.startswith(f"{library().__name__}."):
+        methods.append(PlannedCall(encoder, call, states, forwards))
+        methods += [
+            MultiProcessCall(encoder, name) for name in ("_multi_process", "_encode_multi_process") if has(name)
+        ]
+        methods += [Tokenize(encoder, name) for name in ("preprocess", "tokenize") if has(name)][:1]
+    for method in methods:
+        method.install()
+
+
+def _is_cross_encoder(encoder: nn.Module) -> bool:
+    return isinstance(encoder, library().CrossEncoder)
+
+
+def _takes_texts(encoder: nn.Module) -> bool:
+    """Whether it makes one result of each text or pair; SparseEncoder's are of other kinds."""
+    is_dense = isinstance(encoder, library().SentenceTransformer) and not isinstance(encoder, library().SparseEncoder)
+    return is_dense or _is_cross_encoder(encoder)
+
+
+class PlannedCall(Method):
+    """Stands in for `encode` or `predict`, or for what those run in each process: folds inputs that share prefixes.
+
+    Results are those of the library's own method, called with one planned batch after the other, in the caller's order.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        name: str,
+        states: list[StackForward],
+        forwards: list[modules.TransformerForward],
+    ):
+        super().__init__(encoder, name)
+        self.states, self.forwards = states, forwards
+
+    def __call__(self, *args, **kwargs):
+        call = _Call.of(self.__wrapped__, args, kwargs)
+        texts = _texts_of(self.module, call) if call is not None and self._may_plan(call) else None
+        tokens = None if texts is None else call.tokens(self.module, texts)
+        if tokens is None:
+            return self.__wrapped__(*args, **kwargs)
+        batches = self._batches(tokens, call)
+        with tokens.at_hand():
+            return self._run(texts, batches, call) if batches else self.__wrapped__(*args, **kwargs)
+
+    def _run(self, texts: list, batches: list[np.ndarray], call: _Call):
+        results = _Results(len(texts))
+        token = must_fold.set(True)
+        try:
+            for indices in call.progress(batches, "Folded batches"):
+                some = [texts[i] for i in indices]
+                results.put(indices, call(some, batch_size=len(some), show_progress_bar=False, **call.unquantised))
+        except Unfolded:
+            pass  # nor would those behind it be, and all that are left run as the library has it
+        finally:
+            must_fold.reset(token)
+        rest = results.missing()
+        if len(rest):
+            results.put(rest, call([texts[i] for i in rest], **call.unquantised))
+        return call.quantised(results.all)
+
+    def _may_plan(self, call: _Call) -> bool:
+        """Whether results are the same in whatever batches, and the model would fold now."""
+        given, stacks = call.arguments, [state.module for state in self.states]
+        batch_size = given.get("batch_size")
+        if not isinstance(batch_size, int) or batch_size <= 0 or self.states[0].options.threshold == 0:
+            return False
+        # Token embeddings are padded as their batch was.
+        if given.get("output_value", "sentence_embedding") != "sentence_embedding":
+            return False
+        if given.get("precision") not in (None, "float32", *_QUANTISED):
+            return False
+        if given.get("pool") is not None or isinstance(given.get("device"), list) or call.device(self.module) is None:
+            return False
+        if not all(vars(state.module).get("forward") is state for state in self.states):
+            return False
+        # The processes of a sharded model have to make equally many forwards.
+        if any(isinstance(module, FSDPModule) for module in self.module.modules()):
+            return False
+        self.module.eval()  # as the library does
+        return not any(guards.unfoldable(stack) or guards.interference(stack) for stack in stacks)
+
+    def _batches(self, tokens: Tokens, call: _Call) -> list[np.ndarray]:
+        """The batches, of indices of texts, that it pays to fold."""
+        lengths, sides = tokens.store.lengths, tokens.sides
+        stacks = [state.module for state in self.states]
+        counts_columns = any(proofs.proof_of(stack).positions == "columns" for stack in stacks)
+        if lengths.max() == 0 or (counts_columns and "left" in sides):
+            return []
+        if any(sides & forward.reading().width for forward in self.forwards):
+            return []  # a text's result depends on its batch
+        max_rows = call.arguments["batch_size"] * int(lengths.max())
+        is_large = tokens.constants.get("logits_to_keep", 1) != 1 or any(map(_attends_padded, stacks))
+        plan = plan_folded(
+            tokens.store, max_rows=max_rows, max_positions=max_rows * (1 if is_large else _MAX_POSITIONS)
+        )
+        threshold, device = self.states[0].options.threshold, call.device(self.module)
+
+        def is_worth_it(num_rows: int, num_tokens: int) -> bool:
+            return all(pays(num_rows, num_tokens, num_tokens, threshold, stack, device) for stack in stacks)
+
+        batches = zip(plan, plan.rows.tolist(), strict=True)
+        return [indices for indices, num_rows in batches if is_worth_it(num_rows, int(lengths[indices].sum()))]
+
+
+def _attends_padded(stack: nn.Module) -> bool:
+    """Whether attention is the model's own on the padded batch: where its scores are capped or have sinks."""
+    is_capped = getattr(stack.config, "attn_logit_softcapping", None) is not None
+    return is_capped or any(name.endswith("sinks") for name, _ in stack.named_parameters())
+
+
+class MultiProcessCall(Method):
+    """Stands in for what deals inputs out to a pool's processes, which plan their share: neighbours share prefixes."""
+
+    def __call__(self, *args, **kwargs):
+        call = _Call.of(self.__wrapped__, args, kwargs)
+        texts = None if call is None else _texts_of(self.module, call)
+        if texts is None or (call.arguments | call.further).get("precision") in _CALIBRATED:
+            return self.__wrapped__(*args, **kwargs)
+        order = np.array(sorted(range(len(texts)), key=texts.__getitem__))
+        results = _Results(len(texts))
+        results.put(order, call([texts[i] for i in order]))
+        return results.all
+
+
+def _texts_of(encoder: nn.Module, call: _Call) -> list | None:
+    """The inputs of the call, if they are several texts or, for a CrossEncoder, pairs of texts."""
+    given = call.inputs
+    if not isinstance(given, (Sequence, np.ndarray)) or isinstance(given, str):
+        return None
+    if hasattr(encoder, "is_singular_input") and encoder.is_singular_input(given):
+        return None
+    texts = given.tolist() if isinstance(given, np.ndarray) else list(given)
+    is_text = _is_pair if _is_cross_encoder(encoder) else _is_text
+    return texts if isinstance(texts, list) and len(texts) > 1 and all(map(is_text, texts)) else None
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+def _is_pair(value) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_text, value))
+
+
+class _Call:
+    """A call of a method of the library's with many inputs; arguments go by name."""
+
+    def __init__(self, method: Callable, inputs_name: str, arguments: dict[str, Any], further: dict[str, Any]):
+        self.method, self.inputs_name, self.further = method, inputs_name, further
+        self.inputs = arguments.pop(inputs_name)
+        self.arguments = arguments
+
+    @classmethod
+    def of(cls, method: Callable, args: tuple, kwargs: dict[str, Any]) -> _Call | None:
+        """None for arguments that don't fit, which the method itself has to say."""
+        signature = inspect.signature(method)
+        parameters = list(signature.parameters.values())
+        if not parameters or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            return None  # not the library's
+        name = given = parameters[0].name
+        if not args and name not in kwargs and "sentences" in kwargs:  # as the library called them, and still takes
+            given = "sentences"
+            kwargs = {name: kwargs[given]} | {key: value for key, value in kwargs.items() if key != given}
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return None
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        rest = next((parameter.name for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD), None)
+        further = arguments.pop(rest, {})
+        arguments[given] = arguments.pop(name)
+        return cls(method, given, arguments, further)
+
+    def __call__(self, inputs: list, **changes):
+        return self.method(**{self.inputs_name: inputs}, **{**self.arguments, **changes}, **self.further)
+
+    def tokens(self, encoder: nn.Module, texts: list) -> Tokens | None:
+        """Those of the texts as the call will see them, prompt included; None where that can't be told."""
+        try:
+            prompt = self._prompt(encoder)
+        except KeyError:
+            return None  # which the library says better
+        starts = self.progress(range(0, len(texts), _TEXTS_AT_ONCE), "Tokenizing")
+        if hasattr(type(encoder), "preprocess"):
+            batches = (texts[start : start + _TEXTS_AT_ONCE] for start in starts)
+            return Tokens.of(encoder, batches, encoder.preprocess, {"prompt": prompt, **self.further})
+        batches = ([(prompt or "") + text for text in texts[start : start + _TEXTS_AT_ONCE]] for start in starts)
+        if hasattr(type(encoder), "tokenize"):
+            return Tokens.of(encoder, batches, encoder.tokenize, self.further)
+        batches = (texts[start : start + _TEXTS_AT_ONCE] for start in starts)
+        arguments = {"padding": True, "truncation": True, "return_tensors": "pt"}
+        return Tokens.of(encoder, batches, encoder.tokenizer, arguments)
+
+    def _prompt(self, encoder: nn.Module) -> str | None:
+        """Raises KeyError for a name that the encoder has no prompt of."""
+        prompt, name = self.arguments.get("prompt"), self.arguments.get("prompt_name")
+        if prompt is not None or "prompt_name" not in self.arguments:
+            return prompt
+        if name is not None:
+            return encoder.prompts[name]
+        return encoder.prompts.get(encoder.default_prompt_name)
+
+    def device(self, encoder: nn.Module) -> torch.device | None:
+        """Where the call computes; None where nothing folds."""
+        given = self.arguments.get("device")
+        try:
+            device = torch.device(encoder.device if given is None else given)
+        except (RuntimeError, TypeError):
+            return None
+        return device if device.type in ("cpu", "cuda") else None
+
+    def progress(self, steps: Iterable, description: str) -> Iterable:
+        """The steps, with a progress bar where the caller asked for one or the library would show one."""
+        from tqdm.autonotebook import tqdm  # which sentence-transformers depends on
+
+        show = self.arguments.get("show_progress_bar")
+        if show is None:
+            show = logging.getLogger(self.method.__module__).getEffectiveLevel() in (logging.INFO, logging.DEBUG)
+        return tqdm(steps, desc=description, disable=not show)
+
+    @property
+    def unquantised(self) -> dict[str, Any]:
+        """Changes of arguments, for a part of the inputs: what is calibrated by all embeddings comes last."""
+        if self.arguments.get("precision") not in _QUANTISED:
+            return {}
+        return {"precision": "float32", "convert_to_numpy": True, "convert_to_tensor": False}
+
+    def quantised(self, results):
+        if not self.unquantised:
+            return results
+        results = library().quantize_embeddings(results, precision=self.arguments["precision"])
+        if self.arguments["convert_to_tensor"]:
+            return torch.from_numpy(results)
+        return results if self.arguments["convert_to_numpy"] else list(map(torch.from_numpy, results))
+
+
+class _Results:
+    """The results of inputs, of parts of them at a time: a tensor, an array or a list, as the parts are."""
+
+    def __init__(self, num_inputs: int):
+        self.all: Tensor | np.ndarray | list | None = None
+        self._is_there = np.zeros(num_inputs, bool)
+
+    def put(self, indices: np.ndarray, part) -> None:
+        if self.all is None:
+            shape = (len(self._is_there), *getattr(part, "shape", (0,))[1:])
+            if isinstance(part, Tensor):
+                self.all = part.new_empty(shape)
+            elif isinstance(part, np.ndarray):
+                self.all = np.empty(shape, part.dtype)
+            else:
+                self.all = [None] * len(self._is_there)
+        if isinstance(self.all, list):
+            for index, value in zip(indices, part, strict=True):
+                self.all[index] = value
+        else:
+            self.all[indices] = part
+        self._is_there[indices] = True
+
+    def missing(self) -> np.ndarray:
+        return np.flatnonzero(~self._is_there)

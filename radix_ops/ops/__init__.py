@@ -1,0 +1,88 @@
+"""The Python face of torch.ops.radix: what each op computes, its fake kernel and its gradient.
+
+N packed tokens of B sequences make M trie nodes; with padding they are num_rows compact rows.
+
+fold(input_ids [N], position_ids [N], cu_seqlens [B + 1], pad_multiple_of=1)
+    -> compact_input_ids, compact_position_ids [num_rows], unfold_index [N] (token -> row), fold_index [num_rows]
+    (row -> the token where it first occurs).
+fold_plan(the same)
+    -> those four; the inverse of unfold_index: unfold_indptr [num_rows + 1], unfold_members [N]; the R runs, which
+    are the rows that each sequence adds: run_sequences [R], cu_seqlens_q [R + 1] over the rows, cu_seqlens_k [R + 1]
+    over the tokens of those sequences; kv_index [K], the rows of those tokens, with its inverse kv_indptr
+    [num_rows + 1], kv_members [K]; counts, int64 [4] on the CPU: M, longest run, longest and shortest sequence.
+fold_plan_front(the same)
+    -> fold_plan of the tokens in front: N is where cu_seqlens ends, what stands behind is not looked at.
+gather(x [R, ...], index [N])
+    -> x[index] [N, ...], of any dtype.
+scatter_add(src [N, ...], index [N], num_rows)
+    -> out [num_rows, ...] with out[index[i]] += src[i]; float64, float32, float16, bfloat16 and integers.
+gather_kv(k [R, ...], v [R, ...], index [N]), scatter_add_kv(src_k [N, ...], src_v [N, ...], index [N], num_rows)
+    -> gather or scatter_add of two tensors of one dtype by one index, in one pass on CUDA.
+gather.csr(x, index, indptr, members), scatter_add.csr(src, index, indptr, members, num_rows), and of the pairs alike
+    -> the same, with the inverse of index at hand, so that neither scatter_add nor the backward of gather sorts:
+    members[indptr[j]:indptr[j + 1]] are the i with index[i] == j.
+
+What `radix_ops.attention` calls (sliding_window 0: none; logsumexp is for the backward, and has no gradient):
+
+varlen_attention(q [num_rows, H, D], k [K, H_kv, D], v [K, H_kv, D_v], cu_seqlens_q, cu_seqlens_k, scale,
+                 sliding_window=0)
+    -> [num_rows, H, D_v], causal attention of runs over their sequences, aligned at the end. In every floating dtype;
+    on CUDA it waits for the host and is slow.
+flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, num_queries, max_seqlen_q, max_seqlen_k, scale, sliding_window=0)
+    -> out, logsumexp [H, num_rows]: the same on CUDA in bfloat16 and float16, by torch's flash attention. num_queries
+    is the end of cu_seqlens_q, the largest lengths may be larger than they are. Nothing looks at the values of
+    cu_seqlens, which must be a fold's: torch's kernels trust them, and others read and write outside the tensors.
+    To look would take several launches in every layer.
+trie_order(cu_seqlens_q, cu_seqlens_k, kv_index, num_rows)
+    -> enter, leave, depth, row_of, path, int32 [num_rows]: row k is on the path to row q exactly when
+    enter[k] <= enter[q] < leave[k]; depth counts the rows above a row; row_of is the inverse of enter; the path to a
+    row begins at kv_index[path]. For padding rows -1, -1, 0, themselves and any.
+trie_attention(q, k [num_rows, H_kv, D], v, enter, leave, depth, row_of, path, kv_index, cu_seqlens_q, num_nodes, scale,
+               sliding_window=0)
+    -> out [num_rows, H, D_v], logsumexp [H, num_rows]: attention to the rows on the path, with no key or value
+    unfolded. In every floating dtype; on the CPU, where sums are in fp32 (fp64 for float64) and the bits the same for
+    any number of threads, by a kernel for AVX-512, AVX2 or neither (ATEN_CPU_CAPABILITY holds it to less, as it does
+    torch), forward and backward; on CUDA in bfloat16 and float16 by Triton kernels, otherwise it waits there for the
+    host and is slow. The index tensors must be a fold's and trie_order's, which is checked on the CPU alone: on CUDA
+    others give wrong results, and lead to no memory outside the arguments.
+
+What `radix_ops.plan` calls, on the CPU (sequence i is input_ids[starts[i]:starts[i] + lengths[i]], ids not negative):
+
+lexicographic_order(input_ids [N], starts [B], lengths [B])
+    -> int64 [B], the sequences sorted by their tokens, a prefix before what goes on from it, equal ones in their order.
+common_prefix_lengths(input_ids, starts, lengths, order [K])
+    -> int64 [K]: how many tokens sequence order[i] shares with order[i - 1] before they part; 0 for i = 0. In
+    lexicographic order, all tokens minus these are the rows of the trie.
+cut_batches(lengths [B], shared [B], max_rows, max_tokens, max_positions, max_sequences, batch_cost=0)
+    -> int64, the ends of batches of sequences in a row, whose lengths and shared tokens these are: those that lose the
+    fewest shared tokens plus batch_cost for each batch. Rows, tokens, sequences and sequences times longest of a batch
+    stay within the limits; a sequence beyond them is a batch of its own.
+
+Two packed tokens share a row exactly when the (token, position) paths to them from the start of their sequences are
+equal. Rows come in order of first occurrence; padding rows behind them hold token 0, position 0 and `fold_index` 0.
+ids keep their dtype, int32 or int64; index outputs are int32; index arguments are int32 or int64. The fold is
+RadixMLP's (arXiv 2601.15013, section 3).
+
+`gather` and `scatter_add` are each other's gradient, so both can be differentiated any number of times. `scatter_add`
+sums each row's entries one after another, in ascending order (the .csr overload: in the order of members), in fp32
+(fp64 for float64; integers wrap): the result is the same bits on every run and for any number of threads. On CUDA a row
+of more than 128 entries is summed in up to 128 parts, and the parts in order: the same bits on every run there too.
+The attention ops can be differentiated once.
+
+Malformed arguments raise RuntimeError, which names the argument, before memory outside the arguments is read; so do
+tensors whose storage was resized below what they claim. Tensors have at most 64 dimensions. On the CPU no entry of an
+index or another table is read again once it is checked: where another thread rewrites one meanwhile, there is an error
+or some answer, and no crash.
+
+A fold looks tokens up by hashes under a key of its own, which comes from the operating system, not from torch: no
+answer rests on it, and nobody can choose tokens that collide. Where they do all the same, a second key is tried, and
+then sorting, which no input makes quadratic.
+
+On CUDA, all ops run on the current stream. The folds copy 36 bytes to the host, once (again for a second key and for
+sorting), and wait for them: they can't be captured in a CUDA graph; the others can, and never wait. cu_seqlens is
+checked by fold; a value of index, indptr or members that is out of range, members that are not the inverse of index in
+scatter_add, or tables of trie_order that are no fold's, are device asserts, as in torch.index_select. (gather.csr takes
+from the inverse only which rows to keep in the cache.)
+"""
+
+from . import dispatch  # noqa: F401  (registers fakes, gradients and kernels)
