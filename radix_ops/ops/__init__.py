@@ -85,4 +85,4 @@ scatter_add, or tables of trie_order that are no fold's, are device asserts, as 
 from the inverse only which rows to keep in the cache.)
 """
 
-from . import dispatch  # noqa: F401  (registers fakes, gradients and kernels)
+from . import autograd, dispatch, fakes  # noqa: F401  (each registers what it holds)
