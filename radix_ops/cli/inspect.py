@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 from ..data.formats import PAIRS, FormatParser, formats, packed_arrays
 from ..data.records import UserError
+from ..engine.costs import forward_cost
 from ..engine.items import Items
 from ..engine.loading import load_tokenizer
 from ..engine.templates import TEMPLATES
-from ..plan.flops import forward_cost
 from ..plan.sharing import SEED, Sharing, sharing_from_end
 from .arguments import (
     FILE_HELP,

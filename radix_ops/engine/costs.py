@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from ..data.records import UserError
-from ..engine.loading import load_config, loading
-from .budget import has_own_attention
+from ..plan.budget import has_own_attention
+from .loading import load_config, loading
 
 # Types that radix_ops folds and whose FLOPs, by torch's FlopCounterMode on small models, are others than these or could
 # not be compared.
