@@ -28,7 +28,7 @@ from tqdm import tqdm
 from .batch import FoldedBatch
 from .hf import RadixStats, verify
 from .hf.logits import RowLogits
-from .plan.budget import find_budget
+from .plan.budget import find_budget, has_own_attention
 from .plan.planner import TokenStore, plan_folded
 
 __all__ = ["RadixLM"]
@@ -179,7 +179,8 @@ class RadixLM(HFLM):
 
     def _max_rows(self, longest: int) -> int:
         count = self.batch_size_per_gpu
-        found = find_budget(self._rows.owner.config, self._rows.owner.dtype, self.device, longest).max_rows
+        owner = self._rows.owner
+        found = find_budget(owner.config, owner.dtype, self.device, longest, has_own_attention(owner.config)).max_rows
         return found if count == "auto" else max(count * longest, min(count * self.max_length, found))
 
     def _batches(self, inputs: TokenStore, continuations: list[list[int]]) -> Iterator[tuple[np.ndarray, list]]:

@@ -114,13 +114,13 @@ def test_a_budget_is_what_half_of_the_free_memory_holds(monkeypatch):
         a_row = size * elements + 8 * 100
         for rows in (1500, 3999):
             monkeypatch.setattr(budget, "free_memory", lambda device, rows=rows, a_row=a_row: 2 * rows * a_row)
-            assert find_budget(config, dtype, CPU, 100).max_rows == rows
+            assert find_budget(config, dtype, CPU, 100, False).max_rows == rows
     for free, rows in ((0, 1024), (2**50, 4096)):
         monkeypatch.setattr(budget, "free_memory", lambda device, free=free: free)
-        assert find_budget(config, torch.float32, CPU, 100).max_rows == rows
-    assert find_budget(config, torch.float32, torch.device("cuda"), 100).max_rows == 65_536
+        assert find_budget(config, torch.float32, CPU, 100, False).max_rows == rows
+    assert find_budget(config, torch.float32, torch.device("cuda"), 100, False).max_rows == 65_536
     # The longest fits with what it shares nearly all with.
-    assert find_budget(config, torch.float32, CPU, 40_000).max_rows == 50_000
+    assert find_budget(config, torch.float32, CPU, 40_000, False).max_rows == 50_000
 
 
 def test_a_budget_can_be_found_for_every_kind_of_config(monkeypatch):
@@ -128,10 +128,13 @@ def test_a_budget_can_be_found_for_every_kind_of_config(monkeypatch):
     configs += [transformers.Gemma3Config(), transformers.Gemma3nTextConfig(), transformers.DeepseekV3Config()]
     monkeypatch.setattr(budget, "free_memory", lambda device: 2**31)
     for config in configs:
-        assert 1024 <= find_budget(config, torch.float32, CPU, 1000).max_rows <= 4096
+        assert 1024 <= find_budget(config, torch.float32, CPU, 1000, False).max_rows <= 4096
     capped, plain = transformers.Gemma2Config(), transformers.Gemma2Config(attn_logit_softcapping=None)
     monkeypatch.setattr(budget, "free_memory", lambda device: 2**31)
-    rows = [find_budget(config, torch.float32, CPU, 1024).max_rows for config in (capped, plain)]
+    rows = [
+        find_budget(config, torch.float32, CPU, 1024, budget.has_own_attention(config)).max_rows
+        for config in (capped, plain)
+    ]
     assert rows[0] < rows[1]
 
 

@@ -12,8 +12,8 @@ pytest.importorskip("transformers")
 import transformers
 from test_inspect import inspect_json, write_jsonl
 
-from radix_ops.data.records import UserError
-from radix_ops.engine import costs
+from radix_ops.engine.costs import forward_cost
+from radix_ops.engine.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import fold_checks
@@ -55,7 +55,7 @@ def config_of(kind, **changes):
 def test_flops_are_those_that_torch_counts(tmp_path, kind):
     config = fold_checks.config_of(kind, small_configs.small_arguments(kind))
     config.save_pretrained(tmp_path)
-    cost = costs.forward_cost(str(tmp_path))
+    cost = forward_cost(str(tmp_path))
     model = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
     if hasattr(config, "num_experts_per_tok"):
         model.set_experts_implementation("eager")
@@ -69,7 +69,7 @@ def test_flops_are_those_that_torch_counts(tmp_path, kind):
 def test_flops_of_windows_and_of_the_cases_that_are_refused(tmp_path, capsys):
     def cost_of(kind, **changes):
         config_of(kind, **changes).save_pretrained(tmp_path)
-        return costs.forward_cost(str(tmp_path))
+        return forward_cost(str(tmp_path))
 
     assert cost_of("mistral", sliding_window=8).attention == {8: 256}
     assert cost_of("mistral", sliding_window=None).attention == {None: 256}

@@ -10,9 +10,9 @@ import zlib
 
 import pytest
 
-from radix_ops.data import records as records_module
 from radix_ops.data import streams
 from radix_ops.data.records import Records, UserError
+from radix_ops.engine import inputs
 
 LINES = [f'{{"text": "{i}"}}' for i in range(50)]
 
@@ -174,7 +174,7 @@ def test_texts_that_start_as_other_files_do_are_texts(tmp_path):
 
 def test_lines_and_texts_have_a_longest(tmp_path, monkeypatch):
     monkeypatch.setattr(streams, "LONGEST_LINE", 100)
-    monkeypatch.setattr(records_module, "LONGEST_TEXT", 20)
+    monkeypatch.setattr(inputs, "LONGEST_TEXT", 20)
     path = tmp_path / "t.txt"
     for ending in (b"", b"\n"):
         path.write_bytes(b"a" * 20 + b"\n" + b"b" * (100 - len(ending)) + ending)

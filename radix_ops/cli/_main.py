@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
+import logging
 import os
 import sys
+from collections.abc import Iterator
 
 import torch
 
 import radix_ops
 
-from ..data.records import UserError
+from ..engine.errors import UserError
 from .arguments import printable
 
 # Each module's add_parser(commands) adds a parser whose default `run` is a function of the parsed arguments.
@@ -47,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         prints = getattr(args, "output", None) is None or args.compare
         if prints and sys.stdout is None:
             raise UserError("standard output is closed, and results would go there")
-        args.run(args)
+        with _warnings_shown():
+            args.run(args)
         if sys.stdout is not None:
             sys.stdout.flush()
         return 0
@@ -71,6 +75,20 @@ def main(argv: list[str] | None = None) -> int:
             message = f"{message[: _LONGEST_MESSAGE // 2]} ... {message[-_LONGEST_MESSAGE // 2 :]}"
         print(f"radix-ops: {message}", file=sys.stderr)
     return status
+
+
+@contextlib.contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """Prints what the engine warns of to standard error, a line each."""
+    logger, handler = logging.getLogger("radix_ops.engine"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    propagates, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagates
 
 
 def _check_streams() -> None:

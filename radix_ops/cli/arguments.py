@@ -7,8 +7,10 @@ import os
 from collections.abc import Callable
 
 from ..data.output import HELPER_SUFFIXES, beside
-from ..data.records import LONGEST_TEXT, Record, Records, T, UserError
+from ..data.records import Records, T
 from ..data.streams import LONGEST_LINE
+from ..engine.errors import UserError
+from ..engine.inputs import LONGEST_TEXT, Record
 
 FILE_HELP = f"""\
 FILE may be compressed by gzip, or a pipe. Blank lines of JSONL are skipped, and lines are counted with them. A line

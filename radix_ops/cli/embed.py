@@ -11,9 +11,10 @@ import torch
 
 from ..data.fingerprint import fingerprint
 from ..data.matrix import MatrixFile, is_matrix, scratch_matrix
-from ..data.records import Records, UserError
+from ..data.records import Records
 from ..data.results import ResultFile, ResultStream, key_of_parts
 from ..engine import embedding
+from ..engine.errors import UserError
 from ..engine.items import Items
 from ..engine.loading import load_config, load_runner, load_tokenizer
 from ..engine.messages import Chat

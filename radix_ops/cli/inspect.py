@@ -7,8 +7,8 @@ import json
 from collections.abc import Callable
 
 from ..data.formats import PAIRS, FormatParser, formats, packed_arrays
-from ..data.records import UserError
 from ..engine.costs import forward_cost
+from ..engine.errors import UserError
 from ..engine.items import Items
 from ..engine.loading import load_tokenizer
 from ..engine.templates import TEMPLATES

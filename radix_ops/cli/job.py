@@ -14,12 +14,13 @@ import torch
 
 from ..data.matrix import check_incomplete, is_matrix
 from ..data.output import beside, claimed
-from ..data.records import Records, UserError
+from ..data.records import Records
 from ..data.results import ResultFile, ResultStream, check_first_line, check_part
+from ..engine.errors import UserError
 from ..engine.items import Collector, Items
 from ..engine.loading import context_length
 from ..engine.runners import RunStats
-from ..plan.budget import Budget, find_budget
+from ..plan.budget import Budget, find_budget, has_own_attention
 from .arguments import add_trust_argument, positive_int, printable, progress_bar, thread_count
 
 MODEL_HELP = """\
@@ -139,7 +140,8 @@ def budget_of(args: argparse.Namespace, runner, items: Items) -> Budget:
     if args.token_budget:
         return Budget(args.token_budget)
     dtype = next(runner.model.parameters()).dtype
-    return find_budget(runner.hf_config, dtype, runner.device, int(items.lengths.max()))
+    config, longest = runner.hf_config, int(items.lengths.max())
+    return find_budget(config, dtype, runner.device, longest, has_own_attention(config))
 
 
 def with_progress(lines, desc: str) -> Iterator:

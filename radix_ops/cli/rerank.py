@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from ..data.fingerprint import fingerprint
-from ..data.records import UserError
 from ..data.results import key_of_parts
 from ..engine import reranking
 from ..engine.cross_encoders import READINGS, CrossEncoder, chat_of, find_cross_encoder
+from ..engine.errors import UserError
 from ..engine.loading import load_config, load_runner, load_tokenizer
 from ..engine.runners import run as run_batches
 from ..engine.templates import TEMPLATES, Template, find_template

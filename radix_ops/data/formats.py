@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..engine import reranking, scoring
+from ..engine.errors import UserError
+from ..engine.inputs import Record, check_text, kind_of
 from ..engine.items import Items
 from ..engine.templates import TEMPLATES, find_template
 from ..plan.planner import TokenStore
-from .records import Record, UserError, check_text, kind_of
 
 _LINES_AT_ONCE = 128  # given to the tokenizer
 _MAX_ID = 2**31 - 1

@@ -12,8 +12,8 @@ import zlib
 import numpy as np
 from numpy.lib import format as npy
 
+from ..engine.errors import UserError
 from .output import beside, open_helper, put_in_place
-from .records import UserError
 
 _ALIGNMENT, _KEY_BITS = 64, 64
 _MAGIC = npy.magic(1, 0)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from .records import UserError
+from ..engine.errors import UserError
 
 # Of files beside --output while it is made.
 HELPER_SUFFIXES = (".part", ".rows", ".rows.tmp", ".lock")

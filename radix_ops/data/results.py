@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..engine.errors import UserError
 from .output import beside, open_helper, put_in_place, stands_at
-from .records import UserError
 
 _TORN_START = b'{"line": '
 _REPLACE = "--overwrite replaces it"

@@ -1,41 +1,25 @@
-"""Floating-point operations of a forward pass through a transformers model's decoder layers, from its config alone.
+"""The cost of a forward pass through a transformers model's decoder layers, read off its config; no weights are read.
 
-A row costs 2 FLOPs for each weight of the layers' products (projections and MLPs; of experts those that a token visits;
-no embedding and no output head, whose rows depend on the task). A key that a row attends to costs, in each layer,
-2 * heads * (width of a query + width of a value). Norms, activations, RoPE, softmax and moving data count as nothing.
-Types that multiply more than their weights once by each row are not counted.
+Experts count as often as a token visits them. The embedding and the output head, whose rows depend on the task, don't
+count. Types that multiply more than their weights once by each row have no known cost.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from ..data.records import UserError
 from ..plan.budget import has_own_attention
+from ..plan.flops import ForwardCost, attention_flops, weight_flops
+from .errors import UserError
 from .loading import load_config, loading
 
 # Types that radix_ops folds and whose FLOPs, by torch's FlopCounterMode on small models, are others than these or could
 # not be compared.
 _NOT_COUNTED = ("dbrx", "diffllama", "gemma3n_text", "hrm_text", "llama4_text", "longcat_flash")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k")
-
-
-@dataclass(frozen=True)
-class ForwardCost:
-    """FLOPs of one row through all layers."""
-
-    linear: float  # in products with weights
-    attention: Mapping[int | None, int]  # with each key, by the tokens that layers look back at; None: all
-    folds_attention: bool = True  # whether attention is computed on rows, too, and not on the padded batch
-
-    def of(self, num_rows: int, num_keys) -> float:
-        """Of so many rows, which attend to num_keys(window) keys in all where a row sees at most `window`."""
-        return self.linear * num_rows + sum(flops * num_keys(window) for window, flops in self.attention.items())
 
 
 def forward_cost(name: str, trust_remote_code: bool = False) -> ForwardCost:
@@ -78,9 +62,9 @@ def _linear_flops(model: nn.Module, name: str) -> float:
             if key.endswith("bias"):
                 continue
             if weight.ndim == 3:  # all experts' in one
-                total += 2 * weight.numel() * _experts_per_token(model.config, name) / len(weight)
+                total += weight_flops(weight.numel()) * _experts_per_token(model.config, name) / len(weight)
             elif weight.ndim == 2:
-                total += 2 * weight.numel()
+                total += weight_flops(weight.numel())
     return total
 
 
@@ -99,7 +83,7 @@ def _attention_flops(config, name: str) -> dict[int | None, int]:
         query = getattr(config, "head_dim", None) or _number(config, "hidden_size", name) // heads
     value = getattr(config, "v_head_dim", None) or query
     windows = Counter(_window(config, kind) for kind in getattr(config, "layer_types", None) or [None] * layers)
-    return {window: 2 * heads * (query + value) * count for window, count in windows.items()}
+    return {window: count * attention_flops(heads, query, value) for window, count in windows.items()}
 
 
 def _window(config, layer_type: str | None) -> int | None:

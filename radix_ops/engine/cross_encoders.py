@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from packaging.version import InvalidVersion, Version
 
-from ..data.records import UserError
+from .errors import UserError
 from .messages import Chat, Messages
 from .sentence_folder import Module, Settings, find_model_settings, find_modules, find_transformer, kind_of_class
 

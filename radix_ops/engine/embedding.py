@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch.nn import functional as F
 
-from ..data.records import Record, UserError
+from .errors import UserError
+from .inputs import Record
 from .items import Items
 from .messages import Chat
 from .recipes import Recipe

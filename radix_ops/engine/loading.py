@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import stat
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from ..data.records import UserError
 from ..models.files import shards
+from .errors import UserError
 from .runners import ClassifierRunner, Qwen3Runner, TransformersRunner
 
 # As safetensors and torch name them.
 _FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
+
+_logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(name: str, option: str = "--model", trust_remote_code: bool = False):
@@ -62,10 +64,9 @@ def load_runner(
     classifies = auto_class == "AutoModelForSequenceClassification"
     brings_code = auto_class in (getattr(config, "auto_map", None) or {})
     if brings_code and not trust_remote_code:
-        print(
+        _logger.warning(
             f"{name} brings code of its own for {auto_class}, which is not run: transformers' class of model type "
-            f"{config.model_type} is; --trust-remote-code runs the model's",
-            file=sys.stderr,
+            f"{config.model_type} is; --trust-remote-code runs the model's"
         )
     runs_code = brings_code and trust_remote_code
     if config.model_type == "qwen3" and not classifies and not name.endswith(".gguf") and not runs_code:
@@ -100,7 +101,7 @@ def load_runner(
 
 def _on_device(model, device: torch.device, dtype: str | None):
     if device.type == "cuda" and dtype is None and next(model.parameters()).dtype == torch.float32:
-        print("the model is of float32 and computes in bfloat16 on CUDA; --dtype float32 is slower", file=sys.stderr)
+        _logger.warning("the model is of float32 and computes in bfloat16 on CUDA; --dtype float32 is slower")
         return model.to(device, torch.bfloat16)
     return model.to(device)
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..data.records import UserError
+from .errors import UserError
 
 # Types whose templates take the content as it is, whatever they look like.
 _FLAT_TYPES = ("apertus", "deepseek_v3", "gpt_oss", "seed_oss")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from ..data.records import UserError
+from .errors import UserError
 from .messages import Messages
 from .sentence_folder import (
     Module,

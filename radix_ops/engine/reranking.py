@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..data.records import Record, UserError
+from .errors import UserError
+from .inputs import Record
 from .items import Items, first_equals
 from .messages import Chat
 from .scoring import MAX_LOGIT_BYTES

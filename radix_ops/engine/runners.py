@@ -8,7 +8,7 @@ planned batches.
 from __future__ import annotations
 
 import contextlib
-import sys
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from ..batch import fold, pack
-from ..data.records import UserError
 from ..plan.budget import Budget
 from ..plan.planner import Plan, plan_folded, plan_padded
+from .errors import UserError
 from .items import Items
 
 _TOKENS_AT_ONCE = 16_384  # whose hidden states a mean takes in fp32
 _WARM_UP = 4  # sequences: a whole batch may be the whole job
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -243,8 +245,8 @@ def run(
 ) -> RunStats:
     """Takes all sequences through `compute(indices, sequences)`, whose result goes to `on_batch(indices, result)`.
 
-    Where a batch does not fit into a GPU's memory, it and those behind it run in halves, with a message on standard
-    error. The time counts planning, folding, the model and `on_batch`; `warm_up` runs a few sequences of the smallest
+    Where a batch does not fit into a GPU's memory, it and those behind it run in halves, with a warning in the log. The
+    time counts planning, folding, the model and `on_batch`; `warm_up` runs a few sequences of the smallest
     batch before the clock starts.
     """
 
@@ -290,5 +292,5 @@ def _in_memory(plan: Plan, compute: Callable[[np.ndarray], object]) -> Iterator[
             # Outside of the handler nothing holds on to what was computed.
             torch.cuda.empty_cache()
             num_parts *= 2
-            print("out of memory: going on with batches of half the size", file=sys.stderr)
+            _logger.warning("out of memory: going on with batches of half the size")
             waiting = [half for part in (part, *waiting) for half in np.array_split(part, min(2, len(part)))]

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..data.records import Record, UserError
 from ..plan.budget import Budget
+from .errors import UserError
+from .inputs import Record
 from .items import Items, first_equals
 from .runners import RunStats, run
 

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data.records import UserError, check_text
 from ..models.files import is_inside, read_json
+from .errors import UserError
+from .inputs import check_text
 from .loading import hub_file
 from .messages import Messages
 

@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.records import UserError, check_text
 from ..models.files import read_json
+from .errors import UserError
+from .inputs import check_text
 
 _PLACEHOLDER = re.compile(r"\{(query|document|instruction)\}")
 

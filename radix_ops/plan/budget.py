@@ -30,8 +30,10 @@ class Budget:
         return UNFOLDED_PER_ROW * self.max_rows
 
 
-def find_budget(config, dtype: torch.dtype, device: torch.device, longest: int) -> Budget:
+def find_budget(config, dtype: torch.dtype, device: torch.device, longest: int, own_attention: bool) -> Budget:
     """The budget for the memory that is free on `device` now; `config` is transformers', `longest` in tokens.
+
+    own_attention: whether the model's own attention computes the scores of padded batches in full.
 
     Half of the free memory over the bytes of a row, from 1,024 to 4,096 rows on the CPU and 65,536 on CUDA, and at
     least 1.25 times `longest`. A row takes, in elements of `dtype`, what a layer holds at its peak without gradients,
@@ -39,11 +41,11 @@ def find_budget(config, dtype: torch.dtype, device: torch.device, longest: int) 
         4 hidden_size + 2 (heads + kv_heads) head_dim + 3 intermediate_size
 
     and its share of what is unfolded, for each of 8 tokens 2 kv_heads head_dim (keys and values) and 2 hidden_size (a
-    padded result). Attention masks, or scores where the model's own attention computes them in full, add 8 bytes for
-    each of `longest`, times the heads for scores.
+    padded result). Attention masks add 8 bytes for each of `longest`; with `own_attention` scores add them for each
+    head.
     """
     per_row = dtype.itemsize * (_layer_numbers(config) + UNFOLDED_PER_ROW * _token_numbers(config))
-    per_row += 8 * longest * (_heads(config) if has_own_attention(config) else 1)
+    per_row += 8 * longest * (_heads(config) if own_attention else 1)
     rows = int(_SHARE_OF_FREE_MEMORY * free_memory(device) / per_row)
     rows = min(max(rows, LEAST_ROWS), MOST_ROWS[device.type])
     # A sequence that does not fit would be a batch of its own, apart from those that it shares nearly all with.

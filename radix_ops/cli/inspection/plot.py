@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...data.records import UserError
+from ...engine.errors import UserError
 from ...plan.sharing import Prefixes, Sharing
 from .summary import ORDERS
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ...engine.costs import ForwardCost
+from ...plan.flops import ForwardCost
 from ...plan.sharing import Batches, Prefixes, Sharing
 
 LEAST_SPEED_UP = 1.05  # folding itself takes up to 5% where all rows stay
