@@ -42,7 +42,7 @@ from torch.autograd import forward_ad
 from .batch import FoldedBatch
 from .ops.checks import ATTENTION_DTYPES as _DTYPES
 from .ops.checks import INDEX_DTYPES
-from .ops.head_ops import head, head_plan
+from .ops.head import head_op, head_plan_op
 
 _IGNORED = -100
 
@@ -190,7 +190,7 @@ def _run_head(hidden, batch, labels, options, extra="none", ignore_index=_IGNORE
             raise ValueError(f"rows_per_chunk must be at least 1, got {rows_per_chunk}")
     labels = batch.unfold(batch.input_ids) if labels is None else labels
 
-    rows, ranks, pair_labels, token_pair, indptr, members, blocks = head_plan(
+    rows, ranks, pair_labels, token_pair, indptr, members, blocks = head_plan_op(
         labels,
         batch.unfold_index,
         batch.cu_seqlens,
@@ -200,7 +200,7 @@ def _run_head(hidden, batch, labels, options, extra="none", ignore_index=_IGNORE
         rows_per_chunk or 0,
     )
     scalars = float(logit_scale), float(softcap or 0), float(temperature)
-    values = head(hidden, weight, bias, rows, ranks, pair_labels, blocks, *scalars, dtype, extra)[:2]
+    values = head_op(hidden, weight, bias, rows, ranks, pair_labels, blocks, *scalars, dtype, extra)[:2]
 
     def to_tokens(of_pairs: Tensor) -> Tensor:  # its gradient sums tokens of one pair in a fixed order
         return torch.ops.radix.gather.csr(of_pairs, token_pair, indptr, members)

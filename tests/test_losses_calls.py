@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from radix_ops import FoldedBatch, losses
 from radix_ops.ops import head_plan
+from radix_ops.ops.head import head_op, head_plan_op
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -201,11 +202,11 @@ def test_opcheck():
     batch = FoldedBatch.from_sequences(NAMED["nested"], pad_multiple_of=4)
     hidden, weight, bias = tensors(batch, True)
     arguments = (random_labels(batch), batch.unfold_index, batch.cu_seqlens, batch.num_rows, weight.shape[0], -100, 3)
-    torch.library.opcheck(losses.head_plan, arguments)
-    rows, ranks, labels, *_, blocks = losses.head_plan(*arguments)
+    torch.library.opcheck(head_plan_op, arguments)
+    rows, ranks, labels, *_, blocks = head_plan_op(*arguments)
     for inputs, extra in (((hidden, weight, bias), "mean"), ((hidden, weight.detach(), None), "entropy")):
         options = (1.5, 2.0, 0.8, torch.float64, extra)
-        torch.library.opcheck(losses.head, (*inputs, rows, ranks, labels, blocks, *options))
+        torch.library.opcheck(head_op, (*inputs, rows, ranks, labels, blocks, *options))
 
 
 class Sharded(torch.Tensor):
