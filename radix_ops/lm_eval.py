@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from .batch import FoldedBatch
 from .hf import RadixStats, verify
+from .hf.guards import has_own_attention
 from .hf.logits import RowLogits
-from .plan.budget import find_budget, has_own_attention
+from .plan.budget import find_budget
 from .plan.planner import TokenStore, plan_folded
 
 __all__ = ["RadixLM"]
@@ -192,7 +193,7 @@ class RadixLM(HFLM):
                 TokenStore.from_sequences(inputs[i] for i in pending),
                 max_rows=max_rows,
                 max_tokens=_MAX_TOKENS_PER_ROW * max_rows,
-                max_positions=max_rows if self._rows.has_own_attention else None,
+                max_positions=max_rows if has_own_attention(self._rows.stack.config) else None,
             )
             is_done = np.zeros(len(pending), dtype=bool)
             for chosen, rows in zip(plan, plan.rows.tolist(), strict=True):

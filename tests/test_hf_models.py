@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -10,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from hf_models import error
+from hf_models import Witness, error
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from radix_ops import hf
-from radix_ops.hf import fold, proofs
+from radix_ops.hf import fold, guards, proofs
 
 # transformers renames gradient checkpointing; the old name serves all its supported versions.
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated")
@@ -252,6 +254,45 @@ def test_types_that_this_transformers_lacks_are_no_error():
 def test_stack_is_found(model_type, path):
     model = build(model_type)
     assert proofs.find_stack(model) is model.get_submodule(path)
+
+
+def variants(model_type: str):
+    """Small models of a proven type: as by default, with a cap on scores and without, of each kind of layer alone."""
+    arguments, model = prove_models.first_model(model_type)
+    yield model
+    changes = [{"layer_types": [kind] * 2, "num_hidden_layers": 2} for kind in set(proofs.layer_types_of(model.config))]
+    if hasattr(model.config, "attn_logit_softcapping"):
+        changes += [{"attn_logit_softcapping": cap} for cap in (None, 2.0)]
+    for changed in changes:
+        with contextlib.suppress(fold_checks.Unbuildable):
+            other = fold_checks.build(model_type, arguments | changed)
+            if guards.unfoldable(proofs.find_stack(other)) is None:
+                yield other
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", CONTENT["proven"])
+def test_config_tells_whose_attention_is_its_own(model_type):
+    skip_if_absent(model_type)
+    if Version(transformers.__version__) < Version(proof_of(model_type).since):
+        pytest.skip("not proven for this version of transformers")
+    for model in variants(model_type):
+        told = guards.has_own_attention(CONFIG_MAPPING[model_type](**model.config.to_dict()))
+        stack = proofs.find_stack(model)
+        with hf.folded(stack, threshold=1.0, verify="never"), Witness() as witness:
+            stack(input_ids=fold_checks.pad("right")[0][:, :9])
+            assert stack.radix_stats.folded == 1
+        assert told == (witness.attention_calls < proof_of(model_type).calls * stack.config.num_hidden_layers)
+        assert guards.has_own_attention(model.config) == guards.has_own_attention(stack.config) == told
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v4", "hy_v4"])
+def test_config_of_a_type_with_sinks_that_does_not_fold_tells_it(model_type):
+    skip_if_absent(model_type)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type))
+    assert any(name.endswith("sinks") for name, _ in model.named_parameters())
+    assert guards.has_own_attention(model.config)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from ..engine.errors import UserError
 from ..engine.items import Collector, Items
 from ..engine.loading import context_length
 from ..engine.runners import RunStats
-from ..plan.budget import Budget, find_budget, has_own_attention
+from ..plan.budget import Budget, find_budget
 from .arguments import add_trust_argument, positive_int, printable, progress_bar, thread_count
 
 MODEL_HELP = """\
@@ -140,8 +140,8 @@ def budget_of(args: argparse.Namespace, runner, items: Items) -> Budget:
     if args.token_budget:
         return Budget(args.token_budget)
     dtype = next(runner.model.parameters()).dtype
-    config, longest = runner.hf_config, int(items.lengths.max())
-    return find_budget(config, dtype, runner.device, longest, has_own_attention(config))
+    longest = int(items.lengths.max())
+    return find_budget(runner.hf_config, dtype, runner.device, longest, runner.own_attention)
 
 
 def with_progress(lines, desc: str) -> Iterator:

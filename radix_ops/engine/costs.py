@@ -11,7 +11,6 @@ from collections import Counter
 import torch
 from torch import nn
 
-from ..plan.budget import has_own_attention
 from ..plan.flops import ForwardCost, attention_flops, weight_flops
 from .errors import UserError
 from .loading import load_config, loading
@@ -28,6 +27,7 @@ def forward_cost(name: str, trust_remote_code: bool = False) -> ForwardCost:
     UserError where radix_ops does not fold such models, and where the config doesn't say enough.
     """
     config = load_config(name, trust_remote_code=trust_remote_code).get_text_config()
+    from ..hf.guards import has_own_attention
     from ..hf.proofs import proofs
 
     proven, refused = proofs()

@@ -77,6 +77,7 @@ class Qwen3Runner:
     """Our Qwen3, a Qwen3Model or Qwen3ForCausalLM in eval mode; its plain batches are packed."""
 
     max_padding = float("inf")  # there is none
+    own_attention = False  # scores have neither cap nor sinks
 
     def __init__(self, model, hf_config):
         self.model, self.hf_config = model, hf_config
@@ -141,6 +142,12 @@ class TransformersRunner:
     @property
     def vocab_size(self) -> int:
         return self.model.get_input_embeddings().weight.shape[0]
+
+    @property
+    def own_attention(self) -> bool:
+        from ..hf.guards import has_own_attention
+
+        return has_own_attention(self.hf_config)
 
     @property
     def rows(self) -> int:

@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .modes import is_plain
-from .proofs import class_of, is_proven_class, path_of, proof_of, unproven_config
+from .proofs import class_of, is_proven_class, layer_types_of, path_of, proof_of, unproven_config
 
 # Attention implementations whose answer the proofs compare with; another name may attend to anything.
 _KNOWN_ATTENTION = ("eager", "sdpa")
@@ -27,6 +27,14 @@ _checked_configs: weakref.WeakKeyDictionary[nn.Module, tuple[dict, str | None, i
 _next_version = itertools.count(1).__next__
 # Numbers of a config that make training of a decoder stack random where they are above 0; a head's own don't matter.
 RANDOM = re.compile(r"^(?!classifier|summary).*(drop|jitter|noise)")
+# Types whose attention has sinks, which no config tells, and the kind of layer that has them, None for all layers.
+# transformers 5.24 has these; those that don't fold are here because plain runs need a budget, too.
+_SINKS = {
+    "deepseek_v4": None, "flint": None, "gpt_oss": None, "granite_swa": None, "granitemoe_swa": None, "hy_v4": None,
+    "mimo_v2_flash": "sliding_attention",
+}  # fmt: skip
+# Types whose config has the field of a cap on scores that their attention doesn't read.
+_WITHOUT_CAP = ("gemma3_text",)
 _HOOK_KINDS = ("forward", "forward_pre", "backward", "backward_pre")
 # Whose hooks record, ask for gradients, load or gather weights, and don't look at positions.
 _HOOKS_OF = ("torch", "transformers")
@@ -57,6 +65,18 @@ def unfoldable(stack: PreTrainedModel) -> str | None:
         if reason is not None:
             return f"{_name(stack, module)} {reason}"
     return None
+
+
+def has_own_attention(config) -> bool:
+    """Return whether attention is the model's own, on the padded batch: it alone caps scores and knows sinks.
+
+    `config` is that of a model or of its decoder stack. The model needs not be loaded, nor be of a type that folds.
+    """
+    config = config.get_text_config()
+    if config.model_type in _SINKS:
+        kind = _SINKS[config.model_type]
+        return kind is None or kind in layer_types_of(config)
+    return config.model_type not in _WITHOUT_CAP and getattr(config, "attn_logit_softcapping", None) is not None
 
 
 def config_version(stack: PreTrainedModel) -> int:

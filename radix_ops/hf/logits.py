@@ -50,12 +50,6 @@ class RowLogits:
                 return f"{name or 'the model'} has a hook, which would see rows for positions"
         return guards.unfoldable(self.stack) or guards.interference(self.stack)
 
-    @property
-    def has_own_attention(self) -> bool:
-        """Whether its scores have a cap or sinks, so that attention runs on the padded batch."""
-        has_sinks = any(name.endswith("sinks") for name, _ in self.stack.named_parameters())
-        return has_sinks or getattr(self.stack.config, "attn_logit_softcapping", None) is not None
-
     def run(self, batch: FoldedBatch, layout: str = "auto") -> ModelOutput:
         """The decoder stack's output for a batch on its device; last_hidden_state is [1, num_rows, D]."""
         packed = PaddedBatch(batch, torch.Size([1, batch.num_tokens]), None)

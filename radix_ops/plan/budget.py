@@ -15,8 +15,6 @@ MOST_ROWS = {"cpu": 4096, "cuda": 65_536}
 # Tokens that a batch may unfold, and positions that its padded result may have, for each row.
 UNFOLDED_PER_ROW = 8
 _SHARE_OF_FREE_MEMORY = 0.5
-# Of transformers 5.24: their attention modules have a parameter `sinks`, which no config tells.
-_TYPES_WITH_SINKS = ("deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash")
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,6 @@ def find_budget(config, dtype: torch.dtype, device: torch.device, longest: int, 
     rows = min(max(rows, LEAST_ROWS), MOST_ROWS[device.type])
     # A sequence that does not fit would be a batch of its own, apart from those that it shares nearly all with.
     return Budget(max(rows, longest + longest // 4))
-
-
-def has_own_attention(config) -> bool:
-    """Whether attention scores have a cap or sinks, which only the model's own attention on padded batches computes."""
-    config = config.get_text_config()
-    return getattr(config, "attn_logit_softcapping", None) is not None or config.model_type in _TYPES_WITH_SINKS
 
 
 def _layer_numbers(config) -> int:

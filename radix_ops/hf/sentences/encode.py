@@ -131,7 +131,8 @@ class PlannedCall(Method):
         if any(sides & forward.reading().width for forward in self.forwards):
             return []  # a text's result depends on its batch
         max_rows = call.arguments["batch_size"] * int(lengths.max())
-        is_large = tokens.constants.get("logits_to_keep", 1) != 1 or any(map(_attends_padded, stacks))
+        own_attention = any(guards.has_own_attention(stack.config) for stack in stacks)
+        is_large = own_attention or tokens.constants.get("logits_to_keep", 1) != 1
         plan = plan_folded(
             tokens.store, max_rows=max_rows, max_positions=max_rows * (1 if is_large else _MAX_POSITIONS)
         )
@@ -142,12 +143,6 @@ class PlannedCall(Method):
 
         batches = zip(plan, plan.rows.tolist(), strict=True)
         return [indices for indices, num_rows in batches if is_worth_it(num_rows, int(lengths[indices].sum()))]
-
-
-def _attends_padded(stack: nn.Module) -> bool:
-    """Whether attention is the model's own on the padded batch: where its scores are capped or have sinks."""
-    is_capped = getattr(stack.config, "attn_logit_softcapping", None) is not None
-    return is_capped or any(name.endswith("sinks") for name, _ in stack.named_parameters())
 
 
 class MultiProcessCall(Method):
