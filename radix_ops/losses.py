@@ -32,6 +32,7 @@ TypeError for types and dtypes.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -43,8 +44,7 @@ from .batch import FoldedBatch
 from .ops.checks import ATTENTION_DTYPES as _DTYPES
 from .ops.checks import INDEX_DTYPES
 from .ops.head import head_op, head_plan_op
-
-_IGNORED = -100
+from .ops.head_plan import IGNORED_LABEL, HeadPlan
 
 
 def token_logprobs(
@@ -63,8 +63,8 @@ def token_logprobs(
 
     Args, dtypes and errors are those of the module. The result is in fp32 (fp64 for float64), in packed order.
     """
-    options = (weight, bias, temperature, logit_scale, softcap, rows_per_chunk)
-    return _run_head(hidden, batch, labels, options).logprobs
+    head = _Head(weight, bias, temperature, logit_scale, softcap, rows_per_chunk)
+    return _run_head(hidden, batch, labels, head).logprobs
 
 
 def token_logprobs_and_entropy(
@@ -80,8 +80,8 @@ def token_logprobs_and_entropy(
     rows_per_chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` and `token_entropy`, both [N], for one run of the head."""
-    options = (weight, bias, temperature, logit_scale, softcap, rows_per_chunk)
-    result = _run_head(hidden, batch, labels, options, extra="entropy")
+    head = _Head(weight, bias, temperature, logit_scale, softcap, rows_per_chunk)
+    result = _run_head(hidden, batch, labels, head, extra="entropy")
     return result.logprobs, result.extras
 
 
@@ -102,8 +102,8 @@ def token_entropy(
     It stands where the log-probability of token i does, so that one mask serves both, and a mean over tokens counts a
     row as often as it predicts a token of the batch. Of labels, only which are targets matters.
     """
-    options = (weight, bias, temperature, logit_scale, softcap, rows_per_chunk)
-    return _run_head(hidden, batch, labels, options, extra="entropy").extras
+    head = _Head(weight, bias, temperature, logit_scale, softcap, rows_per_chunk)
+    return _run_head(hidden, batch, labels, head, extra="entropy").extras
 
 
 def sequence_logprobs(
@@ -124,8 +124,8 @@ def sequence_logprobs(
     0 for a sequence without a target.
     """
     _check_choice("reduction", reduction, ("sum", "mean"))
-    options = (weight, bias, temperature, logit_scale, softcap, rows_per_chunk)
-    result = _run_head(hidden, batch, labels, options)
+    head = _Head(weight, bias, temperature, logit_scale, softcap, rows_per_chunk)
+    result = _run_head(hidden, batch, labels, head)
     sums = _sum_sequences(result.logprobs, batch)
     if reduction == "sum":
         return sums
@@ -142,7 +142,7 @@ def causal_lm_loss(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    ignore_index: int = _IGNORED,
+    ignore_index: int = IGNORED_LABEL,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     rows_per_chunk: int | None = None,
@@ -160,9 +160,9 @@ def causal_lm_loss(
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     _check_number("label_smoothing", label_smoothing, "from 0 to 1", lambda x: 0 <= x <= 1)
-    options = (weight, bias, temperature, logit_scale, softcap, rows_per_chunk)
+    head = _Head(weight, bias, temperature, logit_scale, softcap, rows_per_chunk)
     extra = "mean" if label_smoothing else "none"
-    result = _run_head(hidden, batch, labels, options, extra, ignore_index)
+    result = _run_head(hidden, batch, labels, head, extra, ignore_index)
     losses = -result.logprobs
     if label_smoothing:
         losses = losses * (1 - label_smoothing) - result.extras * label_smoothing
@@ -171,42 +171,62 @@ def causal_lm_loss(
     return losses.sum() if reduction == "sum" else losses.sum() / result.is_target.sum()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Head:
+    """A language model's head and how it is run, as the functions above take them."""
+
+    weight: Tensor
+    bias: Tensor | None
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+    rows_per_chunk: int | None
+
+    def check(self) -> None:
+        """Raises ValueError or TypeError for a number that is not allowed."""
+        numbers = {"temperature": self.temperature, "logit_scale": self.logit_scale}
+        if self.softcap is not None:
+            numbers["softcap"] = self.softcap
+        for name, value in numbers.items():
+            _check_number(name, value, "above 0 and finite", lambda x: 0 < x < math.inf)
+        rows = self.rows_per_chunk
+        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int)):
+            raise TypeError(f"rows_per_chunk must be an int or None, got {type(rows).__name__}")
+        if rows is not None and rows < 1:
+            raise ValueError(f"rows_per_chunk must be at least 1, got {rows}")
+
+
 class _Result(NamedTuple):
     logprobs: Tensor  # [N], 0 where there is no target
     extras: Tensor | None  # [N] likewise: the entropy, or the mean log-probability of the vocabulary
     is_target: Tensor  # bool [N]
 
 
-def _run_head(hidden, batch, labels, options, extra="none", ignore_index=_IGNORED) -> _Result:
-    weight, bias, temperature, logit_scale, softcap, rows_per_chunk = options
-    dtype = _check_tensors(hidden, batch, labels, weight, bias)
-    for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
-        if value is not None or name != "softcap":
-            _check_number(name, value, "above 0 and finite", lambda x: 0 < x < math.inf)
-    if rows_per_chunk is not None:
-        if isinstance(rows_per_chunk, bool) or not isinstance(rows_per_chunk, int):
-            raise TypeError(f"rows_per_chunk must be an int or None, got {type(rows_per_chunk).__name__}")
-        if rows_per_chunk < 1:
-            raise ValueError(f"rows_per_chunk must be at least 1, got {rows_per_chunk}")
+def _run_head(hidden, batch, labels, head: _Head, extra="none", ignore_index=IGNORED_LABEL) -> _Result:
+    dtype = _check_tensors(hidden, batch, labels, head.weight, head.bias)
+    head.check()
     labels = batch.unfold(batch.input_ids) if labels is None else labels
 
-    rows, ranks, pair_labels, token_pair, indptr, members, blocks = head_plan_op(
-        labels,
-        batch.unfold_index,
-        batch.cu_seqlens,
-        batch.num_rows,
-        weight.shape[0],
-        ignore_index,
-        rows_per_chunk or 0,
+    plan = HeadPlan(
+        *head_plan_op(
+            labels,
+            batch.unfold_index,
+            batch.cu_seqlens,
+            batch.num_rows,
+            head.weight.shape[0],
+            ignore_index,
+            head.rows_per_chunk or 0,
+        )
     )
-    scalars = float(logit_scale), float(softcap or 0), float(temperature)
-    values = head_op(hidden, weight, bias, rows, ranks, pair_labels, blocks, *scalars, dtype, extra)[:2]
+    pairs = plan.rows, plan.pair_ranks, plan.pair_labels, plan.blocks
+    scalars = float(head.logit_scale), float(head.softcap or 0), float(head.temperature)
+    logprobs, extras, _ = head_op(hidden, head.weight, head.bias, *pairs, *scalars, dtype, extra)
 
     def to_tokens(of_pairs: Tensor) -> Tensor:  # its gradient sums tokens of one pair in a fixed order
-        return torch.ops.radix.gather.csr(of_pairs, token_pair, indptr, members)
+        return torch.ops.radix.gather.csr(of_pairs, plan.token_pair, plan.pair_indptr, plan.pair_members)
 
-    extras = None if extra == "none" else to_tokens(values[1])
-    return _Result(to_tokens(values[0]), extras, token_pair < pair_labels.shape[0] - 1)
+    is_target = plan.token_pair < plan.pair_labels.shape[0] - 1
+    return _Result(to_tokens(logprobs), None if extra == "none" else to_tokens(extras), is_target)
 
 
 def _sum_sequences(values: Tensor, batch: FoldedBatch) -> Tensor:

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING
 
+from ..ops.head_plan import IGNORED_LABEL
 from .guards import has_foreign_hook
 from .modes import why_unreadable
 from .proofs import class_of, is_proven_class, proof_of
-
-_IGNORED_LABEL = -100
 
 
 def causal_lm_class(config) -> type | None:
@@ -66,7 +65,7 @@ def head_reads_padding(head: PreTrainedModel, arguments: Mapping[str, Any]) -> b
         return True
     if labels is None:
         return False
-    ignored = _IGNORED_LABEL
+    ignored = IGNORED_LABEL
     if kind == "ForCausalLM":
         ignored = arguments.get("ignore_index", ignored)
         shifted = arguments.get("shift_labels")

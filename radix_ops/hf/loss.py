@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from ..losses import causal_lm_loss
+from ..ops.head_plan import IGNORED_LABEL
 from .fold import PaddedBatch, _shallow_copy
 from .heads import is_rowwise
 from .proofs import class_of
 
-_IGNORED = -100
 # Whether models that are called with labels are to return their loss without logits.
 wanted: contextvars.ContextVar[bool] = contextvars.ContextVar("radix_loss_on_rows", default=False)
 
@@ -71,10 +71,10 @@ def _packed_labels(padded: PaddedBatch, labels: Tensor) -> Tensor | None:
     """
     flat = labels.flatten()
     if padded.real is not None:
-        return flat[padded.real] if bool((labels[~padded.is_real()] == _IGNORED).all()) else None
+        return flat[padded.real] if bool((labels[~padded.is_real()] == IGNORED_LABEL).all()) else None
     starts = padded.batch.cu_seqlens[:-1]
     behind_others = starts[starts % labels.shape[1] != 0]
-    return flat if bool((flat[behind_others] == _IGNORED).all()) else None
+    return flat if bool((flat[behind_others] == IGNORED_LABEL).all()) else None
 
 
 def _passes_logits_on(head: PreTrainedModel, stack: PreTrainedModel) -> bool:

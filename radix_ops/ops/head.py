@@ -26,17 +26,37 @@ from .head_plan import Block, HeadPlan, blocks_of, plan_head
 _NO_LOGIT = -1e4
 
 
+class _Call(NamedTuple):
+    """The arguments of radix_losses::head, in the order of its schema."""
+
+    hidden: Tensor  # [num_rows, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    rows: Tensor  # this and the next three as in HeadPlan
+    pair_ranks: Tensor
+    pair_labels: Tensor
+    blocks: Tensor
+    logit_scale: float
+    softcap: float  # 0: none
+    temperature: float
+    dtype: torch.dtype  # of the products
+    extra: str  # "none", "entropy" or "mean"
+
+
+_NUM_TENSORS = _Call._fields.index("logit_scale")
+
+
 class _Head:
     """The head on the rows of a plan: its products in `dtype`, what they add up to in fp32 (fp64 for float64)."""
 
-    def __init__(self, hidden, weight, bias, rows, blocks, logit_scale, softcap, temperature, dtype):
-        self.dtype, self.wide = dtype, torch.promote_types(dtype, torch.float32)
-        self.operand_dtype = _operand_dtype(hidden.device, dtype)
-        self.weight, self.bias = weight, bias
-        self.softcap, self.logit_scale, self.temperature = softcap, logit_scale, temperature
-        self.states = self.operand(hidden.index_select(0, rows))  # [R, D]
-        self.blocks = blocks_of(blocks, rows.shape[0], weight.shape[0])
-        block_rows, block_columns = blocks[:2].tolist()
+    def __init__(self, call: _Call):
+        self.dtype, self.wide = call.dtype, torch.promote_types(call.dtype, torch.float32)
+        self.operand_dtype = _operand_dtype(call.hidden.device, call.dtype)
+        self.weight, self.bias = call.weight, call.bias
+        self.softcap, self.logit_scale, self.temperature = call.softcap, call.logit_scale, call.temperature
+        self.states = self.operand(call.hidden.index_select(0, call.rows))  # [R, D]
+        self.blocks = blocks_of(call.blocks, call.rows.shape[0], call.weight.shape[0])
+        block_rows, block_columns = call.blocks[:2].tolist()
         self.buffer = self.states.new_empty(block_rows * block_columns, dtype=self.wide)
 
     @property
@@ -117,12 +137,12 @@ class _Plain:
         return (gradient if slope is None else gradient.mul_(slope)).to(dtype)
 
 
-def forward(
-    hidden, weight, bias, rows, pair_ranks, pair_labels, blocks, logit_scale, softcap, temperature, dtype, extra
-):
-    """logprobs [U + 1] and the extra of each pair's row [U + 1], the last of both 0; statistics [3, R]."""
-    head = _Head(hidden, weight, bias, rows, blocks, logit_scale, softcap, temperature, dtype)
-    num_rows, num_pairs, vocabulary = rows.shape[0], pair_labels.shape[0] - 1, weight.shape[0]
+def forward(*arguments):
+    """Return logprobs [U + 1], the extra of each pair's row [U + 1], the last of both 0, and statistics [3, R]."""
+    call = _Call(*arguments)
+    head = _Head(call)
+    weight, pair_ranks, pair_labels, extra = call.weight, call.pair_ranks, call.pair_labels, call.extra
+    num_rows, num_pairs, vocabulary = call.rows.shape[0], pair_labels.shape[0] - 1, weight.shape[0]
     statistics = head.buffer.new_zeros(3, num_rows)
     highest, total, third = statistics
     highest.fill_(-torch.inf)
@@ -181,31 +201,15 @@ def _row_terms(grad_logprobs, grad_extra, statistics, pair_ranks, extra, slope, 
     return _RowTerms(highest, constant, -of_extra * slope / total, None)
 
 
-def backward(
-    grad_logprobs,
-    grad_extra,
-    statistics,
-    hidden,
-    weight,
-    bias,
-    rows,
-    pair_ranks,
-    pair_labels,
-    blocks,
-    logit_scale,
-    softcap,
-    temperature,
-    dtype,
-    extra,
-    needs_hidden,
-    needs_weight,
-    needs_bias,
-):
-    """The gradients of hidden, weight and bias; empty tensors for those that are not needed."""
-    head = _Head(hidden, weight, bias, rows, blocks, logit_scale, softcap, temperature, dtype)
-    slope, num_rows, vocabulary = logit_scale / temperature, rows.shape[0], weight.shape[0]
-    terms = _row_terms(grad_logprobs, grad_extra, statistics, pair_ranks, extra, slope, vocabulary)
-    bent = (temperature / softcap) ** 2 if softcap else 0.0
+def backward(grad_logprobs, grad_extra, statistics, *arguments):
+    """Return the gradients of hidden, weight and bias; empty tensors for those that are not needed."""
+    *arguments, needs_hidden, needs_weight, needs_bias = arguments
+    call = _Call(*arguments)
+    head = _Head(call)
+    hidden, weight, pair_ranks, pair_labels = call.hidden, call.weight, call.pair_ranks, call.pair_labels
+    slope, num_rows, vocabulary = call.logit_scale / call.temperature, call.rows.shape[0], weight.shape[0]
+    terms = _row_terms(grad_logprobs, grad_extra, statistics, pair_ranks, call.extra, slope, vocabulary)
+    bent = (call.temperature / call.softcap) ** 2 if call.softcap else 0.0
 
     grad_states = head.buffer.new_zeros(num_rows if needs_hidden else 0, weight.shape[1])
     grad_weight = weight.new_zeros(weight.shape if needs_weight else 0)
@@ -236,8 +240,8 @@ def backward(
         del gradient  # the next block's takes its place
     grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else 0)
     if needs_hidden:
-        grad_hidden.index_copy_(0, rows, grad_states.to(hidden.dtype))
-    return grad_hidden, grad_weight, grad_bias.to(grad_bias.dtype if bias is None else bias.dtype)
+        grad_hidden.index_copy_(0, call.rows, grad_states.to(hidden.dtype))
+    return grad_hidden, grad_weight, grad_bias.to(grad_bias.dtype if call.bias is None else call.bias.dtype)
 
 
 _PLAN = "Tensor rows, Tensor pair_ranks, Tensor pair_labels, Tensor blocks"
@@ -289,17 +293,17 @@ def _head_plan_fake(labels, unfold_index, cu_seqlens, num_rows, vocabulary, igno
 
 
 @head_op.register_fake
-def _head_fake(
-    hidden, weight, bias, rows, pair_ranks, pair_labels, blocks, logit_scale, softcap, temperature, dtype, extra
-):
-    num_pairs = pair_labels.shape[0]
-    logprobs = hidden.new_empty(num_pairs, dtype=torch.promote_types(dtype, torch.float32))
-    return logprobs, logprobs.new_empty(0 if extra == "none" else num_pairs), logprobs.new_empty(3, rows.shape[0])
+def _head_fake(*arguments):
+    call = _Call(*arguments)
+    num_pairs = call.pair_labels.shape[0]
+    logprobs = call.hidden.new_empty(num_pairs, dtype=torch.promote_types(call.dtype, torch.float32))
+    extras = logprobs.new_empty(0 if call.extra == "none" else num_pairs)
+    return logprobs, extras, logprobs.new_empty(3, call.rows.shape[0])
 
 
 @head_backward_op.register_fake
-def _head_backward_fake(grad_logprobs, grad_extras, statistics, hidden, weight, bias, *rest):
-    needs_hidden, needs_weight, needs_bias = rest[-3:]
+def _head_backward_fake(grad_logprobs, grad_extras, statistics, *arguments):
+    (hidden, weight, bias), (needs_hidden, needs_weight, needs_bias) = arguments[:3], arguments[-3:]
     grad_bias = grad_logprobs.new_empty(weight.shape[0] if needs_bias else 0)
     return (
         hidden.new_empty(hidden.shape if needs_hidden else 0),
@@ -309,9 +313,10 @@ def _head_backward_fake(grad_logprobs, grad_extras, statistics, hidden, weight, 
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.options = inputs[7:]
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(output[2], *inputs[:7])
+    statistics = output[2]
+    ctx.options = inputs[_NUM_TENSORS:]
+    ctx.mark_non_differentiable(statistics)
+    ctx.save_for_backward(statistics, *inputs[:_NUM_TENSORS])
 
 
 def _backward(ctx, grad_logprobs, grad_extras, _):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# The label of tokens that are no targets, as torch's cross_entropy and transformers have it.
+IGNORED_LABEL = -100
 # Logits that exist at a time by default: 128 MiB of them in fp32.
 _BLOCK_LOGITS = 1 << 25
 # About so many rows, in a block of the default size, give both products of the backward enough parts to be made at a
