@@ -16,6 +16,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from .._attention import AttentionPlan, attend, cast_for_autocast, check_attention, plan_attention
 from ..batch import FoldedBatch, fold
 from .proofs import class_of
+from .twins import shallow_copy, twin_of
 
 _ATTENTION_NAME = "radix_ops"
 # Further arguments of a stack's forward that may reach its layers because they don't change what a row computes.
@@ -117,7 +118,7 @@ def run_folded(
         maybe_install_capturing_hooks(stack)
     call = _FoldedCall(padded.batch, plan_attention(padded.batch, layout))
     outputs = class_of(stack).forward(
-        _twin_of(stack, {}),
+        _with_our_attention(stack),
         input_ids=padded.batch.input_ids[None],
         position_ids=padded.batch.position_ids[None],
         use_cache=False,
@@ -143,35 +144,27 @@ def run_folded(
     return outputs.to_tuple() if wants_dict is False else outputs
 
 
-def _twin_of(module: nn.Module, configs: dict[int, PreTrainedConfig]) -> nn.Module:
-    """The same module, parameters, hooks, flags and all, whose attention is ours.
+def _with_our_attention(stack: PreTrainedModel) -> nn.Module:
+    """Return a twin of the stack, parameters, hooks, flags and all, whose attention is ours.
 
     The attention function is named by the config, which the model shares with its owner, with other threads and with
-    layers that are computed again during backward. So the name changes in copies of the configs, and shallow copies of
-    the modules that hold one, and of the modules around those, lead there. No mask function has our name, so no mask
-    is made. `configs` holds the copies by the identity of what they are copies of.
+    layers that are computed again during backward. So the name changes in copies of the configs, to which twins of the
+    modules that hold one lead. No mask function has our name, so no mask is made.
     """
-    replaced: dict[str, Any] = {}
-    is_torchs = type(module).__module__.startswith("torch.nn.")  # and knows no config
-    for name, value in () if is_torchs else module.__dict__.items():
-        if isinstance(value, PreTrainedConfig):
-            if id(value) not in configs:
-                configs[id(value)] = _shallow_copy(value, _attn_implementation_internal=_ATTENTION_NAME)
-            replaced[name] = configs[id(value)]
-    if module._modules:
-        children = {name: child and _twin_of(child, configs) for name, child in module._modules.items()}
-        if any(children[name] is not child for name, child in module._modules.items()):
-            replaced["_modules"] = children
-    if not replaced:
-        return module
-    # A compiled call is bound to the original.
-    return _shallow_copy(module, **replaced, _compiled_call_impl=None)
+    configs: dict[int, PreTrainedConfig] = {}  # copies, by the identity of the original
 
+    def changes(module: nn.Module) -> dict[str, Any]:
+        if type(module).__module__.startswith("torch.nn."):
+            return {}  # torch's own modules know no config
+        found = {}
+        for name, value in module.__dict__.items():
+            if isinstance(value, PreTrainedConfig):
+                if id(value) not in configs:
+                    configs[id(value)] = shallow_copy(value, _attn_implementation_internal=_ATTENTION_NAME)
+                found[name] = configs[id(value)]
+        return found
 
-def _shallow_copy(original: nn.Module | PreTrainedConfig, **replaced):
-    copied = object.__new__(type(original))
-    copied.__dict__.update(original.__dict__, **replaced)
-    return copied
+    return twin_of(stack, changes)
 
 
 def _folded_attention(

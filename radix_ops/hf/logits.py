@@ -12,8 +12,9 @@ from transformers.utils import ModelOutput
 
 from ..batch import FoldedBatch
 from . import guards, proofs
-from .fold import PaddedBatch, _shallow_copy, run_folded
+from .fold import PaddedBatch, run_folded
 from .heads import causal_lm_class
+from .twins import shallow_copy, with_part
 
 
 class RowLogits:
@@ -60,18 +61,7 @@ class RowLogits:
         """[len(rows), vocabulary]: the model's logits at `rows` of the batch that `run` gave these outputs for."""
         states = outputs.last_hidden_state[:, rows]  # [1, len(rows), D]
         chosen = type(outputs)(last_hidden_state=states)
-        # A compiled call is bound to the original.
-        stack = _shallow_copy(self.stack, forward=lambda *args, **kwargs: chosen, _compiled_call_impl=None)
-        model = _with_stack(self.owner, self.stack, stack)
+        stack = shallow_copy(self.stack, forward=lambda *args, **kwargs: chosen)
+        model = with_part(self.owner, self.stack, stack)
         ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
         return model(input_ids=ids, use_cache=False, return_dict=True).logits[0]
-
-
-def _with_stack(module: nn.Module, stack: nn.Module, replacement: nn.Module) -> nn.Module:
-    """`module` with another decoder stack in its place: copies of the modules that lead there, all else shared."""
-    if module is stack:
-        return replacement
-    children = {name: child and _with_stack(child, stack, replacement) for name, child in module._modules.items()}
-    if all(children[name] is child for name, child in module._modules.items()):
-        return module
-    return _shallow_copy(module, _modules=children, _compiled_call_impl=None)

@@ -14,9 +14,10 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 
 from ..losses import causal_lm_loss
 from ..ops.head_plan import IGNORED_LABEL
-from .fold import PaddedBatch, _shallow_copy
+from .fold import PaddedBatch
 from .heads import is_rowwise
 from .proofs import class_of
+from .twins import shallow_copy, with_part
 
 # Whether models that are called with labels are to return their loss without logits.
 wanted: contextvars.ContextVar[bool] = contextvars.ContextVar("radix_loss_on_rows", default=False)
@@ -89,7 +90,7 @@ def _passes_logits_on(head: PreTrainedModel, stack: PreTrainedModel) -> bool:
     stand_in = nn.Identity()
     stand_in.forward = lambda *args, **kwargs: _OnlyStates(states)
     twin = _twin_of(head, lambda states: given.append(states) or states, loss)
-    twin = _with(twin, _path_of(stack, head), stand_in)
+    twin = with_part(twin, stack, stand_in)
     ids = torch.zeros(1, 2, dtype=torch.int64)
     class_of(head).forward(twin, input_ids=ids, labels=ids, use_cache=False, return_dict=True)
     return len(given) == len(taken) == 1 and given[0] is taken[0]
@@ -111,19 +112,5 @@ class _OnlyStates:
 def _twin_of(head: PreTrainedModel, make_logits, loss) -> PreTrainedModel:
     """The same head, with another function in place of the projection to logits, and another loss."""
     lm_head = head.get_output_embeddings()
-    twin = _with(head, _path_of(lm_head, head), _shallow_copy(lm_head, forward=make_logits, _compiled_call_impl=None))
-    return _shallow_copy(twin, _loss_function=loss)
-
-
-def _path_of(module: nn.Module, model: nn.Module) -> list[str]:
-    return next(name for name, found in model.named_modules() if found is module).split(".")
-
-
-def _with(module: nn.Module, path: list[str], replacement: nn.Module) -> nn.Module:
-    """`module` with another one at `path`: copies of the modules that lead there, all else shared."""
-    if not path:
-        return replacement
-    name, *further = path
-    child = _with(module._modules[name], further, replacement)
-    # A compiled call is bound to the original.
-    return _shallow_copy(module, _modules=module._modules | {name: child}, _compiled_call_impl=None)
+    twin = with_part(head, lm_head, shallow_copy(lm_head, forward=make_logits))
+    return shallow_copy(twin, _loss_function=loss)
