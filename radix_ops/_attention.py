@@ -124,7 +124,7 @@ def attend(
     if plan.otherwise is not None and not _trie_is_faster(q, v, plan):
         layout = plan.otherwise
     if layout == "trie":
-        tables = *plan.order, batch.kv_index, batch.cu_seqlens_q, batch.num_nodes
+        tables = trie.TrieTables(*plan.order, batch.kv_index, batch.cu_seqlens_q, batch.num_nodes)
         return torch.ops.radix.trie_attention(q, k, v, *tables, factor, window)[0]
     if layout == "unfold":
         packed = [batch.unfold(x) for x in (q, k, v)]

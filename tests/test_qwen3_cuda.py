@@ -189,7 +189,7 @@ def test_the_trie_layout_compiles_once_for_batches_never_seen():
                 torch.testing.assert_close(g, w, rtol=5e-2, atol=5e-2)
 
     def compiled():
-        kernels = trie_triton._forward, trie_triton._backward_q, trie_triton._backward_kv
+        kernels = trie_triton.forward_kernel, trie_triton.backward_q_kernel, trie_triton.backward_kv_kernel
         return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
 
     run(333, 61)

@@ -166,7 +166,8 @@ def test_no_key_or_value_is_unfolded():
 def test_nothing_below_an_edge_is_computed_alone():
     """The shared 200 rows are read as whole tiles, not once for each of the sequences below."""
     batch = FoldedBatch.from_sequences([[*range(200), i] for i in range(1000, 1050)])
-    edges = trie._Edges.of(*order_of(batch)[:4], batch.cu_seqlens_q, batch.num_nodes)
+    tables = trie.TrieTables(*order_of(batch), batch.kv_index, batch.cu_seqlens_q, batch.num_nodes)
+    edges = trie._Edges.of(tables)
     k = torch.zeros(batch.num_rows, 1, 1)
     below = [t for t in trie._tiles(edges, 0, 256, k, k) if t.mask is None and t.keys.stop - t.keys.start == 200]
     assert [tile.queries.stop - tile.queries.start for tile in below] == [50]

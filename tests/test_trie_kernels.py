@@ -16,6 +16,7 @@ from batches import NAMED
 from test_trie import LONG, NESTED_RUNS, ancestors_of, order_of
 
 from radix_ops import FoldedBatch
+from radix_ops.ops.trie import TrieTables
 
 SHORT = [[*range(45), i] for i in range(3)] + [[*range(15), 5, *range(20)], list(range(30)), [*range(15), 5]]
 # Query heads, key/value heads, head_dim of keys and of values, sliding window, scale.
@@ -37,13 +38,17 @@ def dense(q, k, v, sees, scale):
     return torch.einsum("hqk,khd->qhd", weights, v)
 
 
+def tables_of(batch):
+    return TrieTables(*order_of(batch), batch.kv_index, batch.cu_seqlens_q, batch.num_nodes)
+
+
 def strided(x):
     """The same values at [heads, rows, 1 + size], the first column left out."""
     return torch.cat([x[..., :1], x], -1).transpose(0, 1).contiguous().transpose(0, 1)[..., 1:]
 
 
 def check(sequences, shape, dtype, device, tolerance, layout=lambda x: x):
-    from radix_ops.ops import trie_triton
+    from radix_ops.ops import trie_launch
 
     heads, kv_heads, size, value_size, window, scale = shape
     batch = FoldedBatch.from_sequences(sequences, pad_multiple_of=4, device=device)
@@ -57,15 +62,14 @@ def check(sequences, shape, dtype, device, tolerance, layout=lambda x: x):
     for x in (q, k, v, grad_out):
         x[batch.num_nodes :] = float("nan")  # what padding rows hold must not matter
     q, k, v = map(layout, (q, k, v))
-    _, leave, depth, row_of, path = order_of(batch)
-    tables = leave, depth, row_of, path, batch.kv_index, batch.num_nodes, scale, window
-    out, logsumexp = trie_triton.forward(q, k, v, *tables)
-    grads = trie_triton.backward(grad_out, q, k, v, out, logsumexp, *tables)
+    tables = tables_of(batch)
+    out, logsumexp = trie_launch.forward(q, k, v, tables, scale, window)
+    grads = trie_launch.backward(grad_out, q, k, v, out, logsumexp, tables, scale, window)
 
     nodes = batch.num_nodes
     sees = ancestors_of(batch)[:nodes, :nodes].to(device)
     if window:
-        sees &= depth[:nodes, None] - depth[:nodes] < window
+        sees &= tables.depth[:nodes, None] - tables.depth[:nodes] < window
     inputs = [x[:nodes].double().requires_grad_() for x in (q, k, v)]
     want = dense(*inputs, sees, scale)
     wanted = torch.autograd.grad(want, inputs, grad_out[:nodes].double())
@@ -99,9 +103,9 @@ def watch_memory():
     import numpy
     from triton.runtime import interpreter
 
-    from radix_ops.ops import trie_triton
+    from radix_ops.ops import trie_launch
 
-    launch, builder = trie_triton._launch, interpreter.InterpreterBuilder
+    launch, builder = trie_launch._launch, interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
     bounds = []
 
@@ -129,7 +133,7 @@ def watch_memory():
         check_pointers(pointers, mask)
         return store(self, pointers, values, mask, *arguments)
 
-    trie_triton._launch, builder.create_masked_load, builder.create_masked_store = (
+    trie_launch._launch, builder.create_masked_load, builder.create_masked_store = (
         watched_launch,
         watched_load,
         watched_store,
@@ -137,7 +141,7 @@ def watch_memory():
 
 
 def interpret_damaged():
-    from radix_ops.ops import trie_triton
+    from radix_ops.ops import trie_launch
 
     set_small_blocks()
     watch_memory()
@@ -145,22 +149,51 @@ def interpret_damaged():
     # Keys that all queries of a block see, queries that see all keys of a block, and padding rows.
     batch = FoldedBatch.from_sequences([[*range(34), i, *range(7)] for i in range(2)], pad_multiple_of=4)
     q, k, v = (torch.randn(batch.num_rows, heads, 16) for heads in (2, 1, 1))
-    _, leave, depth, row_of, path = order_of(batch)
-    sound = row_of, leave, depth, path, batch.kv_index
+    tables = tables_of(batch)
+    sound = [getattr(tables, name) for name in names]
     for window in (0, 9):
-        for tables in (dict(zip(names, sound, strict=True)), *damaged(names, sound, window)):
-            arguments = {**tables, "num_nodes": batch.num_nodes, "scale": 0.3, "window": window}
-            out, logsumexp = trie_triton.forward(q, k, v, **arguments)
-            trie_triton.backward(out, q, k, v, out, logsumexp, **arguments)
+        for wrong in ({}, *damaged(names, sound, window)):
+            arguments = tables._replace(**wrong), 0.3, window
+            out, logsumexp = trie_launch.forward(q, k, v, *arguments)
+            trie_launch.backward(out, q, k, v, out, logsumexp, *arguments)
     print("interpreted")
 
 
 def set_small_blocks():
     """Blocks small enough that short batches have full ones, masked ones and several."""
-    from radix_ops.ops import trie_triton
+    from radix_ops.ops import trie_launch, trie_triton
 
-    for kernel, config in (("_forward", (32, 16)), ("_backward_q", (32, 16)), ("_backward_kv", (16, 32))):
-        trie_triton._CONFIGS[getattr(trie_triton, kernel)] = [None, (*config, 1, 4)]  # the first is Hopper's
+    for kernel, config in (("forward", (32, 16)), ("backward_q", (32, 16)), ("backward_kv", (16, 32))):
+        # The first is Hopper's.
+        trie_launch._CONFIGS[getattr(trie_triton, f"{kernel}_kernel")] = [None, (*config, 1, 4)]
+
+
+def interpret_wide():
+    """Tables in int64 mean what they do in int32, and a number that int32 does not hold is no other number."""
+    from radix_ops.ops import trie_launch
+
+    set_small_blocks()
+    batch = FoldedBatch.from_sequences(NAMED["nested"], pad_multiple_of=8)
+    q, k, v = (torch.randn(batch.num_rows, heads, 16) for heads in (2, 1, 1))
+    tables = tables_of(batch)
+    names = "leave", "depth", "row_of", "path", "kv_index"
+    wide = tables._replace(**{name: getattr(tables, name).long() for name in names})
+    want, got = (trie_launch.forward(q, k, v, given, 0.3, 0) for given in (tables, wide))
+    assert all(map(torch.equal, got, want))
+    backward = trie_launch.backward
+    assert all(map(torch.equal, *(backward(want[0], q, k, v, *want, given, 0.3, 0) for given in (wide, tables))))
+    for name in names:
+        for far in (2**32, -(2**32)):
+            table = getattr(wide, name).clone()
+            table[1] += far  # which int32 would read as what stood there
+            calls = (
+                lambda given: trie_launch.forward(q, k, v, given, 0.3, 0),
+                lambda given: backward(want[0], q, k, v, *want, given, 0.3, 0),
+            )
+            for call in calls:
+                with pytest.raises(RuntimeError, match=f"{name} must hold numbers that int32 holds"):
+                    call(wide._replace(**{name: table}))
+    print("interpreted")
 
 
 def interpret():
@@ -175,12 +208,44 @@ def interpret():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed, which no CPU needs")
-@pytest.mark.parametrize("what", ["sound", "damaged"])
+@pytest.mark.parametrize("what", ["sound", "damaged", "wide"])
 def test_kernels_interpreted(what):
-    """Right results of sound tables; of damaged ones no load and no store outside the arguments, and an end."""
+    """Right results of sound tables, in int64 too; of damaged ones no load and no store outside the arguments."""
     result = processes.run_python(__file__, what, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr
     assert result.stdout == "interpreted\n"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed, which no CPU needs")
+@pytest.mark.parametrize("group", [1, 7, 40])
+def test_more_pairs_than_int32_counts_are_refused(group, monkeypatch):
+    """Before anything is launched: the tensors here are views of one row."""
+    from radix_ops.ops import trie_launch
+
+    tables = tables_of(FoldedBatch.from_sequences([[1]]))
+    launched = []
+    monkeypatch.setattr(trie_launch, "_launch", lambda *arguments: launched.append(arguments))
+    monkeypatch.setattr(trie_launch, "_contiguous", lambda x: x)
+    most = 2**31 // group - 256
+    for rows in (most, most + 1):
+        q, k = (torch.zeros(1, heads, 16, device="meta").expand(rows, -1, -1) for heads in (group, 1))
+        sums = torch.zeros(group, 1, device="meta").expand(-1, rows)
+        calls = {
+            "trie_attention": lambda q=q, k=k: trie_launch.forward(q, k, k, tables, 1.0, 0),
+            "trie_attention_backward": lambda q=q, k=k, sums=sums: trie_launch.backward(
+                q, q, k, k, q, sums, tables, 1.0, 0
+            ),
+        }
+        for op, call in calls.items():
+            if rows == most:
+                call()
+                continue
+            message = (
+                rf"radix::{op}: the Triton kernels take at most {most} rows with {group} query heads .* got {rows}"
+            )
+            with pytest.raises(RuntimeError, match=message):
+                call()
+    assert len(launched) == 3
 
 
 @pytest.mark.cuda
@@ -245,15 +310,14 @@ def test_offsets_past_32_bits():
     far = storage.as_strided((batch.num_rows, 2, 16), (16, 2**31, 1))
     near = torch.randn(far.shape, dtype=torch.bfloat16, device="cuda")
     far.copy_(near)
-    _, *order = order_of(batch)
-    from radix_ops.ops import trie_triton
+    from radix_ops.ops import trie_launch
 
-    tables = *order, batch.kv_index, batch.num_nodes, 0.25, 0
-    want = trie_triton.forward(near, near, near, *tables)
+    arguments = tables_of(batch), 0.25, 0
+    want = trie_launch.forward(near, near, near, *arguments)
     for q, k, v in ((far, near, near), (near, far, near), (near, near, far)):
-        for got, exact in zip(trie_triton.forward(q, k, v, *tables), want, strict=True):
+        for got, exact in zip(trie_launch.forward(q, k, v, *arguments), want, strict=True):
             assert torch.equal(got, exact)
 
 
 if __name__ == "__main__":
-    {"sound": interpret, "damaged": interpret_damaged}[sys.argv[1]]()
+    {"sound": interpret, "damaged": interpret_damaged, "wide": interpret_wide}[sys.argv[1]]()

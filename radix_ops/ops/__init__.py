@@ -81,8 +81,10 @@ then sorting, which no input makes quadratic.
 On CUDA, all ops run on the current stream. The folds copy 36 bytes to the host, once (again for a second key and for
 sorting), and wait for them: they can't be captured in a CUDA graph; the others can, and never wait. cu_seqlens is
 checked by fold; a value of index, indptr or members that is out of range, members that are not the inverse of index in
-scatter_add, or tables of trie_order that are no fold's, are device asserts, as in torch.index_select. (gather.csr takes
-from the inverse only which rows to keep in the cache.)
+scatter_add, tables of trie_order that are no fold's, or a number in an int64 table of trie_attention's Triton kernels
+that int32 does not hold, are device asserts, as in torch.index_select. (gather.csr takes from the inverse only which
+rows to keep in the cache.) The Triton kernels take fewer than 2^31 pairs of a row and a query head of one key/value
+head, less two blocks; more are refused.
 """
 
 from . import autograd, dispatch, fakes  # noqa: F401  (each registers what it holds)

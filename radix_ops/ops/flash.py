@@ -23,7 +23,7 @@ MAX_HEAD_DIM = 256
 
 
 def has_kernels(q: Tensor, v: Tensor) -> bool:
-    """Whether these kernels, and those of `_trie_cuda`, compute attention of q and v."""
+    """Whether these kernels, and those of `trie_triton`, compute attention of q and v."""
     return (
         q.is_cuda and q.dtype in DTYPES and max(q.shape[2], v.shape[2]) <= MAX_HEAD_DIM and _is_recent(q.device.index)
     )

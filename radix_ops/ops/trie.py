@@ -4,7 +4,7 @@ A row sees its ancestors and itself. `trie_order` numbers the rows in depth-firs
 interval: row k is on the path to row q exactly when enter[k] <= enter[q] < leave[k]. At each row the rest of its own
 run comes first, so a run stands side by side in this order too.
 
-On the CPU csrc/cpu computes it. On CUDA in bfloat16 and float16 forward and backward are the kernels of `_trie_cuda`.
+On the CPU csrc/cpu computes it. On CUDA in bfloat16 and float16 forward and backward are the kernels of `trie_triton`.
 What has no kernel, other dtypes on CUDA, is here: the runs are cut into edges, rows side by side of which only the last
 has further branches, and everything below an edge attends to it at once, so that a key is read once for a block of
 queries, not once for each sequence.
@@ -27,6 +27,32 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TILE_QUERIES, _TILE_KEYS = 256, 512
 
 
+class TrieTables(NamedTuple):
+    """The tables of radix::trie_attention, in the order of its schema: those of radix::trie_order and of the fold."""
+
+    enter: Tensor  # [num_rows], as the next four
+    leave: Tensor
+    depth: Tensor
+    row_of: Tensor
+    path: Tensor
+    kv_index: Tensor  # [K]
+    cu_seqlens_q: Tensor  # [R + 1]
+    num_nodes: int
+
+    def by_row(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("enter", "leave", "depth", "row_of", "path")}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.by_row() | {"kv_index": self.kv_index, "cu_seqlens_q": self.cu_seqlens_q}
+
+
+def _split(arguments: tuple) -> tuple[TrieTables, float, int]:
+    """The tables, scale and sliding_window that end the arguments of an op; the last may be left out."""
+    count = len(TrieTables._fields)
+    scale, window = (*arguments[count:], 0)[:2]
+    return TrieTables(*arguments[:count]), scale, window
+
+
 class _Tile(NamedTuple):
     keys: slice  # rows
     queries: slice  # numbers in depth-first order
@@ -44,16 +70,17 @@ class _Edges(NamedTuple):
     depth: Tensor  # [M] int64 by number
 
     @classmethod
-    def of(
-        cls, enter: Tensor, leave: Tensor, depth: Tensor, row_of: Tensor, cu_seqlens_q: Tensor, count: int
-    ) -> _Edges:
-        enter, leave, row_of = enter[:count].long(), leave[:count].long(), row_of[:count].long()
+    def of(cls, tables: TrieTables) -> _Edges:
+        count = tables.num_nodes
+        enter, leave, depth, row_of = (
+            x[:count].long() for x in (tables.enter, tables.leave, tables.depth, tables.row_of)
+        )
         if count and not bool(((leave > enter) & (leave <= count)).all()):
             raise RuntimeError("radix::trie_attention: leave must be more than enter, and at most num_nodes")
         is_first = torch.ones(count, dtype=torch.bool, device=enter.device)
         if count:
             is_first[1:] = leave[1:] != leave[:-1]
-            is_first[cu_seqlens_q[:-1].long()] = True
+            is_first[tables.cu_seqlens_q[:-1].long()] = True
         first = is_first.nonzero()[:, 0]
         ends = torch.cat([first[1:], first.new_tensor([count])]) if count else first
         return cls(
@@ -62,7 +89,7 @@ class _Edges(NamedTuple):
             (ends - first).tolist(),
             enter[first].tolist(),
             leave[first].tolist(),
-            depth[:count].long()[row_of],
+            depth[row_of],
         )
 
 
@@ -117,20 +144,21 @@ def _tiles(edges: _Edges, window: int, max_queries: int, k: Tensor, v: Tensor) -
                 start = end
 
 
-def _check(op, q, k, v, enter, leave, depth, row_of, path, kv_index, cu_seqlens_q, num_nodes, sliding_window) -> None:
-    by_row = {"enter": enter, "leave": leave, "depth": depth, "row_of": row_of, "path": path}
-    check_index_like(op, q.device, **by_row, kv_index=kv_index, cu_seqlens_q=cu_seqlens_q)
-    check_storages(op, **by_row, kv_index=kv_index, cu_seqlens_q=cu_seqlens_q)
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, tables: TrieTables, sliding_window: int) -> None:
+    check_index_like(op, q.device, **tables.tensors())
+    check_storages(op, **tables.tensors())
     check_qkv(op, q, k, v, sliding_window)
-    for name, tensor in {"k and v": k, **by_row}.items():
+    for name, tensor in {"k and v": k, **tables.by_row()}.items():
         if tensor.shape[0] != q.shape[0]:
             raise RuntimeError(f"radix::{op}: {name} must have as many rows as q, {q.shape[0]}, got {tensor.shape[0]}")
-    if not 0 <= num_nodes <= q.shape[0]:
-        raise RuntimeError(f"radix::{op}: num_nodes must be from 0 to the {q.shape[0]} rows of q, got {num_nodes}")
+    if not 0 <= tables.num_nodes <= q.shape[0]:
+        raise RuntimeError(
+            f"radix::{op}: num_nodes must be from 0 to the {q.shape[0]} rows of q, got {tables.num_nodes}"
+        )
 
 
 def has_kernels(q: Tensor, v: Tensor) -> bool:
-    """Whether `_trie_cuda` computes it."""
+    """Return whether the kernels of `trie_triton` compute it."""
     return _HAS_TRITON and flash.has_kernels(q, v)
 
 
@@ -158,17 +186,14 @@ def _scores(queries: Tensor, keys: Tensor, tile: _Tile, scale: float) -> Tensor:
     return scores
 
 
-def trie_attention(
-    q, k, v, enter, leave, depth, row_of, path, kv_index, cu_seqlens_q, num_nodes, scale, sliding_window=0
-):
-    tables = enter, leave, depth, row_of, path, kv_index, cu_seqlens_q, num_nodes
-    _check("trie_attention", q, k, v, *tables, sliding_window)
+def trie_attention(q: Tensor, k: Tensor, v: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    tables, scale, window = _split(arguments)
+    _check("trie_attention", q, k, v, tables, window)
     if has_kernels(q, v):
-        from . import trie_triton
+        from . import trie_launch
 
-        window = min(sliding_window, MAX_WINDOW)
-        return trie_triton.forward(q, k, v, leave, depth, row_of, path, kv_index, num_nodes, scale, window)
-    edges = _Edges.of(enter, leave, depth, row_of, cu_seqlens_q, num_nodes)
+        return trie_launch.forward(q, k, v, tables, scale, min(window, MAX_WINDOW))
+    edges = _Edges.of(tables)
     wide = torch.promote_types(q.dtype, torch.float32)
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     queries = _by_number(q, edges, kv_heads, wide)
@@ -177,7 +202,7 @@ def trie_attention(
     largest = torch.full((kv_heads, count, group), float("-inf"), dtype=wide, device=q.device)
     total = torch.zeros_like(largest)
     out = torch.zeros(kv_heads, count, group, v.shape[2], dtype=wide, device=q.device)
-    for tile in _tiles(edges, sliding_window, _TILE_QUERIES, k, v):
+    for tile in _tiles(edges, window, _TILE_QUERIES, k, v):
         keys, values = k[tile.keys].to(wide), v[tile.keys].to(wide)
         scores = _scores(queries[:, tile.queries], keys, tile, scale)
         before, sums, outs = (x[:, tile.queries] for x in (largest, total, out))
@@ -195,36 +220,17 @@ def trie_attention(
     return _by_row(out, edges, q.shape[0], q.dtype), logsumexp
 
 
-def trie_attention_backward(
-    grad_out,
-    q,
-    k,
-    v,
-    out,
-    logsumexp,
-    enter,
-    leave,
-    depth,
-    row_of,
-    path,
-    kv_index,
-    cu_seqlens_q,
-    num_nodes,
-    scale,
-    sliding_window=0,
-):
+def trie_attention_backward(grad_out, q, k, v, out, logsumexp, *arguments) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, with the probabilities computed again; sums are in fp32 (fp64 for float64)."""
-    tables = enter, leave, depth, row_of, path, kv_index, cu_seqlens_q, num_nodes
-    _check("trie_attention_backward", q, k, v, *tables, sliding_window)
+    tables, scale, window = _split(arguments)
+    _check("trie_attention_backward", q, k, v, tables, window)
     check_gradient("trie_attention_backward", grad_out, q, v)
     check_saved("trie_attention_backward", q, v, out, logsumexp)
     if has_kernels(q, v):
-        from . import trie_triton
+        from . import trie_launch
 
-        tables = leave, depth, row_of, path, kv_index, num_nodes
-        window = min(sliding_window, MAX_WINDOW)
-        return trie_triton.backward(grad_out, q, k, v, out, logsumexp, *tables, scale, window)
-    edges = _Edges.of(enter, leave, depth, row_of, cu_seqlens_q, num_nodes)
+        return trie_launch.backward(grad_out, q, k, v, out, logsumexp, tables, scale, min(window, MAX_WINDOW))
+    edges = _Edges.of(tables)
     wide = torch.promote_types(q.dtype, torch.float32)
     kv_heads = k.shape[1]
     queries, grads, outs = (_by_number(x, edges, kv_heads, wide) for x in (q, grad_out, out))
@@ -232,7 +238,7 @@ def trie_attention_backward(
     mean = (grads * outs).sum(-1, keepdim=True)
     grad_q = torch.zeros_like(queries)
     grad_k, grad_v = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
-    for tile in _tiles(edges, sliding_window, _TILE_QUERIES, k, v):
+    for tile in _tiles(edges, window, _TILE_QUERIES, k, v):
         keys, values = k[tile.keys].to(wide), v[tile.keys].to(wide)
         these_queries, these_grads = (x[:, tile.queries].flatten(1, 2) for x in (queries, grads))
         probabilities = _scores(queries[:, tile.queries], keys, tile, scale).sub_(sums[:, tile.queries]).exp_()

@@ -16,10 +16,8 @@ once for all of them. logsumexp is in base 2. Padding rows are given zeros, and 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from triton.runtime.errors import OutOfResources
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _NO_LIMIT = tl.constexpr(2**31 - 1)
@@ -156,7 +154,7 @@ _UNSPECIALIZED = ["num_keys", "num_rows", "num_nodes", "window"]  # so that batc
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
-def _forward(
+def forward_kernel(
     q, k, v, out, logsumexp, row_of, leave, depth, path, kv_index, num_keys,
     stride_qr, stride_qh, stride_kr, stride_kh, stride_vr, stride_vh, num_rows, num_nodes, scale, window,
     GROUP: tl.constexpr, MEMBERS: tl.constexpr, KV_HEADS: tl.constexpr,
@@ -218,14 +216,14 @@ def _grad_q_step(queries, grads, keys, values, visible, sums, means, acc, factor
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
-def _backward_q(
+def backward_q_kernel(
     q, k, v, out, grad_out, logsumexp, mean, grad_q, row_of, leave, depth, path, kv_index, num_keys,
     stride_qr, stride_qh, stride_kr, stride_kh, stride_vr, stride_vh, num_rows, num_nodes, scale, window,
     GROUP: tl.constexpr, MEMBERS: tl.constexpr, KV_HEADS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WINDOWED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """grad_q, and for `_backward_kv` the mean of grad_out * value under each query's weights."""
+    """grad_q, and for `backward_kv_kernel` the mean of grad_out * value under each query's weights."""
     first, kv_head, head, number, row, is_slot, is_query = _queries_of_program(
         row_of, num_rows, num_nodes, GROUP, MEMBERS, KV_HEADS, BLOCK_M
     )
@@ -298,7 +296,7 @@ def _grad_kv_step(
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
-def _backward_kv(
+def backward_kv_kernel(
     q, k, v, grad_out, logsumexp, mean, grad_k, grad_v, row_of, leave, depth,
     stride_qr, stride_qh, stride_kr, stride_kh, stride_vr, stride_vh, num_rows, num_nodes, scale, window,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr,
@@ -358,123 +356,3 @@ def _backward_kv(
     acc_v = tl.where(is_key[:, None], acc_v, 0.0)
     _store_rows(grad_k, acc_k, row, kv_head, KV_HEADS, is_stored, D, BLOCK_D)
     _store_rows(grad_v, acc_v, row, kv_head, KV_HEADS, is_stored, DV, BLOCK_DV)
-
-
-# (BLOCK_M, BLOCK_N, STAGES, warps): what was fastest on an H200 at head_dim 128, for other GPUs and larger heads one
-# that keeps its accumulators in registers, and smaller ones for where that does not fit into shared memory.
-_CONFIGS = {
-    _forward: [(128, 128, 3, 8), (64, 64, 2, 8), (32, 32, 2, 4), (16, 16, 1, 4)],
-    _backward_q: [(128, 64, 5, 8), (64, 64, 2, 8), (32, 32, 2, 4), (16, 16, 1, 4)],
-    _backward_kv: [(64, 128, 2, 8), (64, 64, 2, 8), (32, 32, 2, 8), (16, 32, 1, 4)],
-}
-_MOST_MEMBERS = 16  # query heads in one block
-_TAIL = 64  # keys of a step with a mask, at most: there are few
-
-
-class _Launcher:
-    """Launches a kernel for one kind of call: device, types, heads, with a window or without.
-
-    Triton's own way from arguments to a compiled kernel takes longer on the host than a small batch on the GPU. All
-    addresses and strides are multiples of 16 here (see `_aligned`), so that there is one compiled kernel for a kind,
-    and it can be called directly.
-    """
-
-    def __init__(self, kernel, device, heads: int, kv_heads: int, size: int, value_size: int, windowed: bool):
-        self.kernel, self.heads, self.kv_heads = kernel, heads, kv_heads
-        self.sizes = size, value_size, *(max(16, triton.next_power_of_2(x)) for x in (size, value_size)), windowed
-        is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-        self._configure(0 if is_hopper and max(self.sizes[:4]) <= 128 else 1)
-
-    def _configure(self, at: int) -> None:
-        self.at, self.compiled = at, None
-        block_m, block_n, stages, self.warps = _CONFIGS[self.kernel][at]
-        group = self.heads // self.kv_heads
-        if self.kernel is _backward_kv:
-            self.numbers, self.programs = block_n, self.kv_heads
-            self.constants = group, self.kv_heads, *self.sizes, block_m, block_n, stages
-        else:
-            members = _cdiv(group, _cdiv(group, _MOST_MEMBERS))
-            self.numbers, self.programs = block_m // members, self.kv_heads * _cdiv(group, members)
-            blocks = block_m, block_n, stages, min(block_n, _TAIL)
-            self.constants = group, members, self.kv_heads, *self.sizes, *blocks
-
-    def __call__(self, tensors, q, k, v, num_nodes, scale, window) -> None:
-        num_rows = q.shape[0]
-        strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
-        while True:
-            grid = (_cdiv(num_rows, self.numbers) * self.programs, 1, 1)
-            arguments = *tensors, *strides, num_rows, num_nodes, scale, window, *self.constants
-            if self.compiled is not None:
-                self.compiled[grid](*arguments)
-                return
-            try:
-                self.compiled = self.kernel[grid](*arguments, num_warps=self.warps)
-                return
-            except OutOfResources:
-                if self.at + 1 == len(_CONFIGS[self.kernel]):
-                    raise
-                self._configure(self.at + 1)
-
-
-_launchers: dict[tuple, _Launcher] = {}
-
-
-def _launch(kernel, tensors, q, k, v, num_nodes, scale, window) -> None:
-    if q.shape[0] == 0:
-        return
-    kind = q.shape[1], k.shape[1], q.shape[2], v.shape[2], window > 0
-    key = kernel.__name__, q.device, q.dtype, kind
-    launcher = _launchers.get(key)
-    if launcher is None:
-        launcher = _launchers[key] = _Launcher(kernel, q.device, *kind)
-    with torch.cuda.device_of(q):
-        launcher(tensors, q, k, v, num_nodes, scale, window)
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """x [rows, heads, size], or a copy whose address and strides are multiples of 16: others would make for slow loads,
-    and for compilations that take minutes."""
-    row, head, one = x.stride()
-    if one == 1 and row % 16 == 0 and head % 16 == 0 and max(row, head) < 2**31 and x.data_ptr() % 16 == 0:
-        return x
-    size = x.shape[2]
-    return x.new_empty(*x.shape[:2], _cdiv(size, 16) * 16)[:, :, :size].copy_(x)
-
-
-def _contiguous(x: torch.Tensor) -> torch.Tensor:
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-def _table(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.int32 and x.is_contiguous() and x.data_ptr() % 16 == 0 else _contiguous(x.int())
-
-
-def _tables(row_of, leave, depth, path, kv_index) -> tuple:
-    """What kernels of queries take of the tables: five tensors, and how many entries the last has."""
-    return *map(_table, (row_of, leave, depth, path, kv_index)), min(kv_index.shape[0], _NO_LIMIT.value)
-
-
-def forward(q, k, v, leave, depth, row_of, path, kv_index, num_nodes, scale, window):
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    tables = _tables(row_of, leave, depth, path, kv_index)
-    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-    logsumexp = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    _launch(_forward, (q, k, v, out, logsumexp, *tables), q, k, v, num_nodes, scale, window)
-    return out, logsumexp
-
-
-def backward(grad_out, q, k, v, out, logsumexp, leave, depth, row_of, path, kv_index, num_nodes, scale, window):
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    grad_out, out, logsumexp = _contiguous(grad_out), _contiguous(out), _contiguous(logsumexp)
-    tables = _tables(row_of, leave, depth, path, kv_index)
-    mean = torch.empty_like(logsumexp)
-    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
-    call = q, k, v, num_nodes, scale, window
-    _launch(_backward_q, (q, k, v, out, grad_out, logsumexp, mean, grad_q, *tables), *call)
-    _launch(_backward_kv, (q, k, v, grad_out, logsumexp, mean, grad_k, grad_v, *tables[:3]), *call)
-    return grad_q, grad_k, grad_v
