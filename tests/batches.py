@@ -77,3 +77,13 @@ def random_positions(rng: np.random.Generator, sequences: list[list[int]]) -> to
         else:
             positions += [int(p) for p in rng.integers(0, 2, count)]
     return torch.tensor(positions, dtype=torch.int64)
+
+
+def trie_size(sequences: list[list[int]]) -> int:
+    """How many distinct prefixes the sequences have, which are the rows that they fold to."""
+    return len({tuple(sequence[: i + 1]) for sequence in sequences for i in range(len(sequence))})
+
+
+def short_sequences(rng, most=12, longest=9, vocabulary=3):
+    count = rng.randint(0, most)
+    return [[rng.randrange(vocabulary) for _ in range(rng.randint(0, longest))] for _ in range(count)]

@@ -85,10 +85,6 @@ def pad(sequences: list[list[int]], side: str):
     return ids, mask
 
 
-def trie_size(sequences: list[list[int]]) -> int:
-    return len({tuple(sequence[: i + 1]) for sequence in sequences for i in range(len(sequence))})
-
-
 def alone(model, sequences: list[list[int]]) -> torch.Tensor:
     """[N, V] the logits of all tokens, each sequence computed without padding, mask or neighbours."""
     return torch.cat([model(torch.tensor([s]), use_cache=False).logits[0] for s in sequences if s])

@@ -12,33 +12,18 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from commands import QUESTIONS, failing_command, read_jsonl, score, write_jsonl
 from expecttest import assert_expected_inline
+from language_models import needs_hf, oracle, sequences_of, tiny_model, tiny_tokenizer
 
 pytest.importorskip("transformers")
-from test_scoring import TEXT, needs_hf, oracle, sequences_of, tiny_model, tiny_tokenizer
 
 import radix_ops.cli.score as score_command
-from radix_ops import cli
 from radix_ops.cli import job
 from radix_ops.data.fingerprint import fingerprint
 from radix_ops.data.records import Records
 from radix_ops.engine import loading, scoring
 from radix_ops.engine.runners import RunStats, TransformersRunner
-
-QUESTIONS = [
-    {"id": "long", "context": " ".join(TEXT), "choices": [" the Seine", " the river Rhine", " the sea"], "gold": 0},
-    {"id": "short", "context": "the ", "choices": ["river", "sea or the Thames"]},
-    {"id": "none", "context": "", "choices": ["the", " sea", "Answer: yes"], "note": {"of": [1, None]}},
-    {"id": "same", "context": " ".join(TEXT), "choices": [" Paris"]},
-]
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model(max_position_embeddings=256).save_pretrained(folder)
-    tiny_tokenizer(adds_bos=True).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -46,37 +31,12 @@ def questions(tmp_path):
     return write_jsonl(tmp_path / "questions.jsonl", QUESTIONS)
 
 
-def write_jsonl(path, lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
 def scoring_records(path):
     return Records(path, scoring.parse_item)
 
 
-def read_jsonl(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def score(model, *arguments):
-    return cli.main(["score", "--device", "cpu", "--model", str(model), *map(str, arguments)])
-
-
 def failing(capsys, *arguments) -> str:
     return failing_command(capsys, "score", "--device", "cpu", "--model", *arguments)
-
-
-def failing_command(capsys, *arguments) -> str:
-    """Run a command that must fail; returns its one-sentence message."""
-    capsys.readouterr()
-    assert cli.main([str(argument) for argument in arguments]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    message = err.splitlines()[-1]
-    assert message.startswith("radix-ops: ")
-    assert "Traceback" not in err
-    return message
 
 
 def check_results(results, questions=QUESTIONS, model=None):

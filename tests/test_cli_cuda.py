@@ -5,10 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_cli import QUESTIONS, read_jsonl, write_jsonl
-from test_embed import TEXTS, embedding_tokenizer
-from test_rerank import QUERIES, reranking_tokenizer
-from test_scoring import tiny_model, tiny_tokenizer
+from commands import QUERIES, QUESTIONS, TEXTS, read_jsonl, write_jsonl
+from language_models import embedding_tokenizer, reranking_tokenizer, tiny_model, tiny_tokenizer
 
 from radix_ops import cli
 

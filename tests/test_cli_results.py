@@ -8,8 +8,8 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from test_cli import failing_command, write_jsonl
-from test_scoring import tiny_model, tiny_tokenizer
+from commands import failing_command, write_jsonl
+from language_models import tiny_model, tiny_tokenizer
 
 import radix_ops
 from radix_ops import cli

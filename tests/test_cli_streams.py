@@ -7,9 +7,9 @@ import sys
 
 import processes
 import pytest
+from commands import QUESTIONS, score, write_jsonl
 
 pytest.importorskip("transformers")
-from test_cli import QUESTIONS, model_folder, score, write_jsonl  # noqa: F401
 
 from radix_ops import cli
 from radix_ops.engine import items, scoring
@@ -50,7 +50,7 @@ def test_reports_are_printed_in_ascii_where_that_is_all_there_is(tmp_path, optio
 
 
 def test_nothing_but_results_goes_to_standard_output_where_errors_are_closed(
-    model_folder,  # noqa: F811
+    model_folder,
     tmp_path,
     monkeypatch,
     capsys,

@@ -6,8 +6,8 @@ import os
 import pytest
 import safetensors.torch
 import torch
-from test_cli import failing_command, write_jsonl
-from test_scoring import needs_hf, tiny_model, tiny_tokenizer
+from commands import failing_command, write_jsonl
+from language_models import needs_hf, tiny_model, tiny_tokenizer
 
 from radix_ops import cli
 from radix_ops.data.records import UserError

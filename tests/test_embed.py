@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_cli import failing_command, read_jsonl, write_jsonl
-from test_scoring import TEXT, needs_hf, tiny_model, tiny_tokenizer
+from commands import TEXTS, failing_command, read_jsonl, write_jsonl
+from language_models import TEXT, embedding_tokenizer, needs_hf, tiny_model, tiny_tokenizer
 
 from radix_ops import cli
 from radix_ops.cli import embed as embed_command
@@ -19,16 +19,6 @@ from radix_ops.engine.runners import Qwen3Runner, States
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-TEXTS = [
-    "Question: Which river flows through Paris?",
-    "",
-    "the sea",
-    "Question: Which river flows through Paris? The Seine.",
-    "été \U0001f30a",
-    "the sea",
-    " the sea is saltier than the river ",
-    "x",
-]
 DIM = 32
 
 
@@ -38,16 +28,6 @@ def embed(model, *arguments):
 
 def failing(capsys, model, *arguments):
     return failing_command(capsys, "embed", "--device", "cpu", "--model", model, *arguments)
-
-
-def embedding_tokenizer():
-    """Puts </s> behind a text, as Qwen3-Embedding's puts <|endoftext|>, which is its padding, too."""
-    tokenizer = tiny_tokenizer(adds_bos=False)
-    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", 1)]
-    )
-    tokenizer.pad_token = "</s>"
-    return tokenizer
 
 
 def plain_folder(folder, kind="Qwen3", **changes):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import inspect_json, write_jsonl
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("transformers")
 import transformers
-from test_inspect import inspect_json, write_jsonl
 
 from radix_ops.engine.costs import forward_cost
 from radix_ops.engine.errors import UserError

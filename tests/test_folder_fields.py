@@ -5,10 +5,10 @@ import os
 import shutil
 
 import pytest
+from commands import failing_command, write_jsonl
 from packaging.version import Version
+from sentence_folders import FLAT, answering, cross_encoder, encoder
 from sentence_models import VERSION
-from test_cli import failing_command, write_jsonl
-from test_sentence_folders import FLAT, answering, cross_encoder, encoder
 
 from radix_ops.cli import embed as embed_command
 from radix_ops.cli import rerank as rerank_command

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from batches import NAMED
+from batches import NAMED, trie_size
 from hf_models import (
     CONFIGS,
     TREE,
@@ -19,7 +19,6 @@ from hf_models import (
     error,
     no_warnings,
     pad,
-    trie_size,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache

@@ -8,7 +8,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hf_models import Witness, assert_within_budget, trie_size
+from batches import trie_size
+from hf_models import Witness, assert_within_budget
 from packaging.version import Version
 from sentence_models import VERSION, Pooling, enable, encoder, save, texts
 from torch import nn

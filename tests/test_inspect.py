@@ -5,18 +5,14 @@ import zipfile
 
 import numpy as np
 import pytest
+from batches import trie_size
+from commands import failing_inspect, inspect_json, report, write_jsonl
 from expecttest import assert_expected_inline
-from test_plan import rows_of
+from language_models import TEXT, tiny_tokenizer
 
 from radix_ops import cli
 
 pytest.importorskip("transformers")
-from test_scoring import TEXT, tiny_tokenizer
-
-
-def write_jsonl(path, lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -36,27 +32,11 @@ def tokenizer_folder(tokenizer, tmp_path_factory):
     return folder
 
 
-def inspect_json(capsys, *arguments) -> dict:
-    capsys.readouterr()
-    assert cli.main(["inspect", "--json", *map(str, arguments)]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def failing(capsys, *arguments) -> str:
-    """Runs a command that must fail; returns its one-sentence message."""
-    capsys.readouterr()
-    assert cli.main(["inspect", *map(str, arguments)]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "Traceback" not in err
-    return err.splitlines()[-1]
-
-
 def check_sequences(summary, sequences):
     lengths = sorted(map(len, sequences))
     assert summary["sequences"] == len(sequences)
     assert summary["tokens"] == sum(lengths)
-    assert summary["rows"] == rows_of(sequences)
+    assert summary["rows"] == trie_size(sequences)
     assert (summary["lengths"]["min"], summary["lengths"]["max"]) == (lengths[0], lengths[-1])
     assert sum(group["saved"] for group in summary["saved_by_sharers"]) == summary["tokens"] - summary["rows"]
 
@@ -94,7 +74,7 @@ def test_questions_are_read_as_score_reads_them(capsys, tmp_path, tokenizer, tok
 def test_queries_need_a_template(capsys, tmp_path, tokenizer, tokenizer_folder):
     queries = [{"query": "Which river?", "documents": [TEXT[1], TEXT[2]]}, {"query": "sea", "documents": ["the sea"]}]
     file = write_jsonl(tmp_path / "queries.jsonl", queries)
-    message = failing(capsys, file, "--tokenizer", tokenizer_folder)
+    message = failing_inspect(capsys, file, "--tokenizer", tokenizer_folder)
     assert "queries.jsonl, line 1 holds a query and documents: --template must say" in message
     template = tmp_path / "template.json"
     template.write_text(json.dumps({"text": "Query: {query}\nText: {document}\nRelevant:"}))
@@ -183,23 +163,25 @@ def test_errors_name_the_line(capsys, tmp_path, tokenizer_folder, first, second,
     file = tmp_path / "data.jsonl"
     second = second if isinstance(second, str) else json.dumps(second)
     file.write_text(f"{json.dumps(GOOD_LINES[first])}\n{second}\n")
-    assert message in failing(capsys, file, "--tokenizer", tokenizer_folder)
+    assert message in failing_inspect(capsys, file, "--tokenizer", tokenizer_folder)
 
 
 def test_errors_of_files_and_options(capsys, tmp_path, tokenizer_folder):
     unknown = write_jsonl(tmp_path / "unknown.jsonl", [{"question": "a", "answer": "b"}])
-    message = failing(capsys, unknown, "--tokenizer", tokenizer_folder)
+    message = failing_inspect(capsys, unknown, "--tokenizer", tokenizer_folder)
     assert 'unknown.jsonl, line 1 has "question", "answer"; a line may have {"input_ids"}, {"context", "choices"}' in (
         message
     )
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "a"}])
-    assert "texts.jsonl holds text: --tokenizer must name the tokenizer" in failing(capsys, texts)
+    assert "texts.jsonl holds text: --tokenizer must name the tokenizer" in failing_inspect(capsys, texts)
     (tmp_path / "empty.jsonl").write_text("")
-    assert "empty.jsonl is empty; it must hold one JSON object a line" in failing(capsys, tmp_path / "empty.jsonl")
+    assert "empty.jsonl is empty; it must hold one JSON object a line" in failing_inspect(
+        capsys, tmp_path / "empty.jsonl"
+    )
     bare = tiny_tokenizer(adds_bos=True)
     bare.save_pretrained(tmp_path / "bare")
     chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": CHAT}])
-    message = failing(capsys, chats, "--tokenizer", tmp_path / "bare")
+    message = failing_inspect(capsys, chats, "--tokenizer", tmp_path / "bare")
     assert "chats.jsonl, line 1 holds messages, and the tokenizer has no chat template" in message
 
 
@@ -215,9 +197,11 @@ def test_errors_of_files_and_options(capsys, tmp_path, tokenizer_folder):
 )
 def test_errors_of_packed_arrays(capsys, tmp_path, arrays, message):
     np.savez(tmp_path / "ids.npz", **arrays)
-    assert message in failing(capsys, tmp_path / "ids.npz")
+    assert message in failing_inspect(capsys, tmp_path / "ids.npz")
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
-    assert "torn.npz is no .npz file, which is a zip archive of arrays" in failing(capsys, tmp_path / "torn.npz")
+    assert "torn.npz is no .npz file, which is a zip archive of arrays" in failing_inspect(
+        capsys, tmp_path / "torn.npz"
+    )
 
 
 def test_packed_ids_of_any_byte_order_are_taken_by_value(tmp_path, capsys):
@@ -228,7 +212,7 @@ def test_packed_ids_of_any_byte_order_are_taken_by_value(tmp_path, capsys):
         assert cli.main(["inspect", "--json", str(tmp_path / "i.npz")]) == 0
         check_sequences(json.loads(capsys.readouterr().out), sequences)
     np.savez(tmp_path / "i.npz", input_ids=np.array([5 << 32], ">i8"), cu_seqlens=[0, 1])
-    assert "must hold token ids from 0 to 2147483647, got 21474836480" in failing(capsys, tmp_path / "i.npz")
+    assert "must hold token ids from 0 to 2147483647, got 21474836480" in failing_inspect(capsys, tmp_path / "i.npz")
 
 
 def test_damaged_archives_end_in_a_sentence(tmp_path, capsys):
@@ -249,20 +233,13 @@ def test_damaged_archives_end_in_a_sentence(tmp_path, capsys):
                 with archive.open(f"{name}.npy", "w") as file:
                     np.lib.format.write_array_header_1_0(file, {**header, "shape": shape})
                     file.write(bytes(80))
-        assert "ids.npz" in failing(capsys, path)
+        assert "ids.npz" in failing_inspect(capsys, path)
     for ends in ([0, 2**64 - 1], [0, 2**63 + 1], [2**64 - 1, 1]):
         np.savez(path, input_ids=[1], cu_seqlens=np.array(ends, np.uint64))
-        assert "cu_seqlens must start at 0, not decrease and end at the 1 tokens" in failing(capsys, path)
+        assert "cu_seqlens must start at 0, not decrease and end at the 1 tokens" in failing_inspect(capsys, path)
 
 
 # What is said.
-
-
-def report(capsys, tmp_path, sequences, *arguments) -> str:
-    file = write_jsonl(tmp_path / "ids.jsonl", [{"input_ids": ids} for ids in sequences])
-    capsys.readouterr()
-    assert cli.main(["inspect", str(file), *map(str, arguments)]) == 0
-    return capsys.readouterr().out.replace(f"{tmp_path}/", "")
 
 
 def verdict_of(text: str) -> str:

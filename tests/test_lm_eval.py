@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import processes
 import pytest
 import torch
-from test_scoring import TEXT, distinct_prefixes, tiny_model, tiny_tokenizer
+from batches import trie_size
+from language_models import TEXT, tiny_model, tiny_tokenizer
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -210,7 +211,7 @@ def test_rows_are_computed_once():
     folded = make(radix.RadixLM, batch_size="auto")
     folded._loglikelihood_tokens(requests, disable_tqdm=True)
     assert folded.radix_stats.tokens == sum(map(len, inputs))
-    assert folded.radix_stats.rows == distinct_prefixes(inputs)
+    assert folded.radix_stats.rows == trie_size(inputs)
     assert folded.radix_stats.folded == 1
 
 

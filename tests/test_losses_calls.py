@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from batches import NAMED
-from test_losses import Options, Packed, random_labels, tensors
+from packed_losses import Options, Packed, random_labels, tensors
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 

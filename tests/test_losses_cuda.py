@@ -9,7 +9,7 @@ import processes
 import pytest
 import torch
 from batches import NAMED
-from test_losses import OPTIONS, Options, Packed, check_all, random_labels, tensors
+from packed_losses import OPTIONS, Options, Packed, check_all, random_labels, tensors
 
 from radix_ops import FoldedBatch, losses
 from radix_ops.ops import head, head_plan

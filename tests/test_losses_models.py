@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import transformers
-from test_qwen3 import oracle
+from qwen3_models import oracle
 from transformers.generation import TemperatureLogitsWarper
 from transformers.trainer_pt_utils import LabelSmoother
 

@@ -6,20 +6,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from batches import short_sequences, trie_size
 
 from radix_ops import reference
 from radix_ops.plan import TokenStore, plan_folded, plan_padded
 
 ops = torch.ops.radix
-
-
-def rows_of(sequences):
-    return len({tuple(s[: i + 1]) for s in sequences for i in range(len(s))})
-
-
-def random_sequences(rng, most=12, longest=9, vocabulary=3):
-    count = rng.randint(0, most)
-    return [[rng.randrange(vocabulary) for _ in range(rng.randint(0, longest))] for _ in range(count)]
 
 
 def random_limits(rng):
@@ -33,7 +25,7 @@ def random_limits(rng):
 def fits(sequences, limits):
     longest = max(map(len, sequences))
     found = {
-        "max_rows": rows_of(sequences),
+        "max_rows": trie_size(sequences),
         "max_tokens": sum(map(len, sequences)),
         "max_positions": longest * len(sequences),
         "max_sequences": len(sequences),
@@ -45,11 +37,11 @@ def fits(sequences, limits):
 @pytest.mark.parametrize("seed", range(100))
 def test_every_sequence_is_planned_once_within_the_limits_and_rows_are_those_of_the_tries(order, seed):
     rng = random.Random(seed)
-    sequences, limits = random_sequences(rng), random_limits(rng)
+    sequences, limits = short_sequences(rng), random_limits(rng)
     plan = plan_folded(TokenStore.from_sequences(sequences), **limits, order=order)
     batches = [[sequences[i] for i in indices] for indices in plan]
     assert sorted(plan.order) == list(range(len(sequences)))
-    assert plan.rows.tolist() == [rows_of(batch) for batch in batches]
+    assert plan.rows.tolist() == [trie_size(batch) for batch in batches]
     assert all(fits(batch, limits) for batch in batches)
     assert plan.num_tokens == sum(map(len, sequences))
     assert len(plan) == len(batches)
@@ -63,7 +55,7 @@ def test_every_sequence_is_planned_once_within_the_limits_and_rows_are_those_of_
 @pytest.mark.parametrize("seed", range(60))
 def test_no_cuts_of_the_sorted_order_have_fewer_rows_and_batches(seed):
     rng = random.Random(seed)
-    sequences = sorted(random_sequences(rng, most=8))
+    sequences = sorted(short_sequences(rng, most=8))
     limits = random_limits(rng)
     plan = plan_folded(TokenStore.from_sequences(sequences), **limits, order="sorted")
     best = min(
@@ -82,7 +74,7 @@ def cost(sequences, cuts, limits):
     batches = [sequences[a:b] for a, b in itertools.pairwise([0, *cuts, len(sequences)])]
     if not all(fits(batch, limits) for batch in batches):
         return None
-    return sum(map(rows_of, batches)) + len(batches)
+    return sum(map(trie_size, batches)) + len(batches)
 
 
 def test_auto_keeps_an_order_that_shares_as_much():
@@ -114,7 +106,7 @@ def test_lengths_leave_out_the_ends_of_sequences():
 @pytest.mark.parametrize("seed", range(30))
 def test_order_and_shared_tokens_against_python_lists(dtype, seed):
     rng = random.Random(seed)
-    sequences = random_sequences(rng, most=40, longest=30, vocabulary=2)
+    sequences = short_sequences(rng, most=40, longest=30, vocabulary=2)
     # Windows of one text overlap, and ids at the ends of the type's range sort as the others do.
     largest = torch.iinfo(dtype).max
     sequences = [[largest if t else 0 for t in s] for s in sequences]

@@ -9,15 +9,13 @@ import safetensors.torch
 import torch
 import transformers
 from batches import NAMED
+from qwen3_models import FILLED, LAYOUTS, VOCABULARY, oracle, run_theirs
 from torch.nn import functional as F
 
 import radix_ops
 from radix_ops import FoldedBatch
 from radix_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
-VOCABULARY = 64
-LAYOUTS = ("compact", "trie", "unfold")
-FILLED = [name for name in NAMED if sum(map(len, NAMED[name]))]
 VARIANTS = {
     "plain": {},
     "bias": {"attention_bias": True},
@@ -49,30 +47,6 @@ VARIANTS = {
 }
 
 
-def oracle(folder, dtype=torch.float32, **changes):
-    """A small random Qwen3 of transformers, written to `folder`; its norms' weights are not all 1, nor its biases 0."""
-    options = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 12,  # not hidden_size / num_attention_heads
-    }
-    config = transformers.Qwen3Config(**{**options, **changes})
-    torch.manual_seed(1)
-    model = transformers.Qwen3ForCausalLM(config).to(dtype).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or "bias" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-            else:
-                parameter.mul_(4)
-    model.save_pretrained(folder)
-    return model
-
-
 @pytest.fixture(params=VARIANTS)
 def pair(request, tmp_path):
     theirs = oracle(tmp_path, **VARIANTS[request.param])
@@ -83,18 +57,6 @@ def pair(request, tmp_path):
 def plain(tmp_path):
     theirs = oracle(tmp_path)
     return theirs, Qwen3ForCausalLM.from_pretrained(tmp_path)
-
-
-def run_theirs(model, sequences):
-    """Hidden states and logits of all packed tokens, each sequence on its own."""
-    hidden, logits = [], []
-    for sequence in sequences:
-        if sequence:
-            ids = torch.tensor([sequence])
-            state = model.model(ids, use_cache=False).last_hidden_state
-            hidden.append(state[0])
-            logits.append(model.lm_head(state)[0])
-    return torch.cat(hidden), torch.cat(logits)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from batches import NAMED
-from test_qwen3 import FILLED, LAYOUTS, VOCABULARY, oracle, run_theirs
+from qwen3_models import FILLED, LAYOUTS, VOCABULARY, oracle, run_theirs
 from torch.nn import functional as F
 
 import radix_ops

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from test_qwen3 import oracle
+from qwen3_models import oracle
 
 from radix_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 

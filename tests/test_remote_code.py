@@ -6,8 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from test_cli import read_jsonl, write_jsonl
-from test_scoring import tiny_model, tiny_tokenizer
+from commands import read_jsonl, write_jsonl
+from language_models import tiny_model, tiny_tokenizer
 
 from radix_ops import cli
 

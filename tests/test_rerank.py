@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_cli import failing_command, read_jsonl, write_jsonl
-from test_scoring import TEXT, needs_hf, tiny_model, tiny_tokenizer
+from commands import QUERIES, failing_command, read_jsonl, write_jsonl
+from language_models import TEXT, needs_hf, reranking_tokenizer, tiny_model
 
 from radix_ops import cli
 from radix_ops.cli import rerank as rerank_command
@@ -18,12 +18,6 @@ from radix_ops.engine.templates import QWEN3_RERANKER, find_template
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-QUERIES = [
-    {"query": "Which river flows through Paris?", "documents": [TEXT[1], "the Thames", "", "the Thames"], "id": 7},
-    {"query": "été", "documents": ["the sea"], "instruction": "Find the season"},
-    {"query": "", "documents": ["yes\n\nno", " yes", "\U0001f30a"]},
-    {"query": "Which river flows through Paris?", "documents": [TEXT[0], TEXT[2]]},
-]
 PAIRS = [(line["query"], document) for line in QUERIES for document in line["documents"]]
 PLAIN_TEMPLATE = {"text": "{instruction}\nDocument: {document}\nQuery: {query} ->", "instruction": "Judge {query}!"}
 
@@ -34,21 +28,6 @@ def rerank(model, *arguments):
 
 def failing(capsys, model, *arguments):
     return failing_command(capsys, "rerank", "--device", "cpu", "--model", model, *arguments)
-
-
-def reranking_tokenizer(adds_bos=False):
-    """With Qwen's pattern of words and markers, and with yes and no as one token each."""
-    tokenizer = tiny_tokenizer(adds_bos)
-    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    split = words + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    pre = tokenizers.pre_tokenizers
-    tokenizer.backend_tokenizer.pre_tokenizer = pre.Sequence(
-        [pre.Split(tokenizers.Regex(split), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.add_tokens(["<think>", "</think>", "yes", "no"])
-    tokenizer.pad_token = "</s>"
-    return tokenizer
 
 
 def save(folder, model, adds_bos=False):

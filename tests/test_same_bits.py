@@ -6,7 +6,7 @@ import pytest
 import torch
 from batches import NAMED
 from hf_models import TREE, build, pad
-from test_trie import LONG
+from tries import LONG
 
 from radix_ops import FoldedBatch, attention, hf
 from radix_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM

@@ -2,11 +2,12 @@
 
 import random
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from batches import trie_size
+from language_models import Sequence, needs_hf, oracle, sequences_of, tiny_model, tiny_tokenizer
 
 from radix_ops.data.records import Records, UserError
 from radix_ops.engine import scoring
@@ -16,69 +17,12 @@ from radix_ops.plan.budget import Budget
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-TEXT = [
-    "The following are questions about rivers and the sea. Answer with one of the choices.",
-    "Question: Which river flows through Paris? Answer: the Seine, not the river Rhine (or the Thames).",
-    "Question: Is the sea saltier than the river? Answer: yes, no, maybe.",
-]
-
-
-def tiny_tokenizer(adds_bos: bool):
-    """A byte-level BPE tokenizer of a few merges; <s> is id 0 and </s> id 1."""
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=340, special_tokens=["<s>", "</s>"], initial_alphabet=sorted(alphabet), show_progress=False
-    )
-    inner.train_from_iterator(TEXT, trainer)
-    if adds_bos:
-        inner.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
-
-
-def tiny_model(kind: str = "Llama", **changes):
-    """A two-layer model with random weights, spread enough that choices differ clearly."""
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 340,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.3,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-    config = getattr(transformers, f"{kind}Config")(**{**sizes, **changes})
-    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-
-
-class Sequence(NamedTuple):
-    """One choice behind its context, as token ids."""
-
-    item: int
-    context: np.ndarray
-    continuation: np.ndarray
-
-    @property
-    def inputs(self) -> np.ndarray:
-        return np.concatenate([self.context, self.continuation[:-1]])
-
 
 def choices_of(sequences: list[Sequence]) -> scoring.Choices:
     choices = scoring.Choices()
     for item in sorted({s.item for s in sequences}):
         choices.append([(s.context, s.continuation) for s in sequences if s.item == item])
     return choices
-
-
-def sequences_of(choices: scoring.Choices) -> list[Sequence]:
-    return [Sequence(item, *pair) for item in range(len(choices)) for pair in choices[item]]
 
 
 def run(model, sequences: list[Sequence], budget: int, folded: bool, **options):
@@ -106,21 +50,6 @@ def random_sequences(seed: int, num_items: int, vocab: int = 340) -> list[Sequen
             tail = rng.integers(2, vocab, rng.integers(1, 5)).astype(np.int32)
             sequences.append(Sequence(item, context, np.concatenate([head[: choice % 3], tail])))
     return sequences
-
-
-def oracle(model, sequence: Sequence) -> tuple[float, bool]:
-    """One plain forward of one unpadded sequence, all its logits, log-softmax in float64."""
-    ids = torch.from_numpy(np.concatenate([sequence.context, sequence.continuation]).astype(np.int64))
-    with torch.no_grad():
-        logits = model(input_ids=ids[None]).logits[0].double()
-    first = len(sequence.context)
-    logprobs = logits.log_softmax(-1)[first - 1 : -1]
-    picked = logprobs[torch.arange(len(ids) - first), ids[first:]]
-    return picked.sum().item(), bool((logprobs.argmax(-1) == ids[first:]).all())
-
-
-def distinct_prefixes(token_lists) -> int:
-    return len({tuple(tokens[: end + 1]) for tokens in token_lists for end in range(len(tokens))})
 
 
 def items_of(*pairs) -> list[scoring.Item]:
@@ -265,10 +194,6 @@ def test_encode_refuses_choices_and_contexts_without_tokens():
         scoring.encode(items_of(("the", ["sea"]), ("", ["sea"])), tokenizer)
 
 
-def needs_hf():
-    return pytest.importorskip("radix_ops.hf", exc_type=ImportError)
-
-
 @pytest.mark.parametrize("folded", [False, True], ids=["plain", "folded"])
 @pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
 @pytest.mark.parametrize("budget", [1, 150, 10**6])
@@ -307,7 +232,7 @@ def test_run_computes_each_shared_row_once():
     needs_hf()
     model, sequences = tiny_model(), random_sequences(seed=6, num_items=12)
     *_, stats = run(model, sequences, 10**6, folded=True, warm_up=True)
-    assert stats.rows == distinct_prefixes([s.inputs.tolist() for s in sequences])
+    assert stats.rows == trie_size([s.inputs.tolist() for s in sequences])
     assert stats.batches == 1
     *_, plain = run(model, sequences, 10**6, folded=False)
     assert plain.rows >= plain.tokens == stats.tokens > stats.rows

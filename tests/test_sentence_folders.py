@@ -6,59 +6,19 @@ import numpy as np
 import pytest
 import sentence_transformers as library
 import torch
+from commands import failing_command, read_jsonl, write_jsonl
 from packaging.version import Version
-from sentence_models import VERSION, Normalize, Pooling, Transformer, save, texts, tokenizer
-from test_cli import failing_command, read_jsonl, write_jsonl
-from tokenizers import AddedToken
+from sentence_folders import FLAT, PARTS, SWAPPED, answering, cross_encoder, encoder, with_template
+from sentence_models import VERSION, Pooling, Transformer, save, texts, tokenizer
 
 from radix_ops import cli
-
-if Version("6.2") <= VERSION:
-    from sentence_transformers.cross_encoder.modules import LogitScore
 
 pytestmark = pytest.mark.skipif(
     Version("6.2") > VERSION, reason="chat templates are rendered from 5.4 on, and as here from 6.2 on"
 )
 
-FLAT = (
-    "{% for m in messages %}{{ '<s> ' + m['role'] + ' ' + m['content'] + ' <e> ' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<s> yes ' + (mark or 'no') }}{% endif %}"
-)
-PARTS = (
-    "{% for m in messages %}<s> {{ m['role'] }} {% for part in m['content'] %}{% if part['type'] == 'text' %}"
-    "{{ part['text'] }}{% endif %}{% endfor %} <e> {% endfor %}"
-)
-# Of the document, then the query.
-SWAPPED = (
-    "{% for m in messages if m.role == 'document' %}{{ m.content }} {% endfor %}<s> "
-    "{% for m in messages if m.role in ('query', 'system') %}{{ m.content }} {% endfor %}yes"
-)
 TEXTS = [text.strip() for text in texts(12)]
 PAIRS = [(TEXTS[number % 3], text) for number, text in enumerate(texts(9, seed=1))]
-
-
-def with_template(folder, template):
-    """The folder's tokenizer gets the template and knows roles and digits as words."""
-    words = tokenizer(chat_template=template)
-    known = ["user", "system", "query", "document", *"01234"]
-    words.add_tokens([AddedToken(word, single_word=True) for word in known])
-    words.save_pretrained(folder)
-    return str(folder)
-
-
-def encoder(tmp_path, template=FLAT, pooling="mean", kind="Qwen3", max_length=120, processing=None, **options):
-    """A saved folder with the modality "message", and its SentenceTransformer."""
-    base = with_template(save(tmp_path / "base", kind, vocab_size=100), template)
-    modules = [Transformer(base, processing_kwargs=processing), Pooling(32, pooling), Normalize()]
-    made = library.SentenceTransformer(modules=modules, device="cpu", **options)
-    made.max_seq_length = max_length
-    made.save_pretrained(str(tmp_path / "st"))
-    assert "message" in settings(tmp_path / "st")["modality_config"]
-    return tmp_path / "st", library.SentenceTransformer(str(tmp_path / "st"), device="cpu")
-
-
-def settings(folder):
-    return json.loads((folder / "sentence_bert_config.json").read_text())
 
 
 def run(command, model, lines, *options, field):
@@ -146,26 +106,6 @@ def test_a_template_that_drops_a_text_is_refused(tmp_path, capsys):
     tokenizer().save_pretrained(folder)
     (folder / "chat_template.jinja").unlink()
     assert "chat template of the model's tokenizer failed" in failing(capsys, "embed", folder)
-
-
-def cross_encoder(tmp_path, template=FLAT, kind="Qwen3", **options):
-    """A saved folder, and its CrossEncoder."""
-    base = save(tmp_path / "base", kind, "ForSequenceClassification", vocab_size=100)
-    with_template(base, template) if template else None
-    made = library.CrossEncoder(base, device="cpu", **options)
-    made.save_pretrained(str(tmp_path / "st"))
-    assert ("message" in settings(tmp_path / "st")["modality_config"]) == bool(template)
-    return tmp_path / "st", library.CrossEncoder(str(tmp_path / "st"), device="cpu")
-
-
-def answering(tmp_path, template=FLAT, false=5, processing=None, **options):
-    """The same of a language model that answers."""
-    base = save(tmp_path / "base", head="ForCausalLM", vocab_size=100)
-    with_template(base, template) if template else None
-    modules = [Transformer(base, transformer_task="text-generation", processing_kwargs=processing)]
-    made = library.CrossEncoder(modules=[*modules, LogitScore(4, false)], device="cpu", **options)
-    made.save_pretrained(str(tmp_path / "st"))
-    return tmp_path / "st", library.CrossEncoder(str(tmp_path / "st"), device="cpu")
 
 
 @pytest.mark.parametrize("template", [FLAT, PARTS, SWAPPED, None])

@@ -6,8 +6,8 @@ import random
 
 import numpy as np
 import pytest
-from test_inspect import failing, report, write_jsonl
-from test_plan import random_sequences, rows_of
+from batches import short_sequences, trie_size
+from commands import failing_inspect, report, write_jsonl
 
 from radix_ops.cli.inspection import plot
 from radix_ops.plan import TokenStore, plan_folded
@@ -26,10 +26,10 @@ def parts_of(order, ends):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_counts_against_brute_force(seed):
-    sequences = random_sequences(random.Random(seed))
+    sequences = short_sequences(random.Random(seed))
     found, real = sharing_of(sequences), [tuple(s) for s in sequences if s]
     assert found.num_tokens == sum(map(len, sequences))
-    assert found.num_rows == rows_of(sequences)
+    assert found.num_rows == trie_size(sequences)
     common = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False))
     assert found.num_common == (len(list(common)) if len(sequences) > 1 else 0)
     assert found.num_empty == len(sequences) - len(real)
@@ -39,7 +39,7 @@ def test_counts_against_brute_force(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_shared_prefixes_against_brute_force(seed):
-    sequences = random_sequences(random.Random(seed))
+    sequences = short_sequences(random.Random(seed))
     found = sharing_of(sequences)
     sharers = {}
     for index, sequence in enumerate(sequences):
@@ -61,18 +61,18 @@ def test_shared_prefixes_against_brute_force(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_batches_against_brute_force(seed, window):
     rng = random.Random(seed)
-    sequences, size = random_sequences(rng), rng.randint(1, 5)
+    sequences, size = short_sequences(rng), rng.randint(1, 5)
     found = sharing_of(sequences)
     for order in (found.given(), found.shuffled(), found.order):
         for limit in ({"max_sequences": size}, {"max_rows": 12}):
             batches = found.batches(order, **limit)
             parts = [[sequences[i] for i in part] for part in parts_of(order, batches.ends)]
-            assert batches.num_rows == sum(map(rows_of, parts))
+            assert batches.num_rows == sum(map(trie_size, parts))
             if "max_sequences" in limit:
                 assert all(len(part) <= size for part in parts)
                 assert order is found.order or all(len(part) == size for part in parts[:-1])
             else:
-                assert all(len(part) == 1 or rows_of(part) <= 12 for part in parts)
+                assert all(len(part) == 1 or trie_size(part) <= 12 for part in parts)
             depths = [len(p) for part in parts for p in {tuple(s[:i]) for s in part for i in range(1, len(s) + 1)}]
             assert batches.num_keys(window) == sum(min(depth, window or depth) for depth in depths)
             longest = [len(part) * [max(map(len, part))] for part in parts]
@@ -84,7 +84,7 @@ def test_batches_against_brute_force(seed, window):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_batches_of_so_many_rows_are_the_planners(seed):
-    store = TokenStore.from_sequences(random_sequences(random.Random(seed), most=30))
+    store = TokenStore.from_sequences(short_sequences(random.Random(seed), most=30))
     found = Sharing(store)
     plan = plan_folded(store, max_rows=20, max_tokens=160, order="sorted")
     planned = found.batches(found.order, max_rows=20)
@@ -95,7 +95,7 @@ def test_batches_of_so_many_rows_are_the_planners(seed):
 @pytest.mark.parametrize("seed", range(20))
 def test_padded_batches_against_brute_force(seed):
     rng = random.Random(seed)
-    sequences, size = random_sequences(rng), rng.randint(1, 5)
+    sequences, size = short_sequences(rng), rng.randint(1, 5)
     found, lengths = sharing_of(sequences), sorted(map(len, sequences), reverse=True)
     padded = found.padded(max_sequences=size)
     batches = [lengths[i : i + size] for i in range(0, len(lengths), size)]
@@ -113,12 +113,12 @@ def test_tokens_behind_the_given_lengths_do_not_count():
 
 
 def test_a_store_on_disk_is_counted_as_one_in_memory():
-    sequences = random_sequences(random.Random(0), most=2000, longest=40, vocabulary=2)
+    sequences = short_sequences(random.Random(0), most=2000, longest=40, vocabulary=2)
     store = TokenStore(max_memory=1000)
     for sequence in sequences:
         store.append(sequence)
     assert isinstance(store.input_ids, np.memmap)
-    assert Sharing(store).num_rows == rows_of(sequences)
+    assert Sharing(store).num_rows == trie_size(sequences)
 
 
 def test_sharing_from_the_end_reads_sequences_backwards():
@@ -132,7 +132,7 @@ def test_sharing_from_the_end_reads_sequences_backwards():
 
 
 def test_icicle_against_brute_force():
-    sequences = random_sequences(random.Random(3), most=60, longest=12, vocabulary=2)
+    sequences = short_sequences(random.Random(3), most=60, longest=12, vocabulary=2)
     found = sharing_of(sequences)
     depth = max(map(len, sequences))
     image = plot._icicle(found, found.prefixes(), depth)
@@ -174,14 +174,14 @@ def test_picture_of_extreme_data(capsys, tmp_path, sequences):
 
 def test_pictures_that_cannot_be_made(capsys, tmp_path, monkeypatch):
     file = write_jsonl(tmp_path / "ids.jsonl", [{"input_ids": [1]}])
-    assert "must end in .png, .svg, .pdf" in failing(capsys, file, "--plot", tmp_path / "sharing.gif")
-    assert "its folder does not exist" in failing(capsys, file, "--plot", tmp_path / "no" / "sharing.png")
+    assert "must end in .png, .svg, .pdf" in failing_inspect(capsys, file, "--plot", tmp_path / "sharing.gif")
+    assert "its folder does not exist" in failing_inspect(capsys, file, "--plot", tmp_path / "no" / "sharing.png")
     (tmp_path / "folder.png").mkdir()
-    assert "is not a regular file" in failing(capsys, file, "--plot", tmp_path / "folder.png")
+    assert "is not a regular file" in failing_inspect(capsys, file, "--plot", tmp_path / "folder.png")
     same = write_jsonl(tmp_path / "ids.png", [{"input_ids": [1]}])
-    assert "is the input file itself" in failing(capsys, same, "--plot", same)
+    assert "is the input file itself" in failing_inspect(capsys, same, "--plot", same)
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
-    assert failing(capsys, file, "--plot", tmp_path / "sharing.png") == (
+    assert failing_inspect(capsys, file, "--plot", tmp_path / "sharing.png") == (
         "radix-ops: --plot needs matplotlib: pip install matplotlib"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from hf_models import trie_size
+from batches import trie_size
 from trl_runs import GROUP, MARKS, dpo, grpo, no_warnings_of_ours, saved_models, trl  # noqa: F401
 
 from radix_ops import trainers

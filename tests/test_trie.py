@@ -7,15 +7,12 @@ import pytest
 import torch
 from batches import NAMED, random_sequences, rounds
 from torch.utils._python_dispatch import TorchDispatchMode
+from tries import APART, LONG, NESTED_RUNS, ancestors_of, order_of
 
 from radix_ops import FoldedBatch
 from radix_ops.ops import trie
 
 RADIX = torch.ops.radix
-LONG = [[*range(900), i] for i in range(3)] + [[*range(300), 5, *range(400)], list(range(650)), [*range(300), 5]]
-# Run r + 1 leaves run r at its last token: the deepest tree of runs.
-NESTED_RUNS = [[*range(i), 1000 + i] for i in range(200)]
-APART = [[*([100 + i] * 60), *range(i * 3)] for i in range(8)]
 
 
 def batches():
@@ -24,18 +21,6 @@ def batches():
     rng = np.random.default_rng(0)
     for _ in rounds(200):
         yield random_sequences(rng)
-
-
-def order_of(batch):
-    return RADIX.trie_order(batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index, batch.num_rows)
-
-
-def ancestors_of(batch):
-    """bool [num_rows, num_rows], where the row of the first index sees that of the second."""
-    sees = torch.zeros(batch.num_rows, batch.num_rows, dtype=torch.bool)
-    for rows in batch.unfold_index.cpu().long().split(batch.lengths.tolist()):
-        sees[rows[:, None], rows] = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
-    return sees
 
 
 def test_order_tells_ancestors(device):

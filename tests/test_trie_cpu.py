@@ -11,8 +11,7 @@ import processes
 import pytest
 import torch
 from batches import NAMED, random_sequences, rounds
-from test_trie import APART, LONG, NESTED_RUNS, ancestors_of, order_of
-from test_trie_kernels import SHAPES, dense, strided
+from tries import APART, LONG, NESTED_RUNS, SHAPES, ancestors_of, dense, order_of, strided
 
 from radix_ops import FoldedBatch
 

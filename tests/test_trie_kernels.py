@@ -13,38 +13,16 @@ import processes
 import pytest
 import torch
 from batches import NAMED
-from test_trie import LONG, NESTED_RUNS, ancestors_of, order_of
+from tries import LONG, NESTED_RUNS, SHAPES, ancestors_of, dense, order_of, strided
 
 from radix_ops import FoldedBatch
 from radix_ops.ops.trie import TrieTables
 
 SHORT = [[*range(45), i] for i in range(3)] + [[*range(15), 5, *range(20)], list(range(30)), [*range(15), 5]]
-# Query heads, key/value heads, head_dim of keys and of values, sliding window, scale.
-SHAPES = [
-    (4, 2, 16, 16, 0, 0.3),
-    (7, 1, 24, 16, 0, -0.2),  # a group that does not divide the block, a factor below 0
-    (4, 4, 16, 40, 20, 0.3),
-    (6, 2, 64, 64, 5, 0.0),
-    (40, 1, 16, 8, 0, 0.25),  # a group that takes several blocks
-    (4, 2, 16, 16, 1, 0.3),
-]
-
-
-def dense(q, k, v, sees, scale):
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-    weights = scores.masked_fill(~sees, float("-inf")).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", weights, v)
 
 
 def tables_of(batch):
     return TrieTables(*order_of(batch), batch.kv_index, batch.cu_seqlens_q, batch.num_nodes)
-
-
-def strided(x):
-    """The same values at [heads, rows, 1 + size], the first column left out."""
-    return torch.cat([x[..., :1], x], -1).transpose(0, 1).contiguous().transpose(0, 1)[..., 1:]
 
 
 def check(sequences, shape, dtype, device, tolerance, layout=lambda x: x):

@@ -9,7 +9,7 @@ import time
 import processes
 import pytest
 import torch
-from test_trie import LONG, order_of
+from tries import LONG, order_of
 
 from radix_ops import FoldedBatch
 
