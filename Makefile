@@ -25,7 +25,7 @@ test-elsewhere: $(VENV)/.built $(VENV)/.deps
 # radix_ops.hf on the oldest transformers that it works with, which stands beside the virtual environment's own.
 test-oldest: $(VENV)/.built $(VENV)/.oldest
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS) \
-	  tests/test_hf*.py tests/test_scoring.py tests/test_cli.py tests/test_scale.py tests/test_training_step.py
+	  tests/hf tests/engine/test_scoring.py tests/cli/test_score.py tests/training/test_distributed.py tests/training/test_step.py
 
 # The ops' CPU kernels under ASan and UBSan: their tests, and FUZZ_SECONDS of mutated calls.
 sanitize: $(VENV)/.built $(VENV)/.deps

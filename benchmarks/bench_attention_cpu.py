@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 import itertools
 
-import harness
 import numpy as np
 import torch
 
+import harness
 from radix_ops import FoldedBatch, attention, pack
 from radix_ops._attention import attend, plan_attention
 

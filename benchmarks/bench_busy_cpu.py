@@ -20,9 +20,9 @@ from pathlib import Path
 
 import radix_ops  # noqa: F401  isort: skip  (before torch, as in the command: it settles how threads wait)
 
-import harness
 import torch
 
+import harness
 from radix_ops.data.records import Records
 from radix_ops.engine import loading, scoring
 from radix_ops.plan.budget import MOST_ROWS, Budget

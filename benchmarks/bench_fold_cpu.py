@@ -9,11 +9,11 @@ from __future__ import annotations
 import itertools
 import time
 
-import harness
 import numpy as np
 import radix_mlp
 import torch
 
+import harness
 from radix_ops import compat  # registers torch.ops.radix
 
 BATCHES = {  # sequences, tokens each, shared fraction

@@ -5,12 +5,12 @@ Each call is timed on the host's clock, from idle device to idle device.
 
 from __future__ import annotations
 
-import harness
 import radix_mlp
 import torch
-from bench_fold_cpu import BATCHES, make
 
+import harness
 import radix_ops  # noqa: F401  (registers torch.ops.radix)
+from bench_fold_cpu import BATCHES, make
 
 TARGETS = {"32 x 2304, 0.89 shared": 20, "2048 x 512, 0.25 shared": 60}
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import harness
 import torch
 
+import harness
 import radix_ops  # noqa: F401  (registers torch.ops.radix)
 
 GATHER = torch.ops.radix.gather

@@ -7,8 +7,9 @@ reads another copy of the rows than the calls before it; a result that fits in t
 
 from __future__ import annotations
 
-import harness
 import torch
+
+import harness
 
 RADIX = torch.ops.radix
 BATCHES = {  # sequences, shared prefix, own tokens

@@ -14,14 +14,14 @@ import inspect
 import json
 import math
 
-import bench_qwen3
-import harness
 import torch
 import transformers
-from bench_qwen3 import Batch, real_batches
 from transformers import AttentionInterface
 
+import bench_qwen3
+import harness
 import radix_ops.hf
+from bench_qwen3 import Batch, real_batches
 
 WORKLOADS = ("gsm8k_8shot_cot", "msmarco_rerank_top8", "mmlu_4shot_4choice")
 # count, shared tokens, own tokens: from where folding can't pay to where it does.

@@ -8,11 +8,11 @@ the peak beyond the hidden states, the head, and the gradients of both.
 
 from __future__ import annotations
 
-import harness
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import harness
 import radix_ops
 from radix_ops.losses import token_logprobs
 

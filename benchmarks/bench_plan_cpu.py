@@ -12,9 +12,9 @@ import resource
 import time
 from pathlib import Path
 
-import harness
 import numpy as np
 
+import harness
 from radix_ops.plan import TokenStore, plan_folded
 
 SEQUENCES, LENGTH, GROUP, SHARED = 1_000_000, 128, 8, 96

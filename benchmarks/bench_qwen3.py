@@ -14,9 +14,9 @@ import statistics
 import time
 from pathlib import Path
 
-import harness
 import torch
 
+import harness
 import radix_ops
 from radix_ops.models.qwen3 import Qwen3Config, Qwen3Model
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import harness
 import torch
 
+import harness
 from radix_ops import FoldedBatch
 
 BATCHES = {  # sequences, shared prefix, own tokens

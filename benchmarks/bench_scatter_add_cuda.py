@@ -7,8 +7,9 @@ rounding the exact sum once.
 
 from __future__ import annotations
 
-import harness
 import torch
+
+import harness
 from bench_scatter_add_cpu import error
 
 RADIX = torch.ops.radix

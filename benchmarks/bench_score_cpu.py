@@ -10,10 +10,10 @@ import importlib.util
 import statistics
 from pathlib import Path
 
-import harness
 import numpy as np
 import torch
 
+import harness
 from radix_ops.data.records import Records
 from radix_ops.engine import loading, scoring
 from radix_ops.engine.items import Collector

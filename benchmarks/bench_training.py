@@ -14,10 +14,10 @@ import gc
 import json
 import time
 
-import bench_qwen3
-import harness
 import torch
 
+import bench_qwen3
+import harness
 import radix_ops
 from radix_ops.losses import token_logprobs
 

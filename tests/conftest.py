@@ -1,6 +1,7 @@
 import pytest
 import torch
-from processes import NUM_THREADS
+
+from helpers.processes import NUM_THREADS
 
 torch.set_num_threads(NUM_THREADS)
 
@@ -36,14 +37,3 @@ def many_threads():
     torch.set_num_threads(4)
     yield
     torch.set_num_threads(NUM_THREADS)
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
-    """A folder with a language model and its tokenizer."""
-    from language_models import tiny_model, tiny_tokenizer
-
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model(max_position_embeddings=256).save_pretrained(folder)
-    tiny_tokenizer(adds_bos=True).save_pretrained(folder)
-    return folder

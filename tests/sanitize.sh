@@ -22,13 +22,13 @@ check() { # tool, name of the log, pytest arguments
 
 for tool in "${tools[@]}"; do
   rm -f "$logs/$tool".*.log
-  check "$tool" cuda "$tests/test_cuda.py" "$tests/test_compat.py" -k "$skip" &
-  check "$tool" gather "$tests/test_gather.py" -k "$skip" &
-  check "$tool" trie "$tests/test_trie.py" "$tests/test_trie_kernels.py" -k "$skip and not past_32_bits" &
-  check "$tool" scatter_add.sums "$tests/test_scatter_add.py" -k "$skip and float64_sum" &
-  check "$tool" scatter_add "$tests/test_scatter_add.py" -k "$skip and not float64_sum" &
-  check "$tool" fold "$tests/test_fold.py" "$tests/test_fold_collisions.py" "$tests/test_fuzz.py" -k "$skip" &
-  [ "$tool" = racecheck ] || check "$tool" autograd "$tests/test_autograd.py" "$tests/test_bad_input.py" -k "$skip" &
+  check "$tool" cuda "$tests/ops/test_cuda.py" "$tests/compat" -k "$skip" &
+  check "$tool" gather "$tests/ops/test_gather.py" -k "$skip" &
+  check "$tool" trie "$tests/ops/test_trie.py" "$tests/ops/test_trie_kernels.py" -k "$skip and not past_32_bits" &
+  check "$tool" scatter_add.sums "$tests/ops/test_scatter_add.py" -k "$skip and float64_sum" &
+  check "$tool" scatter_add "$tests/ops/test_scatter_add.py" -k "$skip and not float64_sum" &
+  check "$tool" fold "$tests/ops/test_fold.py" "$tests/ops/test_fold_collisions.py" "$tests/ops/test_fuzz.py" -k "$skip" &
+  [ "$tool" = racecheck ] || check "$tool" autograd "$tests/ops/test_autograd.py" "$tests/ops/test_bad_input.py" -k "$skip" &
   wait
 done
 cd "$logs"

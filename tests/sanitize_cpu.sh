@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: the tests of the ops, then tests/fuzz_ops.py.
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: the tests of the ops, then tests/ops/fuzz_ops.py.
 # Usage: tests/sanitize_cpu.sh [SECONDS OF FUZZ [ITS OTHER ARGUMENTS]]. PYTHON names an interpreter with torch and the
 # tests' requirements; SANITIZE_TESTS=0 leaves the tests out. The build stands in build/sanitize, beside links to the
 # other files of the package.
@@ -7,7 +7,7 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=$(realpath -s "$(command -v "${PYTHON:-python3}")")
 folder=$root/build/sanitize
-tests="bad_input batch_by_hand gather scatter_add trie trie_cpu trie_tables"
+tests="batch/test_by_hand.py $(printf 'ops/test_%s.py ' bad_input gather scatter_add trie trie_cpu trie_tables)"
 mkdir -p "$folder/radix_ops"
 
 # -fno-wrapv: overflow of signed integers is a finding. vptr would need a look into torch's own types.
@@ -33,11 +33,11 @@ done
 # Python's own allocator would hide from ASan what it hands out; a tensor too large for memory is an error, as elsewhere.
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" PYTHONMALLOC=malloc
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096
-export UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 PYTHONPATH=$folder
+export UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 PYTHONPATH=$folder:$root/tests
 cd "$root/tests"
 if [ "${SANITIZE_TESTS:-1}" != 0 ]; then
   # Left out are tests that need more memory than ASan may hand out; the fuzz covers folds and plans.
   RADIX_TEST_DIVISOR=20 "$python" -m pytest -q -n "$(nproc)" -p no:cacheprovider \
-    -m "not cuda" -k "not past_2_to and not memory_does_not_hold" $(printf 'test_%s.py ' $tests)
+    -m "not cuda" -k "not past_2_to and not memory_does_not_hold" $tests
 fi
-exec "$python" fuzz_ops.py --seconds "${1:-20}" "${@:2}"
+exec "$python" ops/fuzz_ops.py --seconds "${1:-20}" "${@:2}"

@@ -5,11 +5,12 @@ import os
 import random
 from types import SimpleNamespace
 
-import processes
 import pytest
 import torch
-from batches import trie_size
-from language_models import TEXT, tiny_model, tiny_tokenizer
+
+from helpers import processes
+from helpers.batches import trie_size
+from helpers.language_models import TEXT, tiny_model, tiny_tokenizer
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-import processes
 import pytest
+
+from helpers import processes
 
 AFTERWARDS = "import os; assert ('GOMP_SPINCOUNT' in os.environ) == {}"
 

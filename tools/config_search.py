@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedConfig
+
 from fold_checks import (
     FAR,
     FAR_TOLERANCE,
@@ -23,6 +25,8 @@ from fold_checks import (
     pad,
     positions_that_fit,
 )
+from radix_ops.hf import proofs
+from radix_ops.hf.proofs import NUMBER, Proof
 from small_configs import (
     BOUNDS,
     NOT_BY_DEFAULT,
@@ -36,10 +40,6 @@ from small_configs import (
     with_default_layers,
     with_far_positions,
 )
-from transformers import PreTrainedConfig
-
-from radix_ops.hf import proofs
-from radix_ops.hf.proofs import NUMBER, Proof
 
 # Of as many layers as by default, through which errors grow.
 DEEP_TOLERANCE = 1e-2

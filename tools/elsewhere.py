@@ -1,6 +1,6 @@
 """Runs the tests as other machines would: `make test-elsewhere`, or in some environments and some of them by
 
-    tools/elsewhere.py avx2 scalar+threads busy -- -n 2 tests/test_trie.py
+    tools/elsewhere.py avx2 scalar+threads busy -- -n 2 tests/ops
 
 An environment is one of those below, or several joined by +. What stands behind -- is for pytest. The output of each
 run goes to build/elsewhere/; a table says how many tests passed and failed where. The exit status is 1 if any failed.

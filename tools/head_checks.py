@@ -6,6 +6,8 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from fold_checks import (
     SIDES,
     TOLERANCE,
@@ -19,8 +21,6 @@ from fold_checks import (
     gradients,
     pad,
 )
-from torch import Tensor
-
 from radix_ops.hf import heads, proofs
 from radix_ops.hf.proofs import Proof
 

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING
+
 from apart import run_apart
 from config_search import Search, check_default, check_far, count_calls, vary
 from fold_checks import (
@@ -40,11 +42,9 @@ from fold_checks import (
 )
 from head_checks import heads_that_fit
 from models_page import page
-from small_configs import default_config, small_arguments
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING
-
 from radix_ops.hf import proofs
 from radix_ops.hf.proofs import Proof
+from small_configs import default_config, small_arguments
 
 ROOT = Path(__file__).parent.parent
 # Of kinds of layers: those in which a token sees more than the tokens up to it, or no attention at all.

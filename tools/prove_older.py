@@ -10,12 +10,12 @@ import json
 import os
 
 import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
 from apart import run_apart
 from fold_checks import Refused, Unbuildable
 from models_page import page
 from prove_models import ROOT, as_json, search_terms
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
 from radix_ops.hf import proofs
 from radix_ops.hf.proofs import NUMBER, Proof
 

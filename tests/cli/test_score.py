@@ -1,0 +1,402 @@
+"""The radix-ops command: outputs, resuming, errors, and the demo's questions."""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+
+from helpers import processes
+from helpers.commands import QUESTIONS, failing_command, read_jsonl, score, write_jsonl
+from helpers.language_models import needs_hf, oracle, sequences_of, tiny_model, tiny_tokenizer
+
+pytest.importorskip("transformers")
+
+import radix_ops.cli.score as score_command
+from radix_ops.cli import job
+from radix_ops.data.fingerprint import fingerprint
+from radix_ops.data.records import Records
+from radix_ops.engine import loading, scoring
+from radix_ops.engine.runners import RunStats, TransformersRunner
+
+
+@pytest.fixture
+def questions(tmp_path):
+    return write_jsonl(tmp_path / "questions.jsonl", QUESTIONS)
+
+
+def scoring_records(path):
+    return Records(path, scoring.parse_item)
+
+
+def failing(capsys, *arguments) -> str:
+    return failing_command(capsys, "score", "--device", "cpu", "--model", *arguments)
+
+
+def check_results(results, questions=QUESTIONS, model=None):
+    model, tokenizer = model or tiny_model(max_position_embeddings=256), tiny_tokenizer(True)
+    assert [r["line"] for r in results] == list(range(1, len(questions) + 1))
+    for given, found in zip(questions, results, strict=True):
+        item = scoring.Item(1, "", given["context"], given["choices"], {})
+        sequences = sequences_of(scoring.encode([item], tokenizer))
+        expected = [oracle(model, s) for s in sequences]
+        assert found["logprobs"] == pytest.approx([logprob for logprob, _ in expected], abs=1e-4)
+        assert found["greedy"] == [greedy for _, greedy in expected]
+        assert found["tokens"] == [len(s.continuation) for s in sequences]
+        assert found["best"] == max(range(len(expected)), key=lambda i: expected[i][0])
+        extra = {k: v for k, v in given.items() if k not in ("context", "choices")}
+        assert {k: found[k] for k in extra} == extra
+        assert set(found) == set(extra) | set(scoring.RESERVED_KEYS)
+
+
+@pytest.mark.parametrize("budget", [1, 100, 100_000])
+def test_score_writes_results_to_standard_output_in_input_order(model_folder, questions, capsys, budget):
+    assert score(model_folder, "--plain", "--token-budget", budget, questions) == 0
+    out, err = capsys.readouterr()
+    check_results([json.loads(line) for line in out.splitlines()])
+    assert re.search(r"scored [\d,]+ tokens as [\d,]+ rows in [\d.]+ s", err)
+    assert "plain: 100%" in err
+
+
+def test_score_folds_by_default(model_folder, questions, capsys):
+    needs_hf()
+    assert score(model_folder, questions) == 0
+    out, err = capsys.readouterr()
+    check_results([json.loads(line) for line in out.splitlines()])
+    tokens, rows = (
+        int(n.replace(",", "")) for n in re.search(r"scored ([\d,]+) tokens as ([\d,]+) rows", err).groups()
+    )
+    assert rows < tokens / 2
+
+
+def test_score_runs_a_qwen3_on_our_model(questions, tmp_path, capsys, monkeypatch):
+    model = tiny_model("Qwen3", max_position_embeddings=256)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer(True).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(loading, "TransformersRunner", lambda *arguments: pytest.fail("ran on transformers"))
+    for options in ([], ["--plain"], ["--token-budget", 50]):
+        assert score(tmp_path / "model", *options, questions) == 0
+        check_results([json.loads(line) for line in capsys.readouterr().out.splitlines()], model=model)
+
+
+def test_score_puts_the_finished_file_into_input_order(model_folder, questions, tmp_path):
+    output = tmp_path / "scores.jsonl"
+    assert score(model_folder, "--plain", "--token-budget", 60, "--output", output, questions) == 0
+    check_results(read_jsonl(output))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["questions.jsonl", "scores.jsonl"]
+
+
+def interrupted_run(monkeypatch, model, output, questions, batches):
+    """Stop a plain run after some batches; returns the lines that a kill at that moment would have left."""
+    inner, on_disk = TransformersRunner.states, []
+
+    def stopping(*arguments):
+        on_disk.append(output.read_bytes())
+        if len(on_disk) > batches:
+            raise KeyboardInterrupt
+        return inner(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersRunner, "states", stopping)
+        assert score(model, "--plain", "--token-budget", 1, "--output", output, questions) == 130
+    return on_disk[-1]
+
+
+def test_score_continues_an_interrupted_run(model_folder, questions, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "scores.jsonl"
+    left = interrupted_run(monkeypatch, model_folder, output, questions, batches=4)
+    assert [json.loads(line)["line"] for line in left.splitlines()] == [1, 4]
+    assert "the same command continues" in capsys.readouterr().err
+
+    output.write_bytes(left + b'{"line": 2, "id": "sho')
+    scored = []
+    inner = TransformersRunner.states
+    monkeypatch.setattr(TransformersRunner, "states", lambda self, sent: scored.extend(sent) or inner(self, sent))
+    assert score(model_folder, "--plain", "--output", output, questions) == 0
+    assert len(scored) == len(QUESTIONS[1]["choices"]) + len(QUESTIONS[2]["choices"])
+    check_results(read_jsonl(output))
+    assert set(left.splitlines()) <= set(output.read_bytes().splitlines())
+    assert "holds 2 of 4 results already" in capsys.readouterr().err
+
+    scored.clear()
+    finished = output.read_bytes()
+    assert score(model_folder, "--plain", "--output", output, questions) == 0
+    assert (scored, output.read_bytes()) == ([], finished)
+
+
+def test_score_continues_when_lines_were_added_to_the_input(model_folder, questions, tmp_path):
+    output = tmp_path / "scores.jsonl"
+    assert score(model_folder, "--plain", "--output", output, questions) == 0
+    before = output.read_text()
+    more = [*QUESTIONS, {"context": "the sea", "choices": [" yes", " no"]}]
+    write_jsonl(questions, more)
+    assert score(model_folder, "--plain", "--output", output, questions) == 0
+    assert output.read_text().startswith(before)
+    check_results(read_jsonl(output), more)
+
+
+def test_results_of_a_file_with_blank_lines_name_its_lines_and_continue(model_folder, tmp_path, capsys):
+    lines, output = [json.dumps(question) for question in QUESTIONS], tmp_path / "scores.jsonl"
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("\n".join([lines[0], "", "  ", *lines[1:], "", ""]))
+    assert score(model_folder, "--plain", "--output", output, questions) == 0
+    found = read_jsonl(output)
+    assert [result["line"] for result in found] == [1, 4, 5, 6]
+    output.write_text("".join(json.dumps(found[i]) + "\n" for i in (3, 1)))
+    assert score(model_folder, "--plain", "--output", output, questions) == 0
+    assert read_jsonl(output) == found
+    check_results([{**result, "line": i} for i, result in enumerate(found, 1)])
+    output.write_text(json.dumps({**found[0], "line": 2}) + "\n")
+    assert "line 1 is no result of this input" in failing(
+        capsys, model_folder, "--plain", "--output", output, questions
+    )
+
+
+def test_score_refuses_to_continue_what_is_not_its_own(model_folder, questions, tmp_path, capsys):
+    needs_hf()
+    output = tmp_path / "scores.jsonl"
+    assert score(model_folder, "--plain", "--output", output, questions) == 0
+    finished = output.read_bytes()
+    lines = finished.splitlines(keepends=True)
+    other = tmp_path / "other"
+    tiny_model("Qwen3", max_position_embeddings=256).save_pretrained(other)
+    tiny_tokenizer(True).save_pretrained(other)
+    changed = write_jsonl(tmp_path / "changed.jsonl", [QUESTIONS[0], {**QUESTIONS[1], "id": "new"}, *QUESTIONS[2:]])
+    refusal = r"scores.jsonl, line (\d) is no result of this input, model, dtype and mode; --overwrite"
+
+    def refused_line(*arguments):
+        return int(re.search(refusal, failing(capsys, *arguments, "--output", output)).group(1))
+
+    assert refused_line(model_folder, questions) == 1
+    assert refused_line(other, "--plain", questions) == 1
+    assert refused_line(model_folder, "--plain", "--dtype", "bfloat16", questions) == 1
+    assert refused_line(model_folder, "--plain", changed) == 2
+    assert output.read_bytes() == finished
+    before_the_first = json.dumps({**json.loads(lines[-1]), "line": 0}).encode() + b"\n"
+    for spoiled in (b"hello\n", b"[]\n", b'{"line": 99, "key": ""}\n', b'{"line": "1"}\n', before_the_first):
+        output.write_bytes(lines[0] + spoiled)
+        assert refused_line(model_folder, "--plain", questions) == 2
+    output.write_bytes(lines[0] * 2)
+    assert "holds a result twice" in failing(capsys, model_folder, "--plain", questions, "--output", output)
+    for held, message in ((b"", "exists and holds no results"), (lines[0], "ends in a line that is no result")):
+        held += b"my only notes, without a newline"
+        output.write_bytes(held)
+        assert message in failing(capsys, model_folder, "--plain", questions, "--output", output)
+        assert output.read_bytes() == held
+
+    assert score(model_folder, "--plain", "--overwrite", "--output", output, questions) == 0
+    check_results(read_jsonl(output))
+
+
+def test_keys_know_changed_weights_configs_modes_and_tokens(tmp_path):
+    model = tiny_model()
+    records = scoring_records(write_jsonl(tmp_path / "q.jsonl", [{"context": "the sea ", "choices": ["yes"]}]))
+
+    def key(model=model, adds_bos=True, mode="plain"):
+        choices = scoring.encode(records, tiny_tokenizer(adds_bos))
+        return score_command._key_of(fingerprint(TransformersRunner(model), mode), records, choices, 0)
+
+    assert key() == key(tiny_model())
+    keys = [key(), key(mode="folded"), key(adds_bos=False)]
+    keys.append(key(tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 5.0})))
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1.001)
+    assert len({*keys, key()}) == 5
+
+
+def test_score_refuses_bad_input_before_it_loads_a_model(model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(score_command, "load_runner", lambda *arguments: pytest.fail("loaded the weights"))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"context": "a", "choices": ["b"]}\n{"context": "a"}\n')
+    assert 'bad.jsonl, line 2 has no "choices"' in failing(capsys, model_folder, bad)
+    write_jsonl(bad, [QUESTIONS[1], {"context": "the sea " * 300, "choices": [" yes"]}])
+    message = failing(capsys, model_folder, bad)
+    assert re.search(
+        r"line 2: choices\[0\] needs \d+ tokens of input and the model reads at most 256; --trunc", message
+    )
+    assert "is the input file itself" in failing(capsys, model_folder, bad, "--output", bad, "--overwrite")
+    message = failing(capsys, model_folder, bad, "--output", tmp_path / "absent/scores.jsonl")
+    assert "absent/scores.jsonl: its folder does not exist" in message
+
+
+def test_score_truncates_left_on_request(model_folder, tmp_path, capsys):
+    path = write_jsonl(tmp_path / "q.jsonl", [{"context": "the sea " * 300, "choices": [" yes", " no"]}])
+    assert score(model_folder, "--plain", "--truncate-left", path) == 0
+    (result,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert all(math.isfinite(value) for value in result["logprobs"])
+
+
+def test_score_names_a_model_that_cannot_be_loaded(questions, tmp_path, capsys, monkeypatch):
+    assert "--model /no/such does not exist" in failing(capsys, "/no/such", questions)
+    assert "--model x.gguf does not exist" in failing(capsys, "x.gguf", questions)
+    assert "is a file; it must be a model's folder" in failing(capsys, questions, questions)
+    assert f"the config of {tmp_path} could not be loaded: " in failing(capsys, tmp_path, questions)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in ("gguf", "accelerate") else find(n))
+    assert "needs gguf and accelerate: pip install gguf acc" in failing(capsys, tmp_path / "m.gguf", questions)
+
+
+@pytest.mark.parametrize("options", [["--plain", "--compare"], ["--token-budget", "0"], ["--dtype", "int8"]])
+def test_score_refuses_wrong_usage(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        score("m", "f", *options)
+    assert stop.value.code == 2
+    assert "radix-ops score: error:" in capsys.readouterr().err
+
+
+def test_compare_reports_both_runs(model_folder, questions, tmp_path, capsys):
+    needs_hf()
+    output = tmp_path / "scores.jsonl"
+    assert score(model_folder, "--compare", "--output", output, questions) == 0
+    out = capsys.readouterr().out
+    check_results(read_jsonl(output))
+    tokens, rows = (re.search(rf"{name} +([\d,]+) +([\d,]+)\n", out).groups() for name in ("tokens", "rows computed"))
+    assert tokens[0] == tokens[1]
+    assert int(rows[1]) < int(tokens[1]) / 2
+    assert "answers that agree: 4 of 4\n" in out
+    assert float(re.search(r"largest difference of a choice's log-probability: (\S+)\n", out).group(1)) < 1e-4
+
+    finished = output.read_bytes()
+    assert "--compare times whole runs" in failing(capsys, model_folder, "--compare", "--output", output, questions)
+    assert output.read_bytes() == finished
+    assert score(model_folder, "--compare", questions) == 0
+    assert not capsys.readouterr().out.startswith("{")
+
+
+def test_comparison_table_is_computed_from_the_runs():
+    plain = RunStats(tokens=40_000, rows=41_000, head_rows=300, batches=9, seconds=80.0)
+    folded = RunStats(tokens=40_000, rows=5_000, head_rows=280, batches=3, seconds=10.5)
+    assert_expected_inline(
+        job.comparison_table(plain, folded),
+        """\
+                           plain    folded
+tokens                    40,000    40,000
+rows computed             41,000     5,000
+rows through the head        300       280
+batches                        9         3
+seconds                    80.00     10.50
+tokens a second              500     3,810
+
+padding of the plain run: 2.5% of its tokens
+speed-up: 7.62 times, 0.95 of tokens / rows (8.00)""",
+    )
+
+
+def test_score_survives_a_closed_pipe(model_folder, questions):
+    command = [sys.executable, "-m", "radix_ops.cli", "score", "--device", "cpu", "--plain"]
+    process = subprocess.Popen(
+        [*command, "--model", str(model_folder), str(questions)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=processes.python_environment(),
+    )
+    process.stdout.close()
+    error = process.stderr.read().decode()
+    assert process.wait(timeout=processes.LONGEST) == 1
+    assert "Traceback" not in error
+
+
+@pytest.fixture(scope="module")
+def demo():
+    path = Path(__file__).parents[2] / "examples" / "mmlu_demo.py"
+    spec = importlib.util.spec_from_file_location("mmlu_demo", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_demo_makes_questions_of_worked_examples(demo):
+    lead = "\nA: Let's think step by step."
+    prompt = (
+        "Heading.\n\n"
+        f"Q: One?\n(A) a (B) b (C) c (D) d{lead} Because. The answer is (C).\n\n"
+        f"Q: Two?\n(A) a (B) b (C) c (D) d{lead} So. The answer is (A).\n\n"
+        f"Q: Three (A)?\n(A) e\n(B) f\n(C) g\n(D) h{lead} Hence\n\n(B). The answer is (D).\n\n"
+    )
+    (line,) = demo.questions("rivers", prompt)
+    assert line == {
+        "id": "rivers/3",
+        "context": prompt[: prompt.index(" Hence")] + " The answer is",
+        "choices": [" e", " f", " g", " h"],
+        "gold": 3,
+    }
+
+
+def test_demo_reads_every_subject_of_the_package(demo):
+    if importlib.util.find_spec("lm_eval") is None:
+        pytest.skip("lm-eval is not installed")
+    prompts = json.loads(demo.package_file(*demo.PROMPTS).read_text(encoding="utf-8"))
+    for subject, prompt in prompts.items():
+        for line in demo.questions(subject, prompt):
+            assert len(line["choices"]) in (4, 5)
+            assert 0 <= line["gold"] < len(line["choices"])
+            assert line["context"].count(demo.LEAD) == demo.SHOTS + 1
+            assert line["context"].endswith(f"{demo.LEAD} The answer is")
+            question = line["context"].rsplit("\n\nQ: ", 1)[1]
+            assert all(choice in question for choice in line["choices"])
+
+
+def test_demo_names_a_package_that_is_missing(demo):
+    with pytest.raises(SystemExit, match="the demo needs nothing==1: pip install --no-deps nothing==1"):
+        demo.package_file("no_such_package", "file", "nothing==1")
+
+
+def test_compare_refuses_what_is_not_finite(model_folder, questions, tmp_path, capsys):
+    needs_hf()
+    model = tiny_model(max_position_embeddings=256)
+    model.get_output_embeddings().weight.data[5] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer(True).save_pretrained(tmp_path / "model")
+    assert score(tmp_path / "model", "--compare", questions) == 1
+    assert "line 1: choices[0] got the log-probability nan" in capsys.readouterr().err
+
+
+def test_fingerprints_see_every_weight():
+    model = tiny_model()
+    runner = TransformersRunner(model)
+    found = {fingerprint(runner).hexdigest()}
+    generator = torch.Generator().manual_seed(0)
+    parameters = list(model.parameters())
+    for _ in range(30):
+        parameter = parameters[int(torch.randint(len(parameters), (1,), generator=generator))].data.flatten()
+        parameter[int(torch.randint(len(parameter), (1,), generator=generator))] += 0.5
+        found.add(fingerprint(runner).hexdigest())
+    embedding = model.get_input_embeddings().weight.data
+    embedding[[3, 4]] = embedding[[4, 3]]
+    found.add(fingerprint(runner).hexdigest())
+    assert len(found) == 32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "foo"), "--device 'foo' can't be used: it must be cpu or cuda"),
+        (("--device", "meta"), "--device 'meta' can't be used: it must be cpu or cuda"),
+        (
+            ("--device", "cuda:99"),
+            f"--device 'cuda:99' can't be used: torch finds {torch.cuda.device_count()} CUDA devices",
+        ),
+        (("--plain", "--device", "foo"), "--device 'foo' can't be used: it must be cpu or cuda"),
+        (("--plain", "--device", "meta"), "--device 'meta' can't be used: it must be cpu or cuda"),
+        (("--output", "."), "--output '.' is not a regular file"),
+        (("--output", os.devnull), f"--output {os.devnull!r} is not a regular file"),
+        (("--output", ""), "--output '' is not a regular file"),
+    ],
+)
+def test_score_refuses_devices_and_outputs(options, message, model_folder, questions, capsys):
+    assert score(model_folder, *options, questions) == 1
+    assert capsys.readouterr().err == f"radix-ops: {message}\n"
+
+
+def test_a_key_that_stands_twice_is_refused(model_folder, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"context": "a", "context": "b", "choices": ["c"]}\n')
+    assert "bad.jsonl, line 1 is not JSON: the key 'context' stands twice" in failing(capsys, model_folder, bad)

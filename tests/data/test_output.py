@@ -1,0 +1,447 @@
+"""Outputs outlive kills at any point, damage, removed files and links, and one run at a time writes to them."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from helpers import processes
+from radix_ops import cli
+from radix_ops.cli import arguments
+from radix_ops.data import matrix, output, results
+from radix_ops.data.matrix import MatrixFile
+from radix_ops.data.output import claimed
+from radix_ops.data.records import UserError
+from radix_ops.data.results import ResultFile
+
+COUNT, SHAPE = 6, (6, 5)
+ROWS = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+ORDER = [3, 0, 5, 1, 4, 2]
+
+
+def key_of(item):
+    return f"key{item}"
+
+
+def write_lines(path, overwrite=False):
+    """A run; returns how many results it found."""
+    with claimed(str(path)):
+        file = ResultFile(str(path), COUNT, key_of, overwrite)
+        found = int(file.done.sum())
+        for item in ORDER:
+            if not file.done[item]:
+                file.add(item, {"line": item + 1, "text": "x" * item})
+                file.flush()
+        file.finish()
+    return found
+
+
+def write_matrix(path, overwrite=False, key="key"):
+    with claimed(str(path)):
+        file = MatrixFile(str(path), SHAPE, key, overwrite)
+        found = int(file.done.sum())
+        for part in (ORDER[:2], ORDER[2:4], ORDER[4:]):
+            remaining = np.array([item for item in part if not file.done[item]], int)
+            if len(remaining):
+                file.write(remaining, ROWS[remaining])
+        file.finish()
+    return found
+
+
+def check_lines(path):
+    expected = [{"line": i + 1, "text": "x" * i, "key": key_of(i)} for i in range(COUNT)]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == expected
+
+
+def check_matrix(path):
+    found = np.load(path)
+    assert found.dtype == np.float32
+    assert np.array_equal(found, ROWS)
+
+
+KINDS = {"o.jsonl": (write_lines, check_lines), "o.npy": (write_matrix, check_matrix)}
+either = pytest.mark.parametrize("name", KINDS)
+
+
+def killed_after(num_lines, work, *arguments) -> bool:
+    """Runs work in a process that is killed, with all that it buffers, before it runs this line of our files."""
+    if (child := os.fork()) == 0:
+        count = 0
+
+        def trace(frame, event, _):
+            nonlocal count
+            if frame.f_code.co_filename not in {module.__file__ for module in (matrix, output, results)}:
+                return None
+            if event == "line":
+                count += 1
+                if count > num_lines:
+                    os._exit(9)
+            return trace
+
+        sys.settrace(trace)
+        try:
+            work(*arguments)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, 9)
+    return status == 9
+
+
+@either
+def test_the_same_run_continues_after_a_kill_at_any_line(tmp_path, name):
+    """Every fifth time after a second one, too. No later kill loses what an earlier one kept."""
+    (run, check), rng, counts = KINDS[name], random.Random(0), []
+    for first in itertools.count():
+        folder = tmp_path / str(first)
+        folder.mkdir()
+        path = folder / name
+        if not killed_after(first, run, path):
+            break
+        if first % 5 == 4:
+            killed_after(rng.randrange(100), run, path)
+            run(path)
+        else:
+            counts.append(run(path))
+        check(path)
+        assert [p.name for p in folder.iterdir()] == [name]
+        assert run(path) == COUNT
+    assert first > 80
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (0, COUNT)
+
+
+@either
+def test_an_old_output_stands_or_the_new_one_when_replacing_is_killed(tmp_path, name):
+    run, check = KINDS[name]
+    for first in itertools.count(step=3):
+        path = tmp_path / f"{first}{name}"
+        if name.endswith(".npy"):
+            MatrixFile(str(path), (2, 2), "old", False).finish()
+        else:
+            path.write_text('{"line": 1, "key": "old"}\n')
+        old = path.read_bytes()
+        if not killed_after(first, run, path, True):
+            break
+        if name.endswith(".npy") and path.read_bytes() != old:
+            check(path)
+        run(path, True)
+        check(path)
+
+
+@either
+def test_a_finished_output_of_another_run_is_refused(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith(".npy"):
+        write_matrix(path, key="another")
+    else:
+        path.write_text('{"line": 1, "key": "another"}\n')
+    held = path.read_bytes()
+    with pytest.raises(UserError, match="--overwrite replaces it"):
+        KINDS[name][0](path)
+    assert path.read_bytes() == held
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def unfinished_matrix(path, done=ORDER):
+    file = MatrixFile(str(path), SHAPE, "key", False)
+    file.write(np.array(done), ROWS[done])
+    return path.with_name(path.name + ".part")
+
+
+def spoil(part, how):
+    content = part.read_bytes()
+    header, rows = content[: -ROWS.nbytes], content[-ROWS.nbytes :]
+    if how == "more rows":
+        np.lib.format.open_memmap(part, "w+", np.float32, shape=(COUNT + 1, 5))[:COUNT] = ROWS
+    elif how == "fewer rows":
+        np.lib.format.open_memmap(part, "w+", np.float32, shape=(COUNT - 1, 5))[:] = ROWS[:-1]
+    elif how == "another dtype":
+        np.lib.format.open_memmap(part, "w+", np.int32, shape=SHAPE)[:] = 1
+    elif how == "Fortran order":
+        np.lib.format.open_memmap(part, "w+", np.float32, shape=SHAPE, fortran_order=True)[:] = ROWS
+    elif how == "cut":
+        part.write_bytes(content[:-1])
+    elif how == "longer":
+        part.write_bytes(content + b"\0")
+    elif how == "zeroed header":
+        part.write_bytes(bytes(len(header)) + rows)
+    elif how == "saved by NumPy":
+        with open(part, "wb") as file:
+            np.save(file, ROWS)
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["more rows", "fewer rows", "another dtype", "Fortran order", "cut", "longer", "zeroed header", "saved by NumPy"],
+)
+def test_a_matrix_of_another_shape_is_refused(tmp_path, how):
+    path = tmp_path / "o.npy"
+    part = unfinished_matrix(path, ORDER[:4])
+    spoil(part, how)
+    with pytest.raises(UserError, match=r"o.npy.part is not what the interrupted run left beside .*--overwrite starts"):
+        write_matrix(path)
+    write_matrix(path, True)
+    check_matrix(path)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_that_a_crash_lost_are_found_again(tmp_path, seed):
+    path, rng = tmp_path / "o.npy", random.Random(seed)
+    part = unfinished_matrix(path, ORDER[: rng.randint(1, COUNT)])
+    content = bytearray(part.read_bytes())
+    start = len(content) - ROWS.nbytes
+    for _ in range(rng.randint(1, 3)):
+        at = start + rng.randrange(ROWS.nbytes)
+        end = min(at + rng.choice([1, 4, 20, 60]), len(content))
+        content[at:end] = bytes(end - at) if rng.random() < 0.7 else rng.randbytes(end - at)
+    part.write_bytes(content)
+    assert write_matrix(path) < COUNT
+    check_matrix(path)
+
+
+def test_rows_of_zeros_are_done_and_rows_that_were_zeroed_are_not(tmp_path):
+    zeros = np.zeros((COUNT, 5), np.float32)
+    file = MatrixFile(str(tmp_path / "z.npy"), SHAPE, "key", False)
+    file.write(np.arange(3), zeros[:3])
+    assert MatrixFile(str(tmp_path / "z.npy"), SHAPE, "key", False).done.tolist() == [True] * 3 + [False] * 3
+    path = tmp_path / "o.npy"
+    part = unfinished_matrix(path)
+    part.write_bytes(part.read_bytes()[: -ROWS.nbytes] + bytes(ROWS.nbytes))
+    assert write_matrix(path) == 0
+    check_matrix(path)
+
+
+@pytest.mark.parametrize("spoiled", [lambda b: b[:-1], lambda b: b + b"\0", lambda b: bytes(len(b)), lambda b: b""])
+def test_side_files_that_are_damaged_are_refused(tmp_path, spoiled):
+    path = tmp_path / "o.npy"
+    unfinished_matrix(path)
+    side = tmp_path / "o.npy.rows"
+    side.write_bytes(spoiled(side.read_bytes()))
+    with pytest.raises(UserError, match=r"o.npy.rows is .*--overwrite starts anew"):
+        write_matrix(path)
+
+
+def test_a_full_disk_at_the_start_leaves_nothing(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match="No space"):
+            write_matrix(tmp_path / "o.npy")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 700, 5000])
+@pytest.mark.parametrize("cut", [0, 5, 30])
+def test_zeros_at_the_end_of_lines_are_dropped(tmp_path, size, cut):
+    path = tmp_path / "o.jsonl"
+    write_lines(path)
+    lines = path.read_bytes()
+    for kept in (0, 40, len(lines) - cut):
+        path.write_bytes(lines[:kept] + bytes(size))
+        results.check_first_line(str(path))
+        assert write_lines(path) == lines[:kept].count(b"\n")
+        check_lines(path)
+
+
+def test_every_header_reads_as_numpys_and_keys_differ(tmp_path):
+    for shape in ((1, 1), (123_456_789, 4096), (7, 1)):
+        headers = [matrix._header_of(shape, key) for key in ("a", "b")]
+        assert headers[0] != headers[1]
+        for header in headers:
+            path = tmp_path / "h"
+            path.write_bytes(header)
+            with open(path, "rb") as file:
+                assert np.lib.format.read_magic(file) == (1, 0)
+                assert np.lib.format.read_array_header_1_0(file) == (shape, False, np.dtype(np.float32))
+                assert file.tell() == len(header)
+            assert len(header) % 64 == 0
+
+
+@either
+def test_an_output_that_is_removed_while_it_is_made_is_there_in_the_end(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith(".npy"):
+        file = MatrixFile(str(path), SHAPE, "key", False)
+        file.write(np.arange(COUNT), ROWS)
+        for made in tmp_path.iterdir():
+            made.unlink()
+    else:
+        file = ResultFile(str(path), COUNT, key_of, False)
+        for item in range(COUNT):
+            file.add(item, {"line": item + 1, "text": "x" * item})
+        file.flush()
+        path.unlink()
+    file.finish()
+    KINDS[name][1](path)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@either
+def test_a_file_that_took_an_outputs_place_stays(tmp_path, name):
+    path = tmp_path / name
+    made = path if name.endswith("l") else tmp_path / f"{name}.part"
+    if name.endswith(".npy"):
+        file = MatrixFile(str(path), SHAPE, "key", False)
+    else:
+        file = ResultFile(str(path), COUNT, key_of, False)
+        file.add(0, {"line": 1})
+    made.unlink()
+    made.write_text("mine")
+    with pytest.raises(UserError, match=rf"{made} was replaced"):
+        file.finish()
+    assert made.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [("o.jsonl", ".part"), ("o.jsonl", ".lock"), *(("o.npy", suffix) for suffix in output.HELPER_SUFFIXES)],
+)
+def test_links_beside_an_output_are_not_followed(tmp_path, name, suffix):
+    victim, path = tmp_path / "victim", tmp_path / name
+    victim.write_text("precious")
+    (tmp_path / (name + suffix)).symlink_to(victim)
+    with pytest.raises(UserError, match="is a symbolic link; remove it"):
+        KINDS[name][0](path)
+    if suffix == ".rows":  # replaced, as it is the link that goes
+        KINDS[name][0](path, True)
+    else:
+        with pytest.raises(UserError, match="is a symbolic link; remove it"):
+            KINDS[name][0](path, True)
+    assert victim.read_text() == "precious"
+
+
+@either
+@pytest.mark.parametrize("suffix", [".part", ".lock"])
+def test_files_of_others_beside_an_output_stay(tmp_path, name, suffix):
+    other = tmp_path / (name + suffix)
+    other.write_text("mine")
+    with pytest.raises(UserError, match=rf"{other} exists and is of no run; "):
+        KINDS[name][0](tmp_path / name)
+    assert other.read_text() == "mine"
+
+
+def test_a_link_to_itself_is_no_output(tmp_path):
+    for name in ("o.jsonl", "o.npy"):
+        (tmp_path / name).symlink_to(tmp_path / "other")
+        (tmp_path / "other").unlink(missing_ok=True)
+        arguments.check_output(str(tmp_path / name))  # one that leads to nothing yet is
+        (tmp_path / "other").symlink_to(tmp_path / name)
+        with pytest.raises(UserError, match=rf"{name} is a symbolic link that leads back to itself"):
+            arguments.check_output(str(tmp_path / name))
+    (tmp_path / "far.jsonl").symlink_to(tmp_path / "absent" / "o.jsonl")
+    with pytest.raises(UserError, match=r"far.jsonl: its folder does not exist"):
+        arguments.check_output(str(tmp_path / "far.jsonl"))
+
+
+@pytest.fixture
+def held():
+    """A function by which another process holds an output, which returns its id; it is killed in the end."""
+    holders = []
+
+    def hold(path):
+        reads, writes = os.pipe()
+
+        def work():
+            with claimed(str(path)):
+                os.write(writes, b"x")
+                time.sleep(600)
+
+        holders.append(processes.in_a_fork(work))
+        assert os.read(reads, 1) == b"x"
+        return holders[-1]
+
+    def let_go():
+        while holders:
+            os.kill(holders[-1], signal.SIGKILL)
+            os.waitpid(holders.pop(), 0)
+
+    yield hold, let_go
+    let_go()
+
+
+@either
+def test_one_process_holds_an_output_until_it_ends(tmp_path, name, held):
+    (hold, let_go), path, link = held, tmp_path / name, tmp_path / f"link.{name}"
+    link.symlink_to(path)
+    holder = hold(path)
+    for way in (path, link):
+        with pytest.raises(UserError, match=rf"{way.name} is being written by another run, process {holder} on "):
+            KINDS[name][0](way)
+    assert not path.exists()
+    KINDS[name][0](tmp_path / f"other-{name}")
+    let_go()
+    # The kill left the lock's file, and the system let go of it.
+    assert (tmp_path / f"{name}.lock").exists()
+    KINDS[name][0](path)
+    KINDS[name][1](path)
+    assert not (tmp_path / f"{name}.lock").exists()
+
+
+@pytest.mark.parametrize("command", ["score", "embed", "rerank"])
+def test_commands_refuse_an_output_that_is_held_before_anything_is_read(tmp_path, held, command, capsys):
+    path = tmp_path / "o.jsonl"
+    holder = held[0](path)
+    for options in ([], ["--overwrite"], ["--compare"]):
+        arguments = [command, "--model", "no/model", "--output", str(path), *options, str(tmp_path / "absent.jsonl")]
+        assert cli.main(arguments) == 1
+        assert f"o.jsonl is being written by another run, process {holder} on " in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_no_two_processes_hold_an_output_at_once(tmp_path):
+    path, counter = tmp_path / "o.jsonl", tmp_path / "count"
+    counter.write_text("0")
+
+    def race():
+        held, end = 0, time.monotonic() + processes.LONGEST
+        while held < 100 and time.monotonic() < end:
+            try:
+                with claimed(str(path)):
+                    before = int(counter.read_text())
+                    time.sleep(0.0002)
+                    counter.write_text(str(before + 1))
+                    held += 1
+            except UserError:
+                pass
+        assert held == 100
+
+    racers = [processes.in_a_fork(race) for _ in range(3)]
+    assert [os.waitpid(racer, 0)[1] for racer in racers] == [0, 0, 0]
+    assert int(counter.read_text()) == 300
+    assert not (tmp_path / "o.jsonl.lock").exists()
+
+
+def test_a_folder_without_locks_is_written_to_with_a_warning(tmp_path, monkeypatch, capsys):
+    def no_locks(*arguments):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(output.fcntl, "flock", no_locks)
+    write_lines(tmp_path / "o.jsonl")
+    check_lines(tmp_path / "o.jsonl")
+    assert "o.jsonl can't be locked (Operation not supported)" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["o.jsonl"]
+
+
+def test_finished_matrix_leaves_nothing_of_a_start_that_would_have_replaced_it(tmp_path, monkeypatch):
+    path = tmp_path / "m.npy"
+    write_matrix(path)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(matrix, "put_in_place", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write_matrix(path, overwrite=True)
+    assert write_matrix(path) == COUNT
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]

@@ -1,0 +1,80 @@
+"""For the tests of the radix-ops command: what it is asked, how it is called, and what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from helpers.language_models import TEXT
+from radix_ops import cli
+
+QUESTIONS = [
+    {"id": "long", "context": " ".join(TEXT), "choices": [" the Seine", " the river Rhine", " the sea"], "gold": 0},
+    {"id": "short", "context": "the ", "choices": ["river", "sea or the Thames"]},
+    {"id": "none", "context": "", "choices": ["the", " sea", "Answer: yes"], "note": {"of": [1, None]}},
+    {"id": "same", "context": " ".join(TEXT), "choices": [" Paris"]},
+]
+TEXTS = [
+    "Question: Which river flows through Paris?",
+    "",
+    "the sea",
+    "Question: Which river flows through Paris? The Seine.",
+    "été \U0001f30a",
+    "the sea",
+    " the sea is saltier than the river ",
+    "x",
+]
+QUERIES = [
+    {"query": "Which river flows through Paris?", "documents": [TEXT[1], "the Thames", "", "the Thames"], "id": 7},
+    {"query": "été", "documents": ["the sea"], "instruction": "Find the season"},
+    {"query": "", "documents": ["yes\n\nno", " yes", "\U0001f30a"]},
+    {"query": "Which river flows through Paris?", "documents": [TEXT[0], TEXT[2]]},
+]
+
+
+def write_jsonl(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def score(model, *arguments):
+    return cli.main(["score", "--device", "cpu", "--model", str(model), *map(str, arguments)])
+
+
+def failing_command(capsys, *arguments) -> str:
+    """Run a command that must fail; returns its one-sentence message."""
+    capsys.readouterr()
+    assert cli.main([str(argument) for argument in arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    message = err.splitlines()[-1]
+    assert message.startswith("radix-ops: ")
+    assert "Traceback" not in err
+    return message
+
+
+def inspect_json(capsys, *arguments) -> dict:
+    capsys.readouterr()
+    assert cli.main(["inspect", "--json", *map(str, arguments)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def failing_inspect(capsys, *arguments) -> str:
+    """Runs a command that must fail; returns its one-sentence message."""
+    capsys.readouterr()
+    assert cli.main(["inspect", *map(str, arguments)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return err.splitlines()[-1]
+
+
+def report(capsys, tmp_path, sequences, *arguments) -> str:
+    file = write_jsonl(tmp_path / "ids.jsonl", [{"input_ids": ids} for ids in sequences])
+    capsys.readouterr()
+    assert cli.main(["inspect", str(file), *map(str, arguments)]) == 0
+    return capsys.readouterr().out.replace(f"{tmp_path}/", "")
