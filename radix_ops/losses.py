@@ -46,6 +46,14 @@ from .ops.checks import INDEX_DTYPES
 from .ops.head import head_op, head_plan_op
 from .ops.head_plan import IGNORED_LABEL, HeadPlan
 
+__all__ = [
+    "causal_lm_loss",
+    "sequence_logprobs",
+    "token_entropy",
+    "token_logprobs",
+    "token_logprobs_and_entropy",
+]
+
 
 def token_logprobs(
     hidden: Tensor,

@@ -7,6 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
+__all__ = ["fold", "gather", "scatter_add", "varlen_attention"]
+
 
 def fold(
     input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, pad_multiple_of: int = 1

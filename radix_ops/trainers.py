@@ -189,6 +189,7 @@ class GroupSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the shuffle of an epoch; a Trainer calls it."""
         self.epoch = epoch
 
     def __len__(self) -> int:

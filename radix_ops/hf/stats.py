@@ -23,6 +23,7 @@ class RadixStats:
 
     @property
     def tokens(self) -> int:
+        """Real tokens that came in; reading them waits for the device that counted them."""
         if isinstance(self._tokens, Tensor):
             with _LOCK:
                 self._tokens = int(self._tokens)

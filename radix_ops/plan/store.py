@@ -139,6 +139,7 @@ class TokenStore:
 
     @property
     def num_tokens(self) -> int:
+        """The tokens of all sequences."""
         return self._ends[-1] if self._ends else 0
 
     @property
