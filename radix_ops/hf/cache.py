@@ -26,24 +26,24 @@ from transformers.utils import ModelOutput
 from . import guards, verify
 from .calls import size_of
 from .fold import PaddedBatch
-from .modes import is_plain, why_unreadable
+from .modes import is_plain, read_arguments, why_unreadable
 from .proofs import class_of
 from .stats import RadixStats
 
-# The output's field up to transformers 5.23, and since.
+# The output's field has the first name up to transformers 5.23, and the second since.
 _FIELD = next(x.name for x in dataclasses.fields(BaseModelOutputWithPast) if x.name in ("past_key_values", "cache"))
 _ATTRIBUTES = frozenset(vars(DynamicCache()))
-# Rows of the batch by which a model is known again.
-_NUM_WITNESSES = 64
+_NUM_WITNESSES = 64  # rows of the batch by which a model is known again
+_NUM_SAMPLES = 8  # values of each weight by which it is known again
 _REMEDY = "pass use_cache=True to a call that another one continues: it runs unfolded"
 _lock = threading.RLock()
 
 
 class PendingCache(DynamicCache):
-    """Turns into the plain model's cache of a batch, with its class and all that it holds, when that is looked at.
+    """Turns into the plain model's cache of a batch, with its class and all that it holds, when somebody looks inside.
 
-    Until then it holds the batch's ids and mask, and no keys and values. Looking raises RuntimeError where the model
-    is gone or has changed since, and where several processes would have to make the cache together.
+    Until then it holds the batch's ids and mask, and no keys and values. Looking inside raises RuntimeError where the
+    model is gone or has changed since, and where several processes would have to make the cache together.
     """
 
     def __init__(self, batch: _Batch):
@@ -76,7 +76,7 @@ class PendingCache(DynamicCache):
 
 
 def make_pending(arguments: Mapping[str, Any]) -> None:
-    """Makes the caches among the arguments of a call before code that may be compiled sees them."""
+    """Make the caches among the arguments of a call before code that may be compiled sees them."""
     for value in arguments.values():
         if isinstance(value, PendingCache):
             value.make()
@@ -90,7 +90,7 @@ def add_pending(
     stats: RadixStats,
     warned: set[str],
 ) -> ModelOutput:
-    """The output in rows of a folded call with these arguments, with a cache where it has a place for one."""
+    """Return the output, in rows, of a folded call with these arguments, with a cache where it has a field for one."""
     if all(field.name != _FIELD for field in dataclasses.fields(outputs)):
         return outputs
     batch = _Batch(stack, arguments, padded, outputs.last_hidden_state, stats, warned)
@@ -98,19 +98,18 @@ def add_pending(
 
 
 class _Batch:
-    """What the plain model needs to make the cache long after the call as it would have in the call."""
+    """Keeps what the plain model needs to make the cache long after the call as it would have in the call."""
 
     def __init__(self, stack, arguments, padded: PaddedBatch, rows: Tensor, stats: RadixStats, warned: set[str]):
-        names = ("input_ids", "attention_mask", "position_ids")
-        given = {name: arguments[name] for name in names if arguments.get(name) is not None}
-        self.given = {name: value.clone() for name, value in given.items()}  # callers change theirs in place
+        # Copies, since callers change theirs in place.
+        self.given = {name: value.clone() for name, value in read_arguments(arguments).items()}
         self.stack = weakref.ref(stack)  # outputs keep no model alive
         self.stats, self.warned = stats, warned
         self.device = rows.device.type
         self.modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         self.autocast = torch.is_autocast_enabled(self.device), torch.get_autocast_dtype(self.device)
-        self.weights = _weights_of(stack)
-        # Some of the rows, and where in the flat padded batch they stand: the plain model must make the same.
+        self.weights = _Weights(stack)
+        # The plain model must make the same as these rows at their places in the flat padded batch.
         end = padded.batch.num_nodes
         witnesses = slice(max(end - _NUM_WITNESSES, 0), end)
         tokens = padded.batch.fold_index[witnesses]
@@ -119,9 +118,11 @@ class _Batch:
 
     def run_plain(self) -> DynamicCache:
         stack = self.stack()
-        reason = "its model is gone" if stack is None else _obstacle(stack)
-        if reason is None and _weights_of(stack) != self.weights:
-            reason = "the model's weights or adapters have changed since"
+        reason = "its model is gone" if stack is None else _why_impossible(stack)
+        if reason is None:
+            with self._as_in_the_call():
+                is_same = self.weights.equal(_Weights(stack))
+            reason = None if is_same else "the model's weights or adapters have changed since"
         if reason is not None:
             raise _refusal(reason)
         text = f"radix_ops: a batch runs again, unfolded, because the cache in its output is used; {_REMEDY}"
@@ -159,23 +160,45 @@ def _refusal(reason: str) -> RuntimeError:
     return RuntimeError(f"the cache of a folded batch can't be made: {reason}; {_REMEDY}")
 
 
-def _obstacle(stack: PreTrainedModel) -> str | None:
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+def _why_impossible(stack: PreTrainedModel) -> str | None:
+    """Return why the plain model can't make a cache at this moment, or None."""
+    if guards.has_several_processes():
         return "torch.distributed runs several processes, and a forward more on one of them could wait for the others"
     if any(isinstance(parameter, DTensor) for parameter in stack.parameters()):
         return "its model is sharded, and gathers its weights in a call alone"
-    return guards.interference(stack)
+    return guards.why_disturbed(stack)
 
 
-def _weights_of(stack: PreTrainedModel) -> list:
-    """What changes when a saved weight is updated in place or replaced, and with the adapters that are at work."""
-    found = []
-    for module in guards.parts(stack):
-        own = module.__dict__
-        if "_disable_adapters" in own:
-            found.append((own["_disable_adapters"], str(own.get("_active_adapter"))))
-        kept = (x for name, x in own["_buffers"].items() if name not in module._non_persistent_buffers_set)
-        for weight in (*own["_parameters"].values(), *kept):
-            if weight is not None and is_plain(weight):
-                found.append((weight.data_ptr(), None if weight.is_inference() else weight._version))
-    return found
+class _Weights:
+    """What differs once saved weights were updated in place or replaced, or other adapters are at work.
+
+    An update in place through `.data` changes no version, so some values of each weight are kept, too.
+    """
+
+    @torch.no_grad()
+    def __init__(self, stack: PreTrainedModel):
+        self.state: list[tuple] = []
+        samples: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for module in guards.parts(stack):
+            own = module.__dict__
+            if "_disable_adapters" in own:
+                self.state.append((own["_disable_adapters"], str(own.get("_active_adapter"))))
+            kept = (x for name, x in own["_buffers"].items() if name not in module._non_persistent_buffers_set)
+            for weight in (*own["_parameters"].values(), *kept):
+                if weight is not None and is_plain(weight):
+                    self.state.append((weight.data_ptr(), None if weight.is_inference() else weight._version))
+                    samples.setdefault((weight.device, weight.dtype), []).append(_sample(weight))
+        # As bytes, in which NaNs are equal.
+        self.samples = [torch.cat(values).view(torch.uint8) for values in samples.values()]
+
+    def equal(self, other: _Weights) -> bool:
+        return self.state == other.state and all(map(torch.equal, self.samples, other.samples))
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Return some values of a weight, spread over its rows and columns."""
+    if not weight.is_contiguous() or weight.numel() == 0:
+        weight = weight.flatten()
+    step = (weight.numel() // _NUM_SAMPLES) | 1  # odd, so that it is no multiple of a row
+    count = min(_NUM_SAMPLES, -(-weight.numel() // step))
+    return weight.as_strided((count,), (step,))

@@ -253,6 +253,11 @@ def _change_data(model):
     model.model.layers[0].mlp.up_proj.weight.data.mul_(1.1)
 
 
+def _nudge_data(model):
+    for parameter in model.parameters():
+        parameter.data.mul_(1 + 1e-6)
+
+
 def _change_config(model):
     model.model.layers[0].self_attn.scaling *= 1.1
 
@@ -273,7 +278,8 @@ def _drop_out(model):
         (_change_weight, "weights or adapters have changed since"),
         (_replace_weights, "weights or adapters have changed since"),
         (_replace_data, "weights or adapters have changed since"),
-        (_change_data, "the model has changed since: hidden states differ"),
+        (_change_data, "weights or adapters have changed since"),
+        (_nudge_data, "weights or adapters have changed since"),
         (_change_config, "the model has changed since: hidden states differ"),
         (_add_hook, "layers.0.mlp has a hook"),
         (_drop_out, "attention_dropout is 0.5"),
