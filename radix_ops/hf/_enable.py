@@ -96,7 +96,7 @@ def enable(model: nn.Module, threshold: float | None = None, layout: str = "auto
 def _foldable_stack(owner: PreTrainedModel) -> PreTrainedModel:
     """The decoder stack of a transformers model. Raises ValueError where it can't be folded."""
     stack = proofs.find_stack(owner)
-    reason = guards.elsewhere(owner, stack) or guards.unfoldable(stack)
+    reason = guards.why_misplaced(owner, stack) or guards.why_unfoldable(stack)
     if reason is None and _state_of(stack) is None and "forward" in vars(stack):
         reason = f"the forward of its decoder stack was replaced{guards.replacer(stack)}"
     if reason is not None:

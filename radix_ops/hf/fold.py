@@ -1,4 +1,4 @@
-"""How a transformers decoder stack computes a padded batch on the rows of its prefix trie. For `radix_ops.hf`."""
+"""Runs a transformers decoder stack on the rows of a padded batch's prefix trie. For `radix_ops.hf`."""
 
 from __future__ import annotations
 
@@ -19,19 +19,16 @@ from .proofs import class_of
 from .twins import shallow_copy, twin_of
 
 _ATTENTION_NAME = "radix_ops"
-# Further arguments of a stack's forward that may reach its layers because they don't change what a row computes.
+# Further arguments of a stack's forward may reach its layers where they don't change what a row computes.
 HARMLESS_ARGUMENTS = frozenset(
     {"output_hidden_states", "return_dict", "num_items_in_batch", "shift_labels", "ignore_index", "token_type_ids"}
 )
-
-
-# What layers pass on to the attention function that it has no use for.
+# Layers pass these on to the attention function, which has no use for them.
 _UNUSED_ARGUMENTS = HARMLESS_ARGUMENTS | {
     "position_ids", "cache_position", "use_cache", "output_attentions", "past_key_values", "past_key_value", "cache",
     "head_mask", "position_embeddings",
 }  # fmt: skip
-# Of scores: a cap, and sinks.
-_OWN_FEATURES = {"softcap", "s_aux"}
+_OWN_FEATURES = {"softcap", "s_aux"}  # a cap on scores, and sinks
 
 
 @dataclasses.dataclass(eq=False)
@@ -40,16 +37,16 @@ class PaddedBatch:
 
     batch: FoldedBatch
     shape: torch.Size  # [B, T]
-    real: Tensor | None  # [num_tokens] where the packed tokens stand in the flat padded batch; None without padding
+    real: Tensor | None  # [num_tokens] places of packed tokens in the flat padded batch; None without padding
 
     @classmethod
     def fold(
         cls, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, *, sees_packing: bool
     ) -> PaddedBatch:
-        """Folds input_ids [B, T] under attention_mask [B, T]; position_ids [B, T] or [1, T] count from 0 if left out.
+        """Fold input_ids [B, T] under attention_mask [B, T]; position_ids [B, T] or [1, T] count from 0 if left out.
 
-        With `sees_packing`, a row without a mask holds several sequences, one from each step of its positions that
-        isn't 1 to the next, as transformers has it.
+        With `sees_packing`, a row without a mask holds several sequences, as transformers has it: one begins wherever
+        positions don't go up by 1.
         """
         shape = input_ids.shape
         if position_ids is not None:
@@ -67,14 +64,14 @@ class PaddedBatch:
         return cls(fold(input_ids.flatten(), cu_seqlens, positions), shape, None)
 
     def is_real(self) -> Tensor:
-        """[B, T] where its tokens are."""
+        """Return the mask [B, T] of its tokens."""
         if self.real is None:
             return torch.ones(self.shape, dtype=torch.bool, device=self.batch.input_ids.device)
         flat = torch.zeros(self.shape.numel(), dtype=torch.bool, device=self.real.device)
         return flat.index_fill_(0, self.real, True).unflatten(0, self.shape)
 
     def unfold(self, rows: Tensor) -> Tensor:
-        """[1, num_rows, D] -> [B, T, D] with zeros at padding."""
+        """Return rows [1, num_rows, D] as [B, T, D], with zeros at padding."""
         tokens = self.batch.unfold(rows.squeeze(0))
         if self.real is not None:
             tokens = tokens.new_zeros(self.shape.numel(), tokens.shape[1]).index_copy_(0, self.real, tokens)
@@ -82,10 +79,10 @@ class PaddedBatch:
 
 
 class _FoldedCall:
-    """What the attention function needs to know.
+    """Tells the attention function which batch it computes.
 
     It travels by keyword argument: a layer that gradient checkpointing computes again gets what it got the first time,
-    whatever was called in between. No dataclass: the mixed precision of fully_shard gives layers copies of those.
+    whatever was called in between. It is no dataclass, of which fully_shard's mixed precision would give layers copies.
     """
 
     def __init__(self, batch: FoldedBatch, plan: AttentionPlan):
@@ -107,14 +104,15 @@ def run_folded(
     leaves_rows: bool = False,
     amend: Callable[[ModelOutput], ModelOutput] | None = None,
 ):
-    """The stack's output for the batch, in its padded layout; `further_arguments` are the HARMLESS_ARGUMENTS given.
+    """Return the stack's output for the batch, in its padded layout.
 
-    `amend` may add to it while its hidden states are rows, [1, num_rows, D]; with `leaves_rows`, last_hidden_state
-    stays so. Raises RuntimeError unless the stack calls its attention `wanted_calls` times.
+    `further_arguments` are those of HARMLESS_ARGUMENTS that were given. `amend` may add to the output while its hidden
+    states are rows, [1, num_rows, D]; with `leaves_rows`, last_hidden_state stays so. Raises RuntimeError unless the
+    stack calls its attention `wanted_calls` times.
     """
     wants_dict = further_arguments.pop("return_dict", getattr(stack.config, "return_dict", True))
     if wants_hidden_states(stack, further_arguments):
-        # The twin's modules share their hooks with the stack's, but not the note that the hooks are there.
+        # The twin shares the hooks of the stack's modules, but not the note that they are there.
         maybe_install_capturing_hooks(stack)
     call = _FoldedCall(padded.batch, plan_attention(padded.batch, layout))
     outputs = class_of(stack).forward(
@@ -180,7 +178,7 @@ def _folded_attention(
     radix_call: _FoldedCall | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface -> ([1, num_rows, H, D], no weights)."""
+    """Compute ([1, num_rows, H, D], no weights) as transformers' attention interface asks for it."""
     if radix_call is None:
         raise RuntimeError(f"the attention {_ATTENTION_NAME!r} can't be chosen by name; use radix_ops.hf.enable(model)")
     if attention_mask is not None or dropout or is_causal is False:
@@ -198,7 +196,7 @@ def _folded_attention(
 
 
 def _own_attention(module, q, k, v, batch: FoldedBatch, scaling, sliding_window, further: dict[str, Any]) -> Tensor:
-    """[num_rows, H, D] by the model's own eager attention on the unfolded, padded batch, for features it alone has."""
+    """Compute [num_rows, H, D] by the model's own eager attention on the padded batch, for features it alone has."""
     length = batch.max_seqlen_k
     distance = torch.arange(length, device=q.device)
     distance = distance[:, None] - distance

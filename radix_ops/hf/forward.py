@@ -15,18 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import cache, guards, heads, loss, proofs, verify
-from .calls import makes_cache, may_return_cache, obstacle_of, size_of
+from .calls import Obstacle, makes_cache, may_return_cache, obstacle_of, size_of
 from .fold import HARMLESS_ARGUMENTS, PaddedBatch, run_folded
 from .loss import RowLoss
+from .modes import read_arguments
+from .payoff import may_pay, pays_for
 from .stats import RadixStats
 
-# Measured on a CPU with Llama layers 576 wide, 1 to 64 sequences of 16 to 4096 tokens, forward and backward: at equal
-# rows folding takes up to 1.05 times as long as the plain model, at 0.93 of the rows it is never slower.
-_MAX_ROWS_SHARE = 0.95
-# What folding saves must outweigh what it costs the host: (e, least) for positions saved times hidden_size ** e. On a
-# CPU time goes with the layers' products. On a GPU it went with hidden_size, from 1024 to 4096, and batches too small
-# to fill it gain nothing (benchmarks/bench_hf.py).
-_LEAST_SAVED = {"cpu": (2, 2.5e6), "cuda": (1, 6.5e6)}
 VERIFY = ("first", "always", "never")
 
 
@@ -37,7 +32,7 @@ class Options:
     verify: str = "first"
 
 
-# What it calls may be compiled, graph by graph.
+# Functions that a decorated one calls may still be compiled, graph by graph.
 _outside_compiled_code = torch.compiler.disable(
     recursive=False,
     reason="radix_ops.hf.enable looks at each batch before it runs, outside of compiled code: compile with "
@@ -58,7 +53,8 @@ class _Forward:
         return self.previous or types.MethodType(type(self.module).forward, self.module)
 
     def __call__(self, *args, **kwargs):
-        # An exported program is the plain model's. Strict export would name what it finds by the way through here.
+        # An exported program is the plain model's. Strict export would trace the way through here, so it goes on and
+        # fails with the reason above.
         is_exported = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
         return self.__wrapped__(*args, **kwargs) if is_exported else self._call(*args, **kwargs)
 
@@ -70,10 +66,10 @@ class _Forward:
 
 @dataclasses.dataclass
 class _Request:
-    """What the model around a stack asks of it in one call."""
+    """What the model around a stack asks of the stack in one call."""
 
     state: StackForward
-    obstacle: str | None  # to folding
+    obstacle: Obstacle | None = None
     may_leave_rows: Callable[[], bool] = lambda: False  # whether a folded batch's hidden states may stay in rows
     row_loss: RowLoss | None = None  # in place of the head's forward, where its loss is wanted and no logits
     padded: PaddedBatch | None = None  # the batch, where its hidden states were left in rows
@@ -84,16 +80,16 @@ class _Request:
             self.row_loss.padded = padded
 
     def unfold(self, outputs):
-        """Outputs of a head that ran on rows, in the padded layout."""
+        """Return outputs of a head that ran on rows in the padded layout."""
         if self.padded is not None and outputs.get("logits") is not None:
             outputs.logits = self.padded.unfold(outputs.logits)
         return outputs
 
 
-# From the forward of a model to that of its stack, further in; neither is computed again by gradient checkpointing.
-_request: contextvars.ContextVar[_Request | None] = contextvars.ContextVar("radix_request", default=None)
-# From a caller around the model: what of his own forbids to fold a batch, and whether it was made to be folded.
-obstacle_outside: contextvars.ContextVar[str | None] = contextvars.ContextVar("radix_obstacle", default=None)
+# Handed from the forward of a model to that of its stack, further in; gradient checkpointing computes neither again.
+_requested: contextvars.ContextVar[_Request | None] = contextvars.ContextVar("radix_request", default=None)
+# Set by a caller around the model: an obstacle of its own, and whether the batch was made to be folded.
+obstacle_outside: contextvars.ContextVar[Obstacle | None] = contextvars.ContextVar("radix_obstacle", default=None)
 must_fold: contextvars.ContextVar[bool] = contextvars.ContextVar("radix_must_fold", default=False)
 
 
@@ -102,7 +98,7 @@ class Unfolded(Exception):
 
 
 class _HeadForward(_Forward):
-    """Looks at what the head will read: says of a batch not to fold it, or to leave its hidden states in rows."""
+    """Looks at what the head will read: forbids to fold the batch, or lets it leave its hidden states in rows."""
 
     def __init__(self, module: nn.Module, state: StackForward):
         super().__init__(module)
@@ -116,11 +112,11 @@ class _HeadForward(_Forward):
     @_outside_compiled_code
     def _call(self, *args, **kwargs):
         request = self._request(args, kwargs)
-        token = _request.set(request)
+        token = _requested.set(request)
         try:
             outputs = (request.row_loss or self.__wrapped__)(*args, **kwargs)
         finally:
-            _request.reset(token)
+            _requested.reset(token)
         return request.unfold(outputs)
 
     @torch.compiler.disable
@@ -130,7 +126,7 @@ class _HeadForward(_Forward):
         cache.make_pending(arguments)
         obstacle = None
         if heads.head_reads_padding(head, arguments):
-            obstacle = "labels, pooling or logits_to_keep read a masked position"
+            obstacle = Obstacle("labels, pooling or logits_to_keep read a masked position")
         if self.previous is not None:
             return _Request(state, obstacle)
         if loss.applies(head, state.module, arguments):
@@ -156,32 +152,63 @@ class StackForward(_Forward):
 
     @torch.compiler.disable
     def _folded(self, args, kwargs):
-        """The output of a batch that is folded, None for one that runs as before."""
-        stack, options = self.module, self.options
-        request = _request.get()
-        if request is None or request.state is not self:
-            request = _Request(self, None)
+        """Return the output of a batch that is folded, None for one that runs as before."""
+        stack = self.module
         arguments = heads.bind(proofs.class_of(stack).forward, stack, *args, **kwargs)
         cache.make_pending(arguments)
-        padded = None
+        request = _requested.get()
+        if request is None or request.state is not self:
+            request = _Request(self)
         obstacle = request.obstacle or obstacle_outside.get() or obstacle_of(stack, arguments)
-        if obstacle is None and options.threshold != 0:
-            input_ids = arguments["input_ids"]
-            if _saves_enough(input_ids.numel(), options.threshold, stack, input_ids.device):
-                padded = _fold(stack, arguments)
-        if padded is not None and not _pays(padded, options.threshold, stack):
-            padded = None
+        padded = self._fold(arguments) if obstacle is None else None
         if padded is not None:
-            # These look at every module, so they come last.
-            obstacle = guards.unfoldable(stack) or guards.interference(stack) or self._changed_head()
-            padded = padded if obstacle is None else None
-        if obstacle:
-            self._warn(f"a batch runs unfolded because {obstacle}")
-        if padded is None and must_fold.get():
+            obstacle = self._obstacle_inside()  # last, since it looks at every module
+        if obstacle is not None:
+            padded = None
+            if not obstacle.is_silent:
+                self._warn(f"a batch runs unfolded because {obstacle.reason}")
+        if padded is not None:
+            return self._run(arguments, padded, request)
+        if must_fold.get():
             raise Unfolded
-        if padded is None:
-            self.stats._add(*size_of(arguments), folded=False)
+        self.stats._add(*size_of(arguments), folded=False)
+        return None
+
+    def _fold(self, arguments: dict[str, Any]) -> PaddedBatch | None:
+        """Return the batch in rows, or None where folding doesn't pay."""
+        stack, threshold, input_ids = self.module, self.options.threshold, arguments["input_ids"]
+        if threshold == 0 or not may_pay(input_ids.numel(), threshold, stack, input_ids.device):
             return None
+        proof, positions = proofs.proof_of(stack), arguments.get("position_ids")
+        if positions is None and proof.positions == "columns":
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        sees_packing = proof.packing and not makes_cache(stack, arguments)
+        padded = PaddedBatch.fold(input_ids, arguments.get("attention_mask"), positions, sees_packing=sees_packing)
+        return padded if pays_for(padded, threshold, stack) else None
+
+    def _obstacle_inside(self) -> Obstacle | None:
+        """Return what in the model, as it is at this moment, forbids to fold, or None."""
+        stack = self.module
+        reason = guards.why_unfoldable(stack) or guards.why_disturbed(stack)
+        return self._obstacle_around() if reason is None else Obstacle(reason)
+
+    def _obstacle_around(self) -> Obstacle | None:
+        """Return what is wrong with the models around the stack, or None: quantised weights, forwards not ours."""
+        for owner in self.owners:
+            reason = guards.why_quantised(owner)
+            if reason is not None:
+                return Obstacle(reason)
+            if owner is self.module or _leads_to_ours(forward := vars(owner).get("forward")):
+                continue
+            if not _is_of_trl(forward):
+                return Obstacle(f"the forward of {type(owner).__name__} was replaced after enable; enable it again")
+            owner.forward = _HeadForward(owner, self)
+            return Obstacle("TRL's forward of the model is seen from the next call on", is_silent=True)
+        return None
+
+    def _run(self, arguments: dict[str, Any], padded: PaddedBatch, request: _Request):
+        """Return the stack's output for a batch that is folded, verified where that is due."""
+        stack = self.module
         further = {name: arguments[name] for name in HARMLESS_ARGUMENTS & arguments.keys()}
         calls = proofs.proof_of(stack).calls * stack.config.num_hidden_layers
         scope = guards.config_version(stack), _windows_at_work(stack.config, padded.batch.max_seqlen_k)
@@ -191,7 +218,7 @@ class StackForward(_Forward):
         if may_return_cache(stack, arguments):
             known = {"stack": stack, "arguments": arguments, "padded": padded}
             amend = functools.partial(cache.add_pending, **known, stats=self.stats, warned=self.warned)
-        outputs = run_folded(stack, padded, further, options.layout, calls, leaves_rows, amend)
+        outputs = run_folded(stack, padded, further, self.options.layout, calls, leaves_rows, amend)
         if plain is not None:
             self._check(outputs[0], plain, padded, leaves_rows)
             self.verified = scope
@@ -201,23 +228,21 @@ class StackForward(_Forward):
         return outputs
 
     def _plain_states(self, arguments: dict[str, Any], scope: tuple[int, int]) -> Tensor | None:
-        """What the plain model makes of the batch, if that is to be compared.
+        """Return what the plain model makes of the batch, or None where that isn't compared.
 
-        The first batch, that is, of a config, and of those that are longer than a window of it.
+        "first" compares the first batch of a config, and the first that is longer than a window of it.
         """
         when = self.options.verify
         is_verified = self.verified is not None and self.verified[0] == scope[0] and self.verified[1] >= scope[1]
         if when == "never" or (when == "first" and is_verified):
             return None
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        if guards.has_several_processes():
             self._warn(
                 "folded batches are not verified where torch.distributed runs several processes, since a forward more "
                 'on one of them could wait for the others; verify="never" says so in advance'
             )
             return None
-        names = ("input_ids", "attention_mask", "position_ids")
-        given = {name: arguments[name] for name in names if arguments.get(name) is not None}
-        given["use_cache"] = makes_cache(self.module, arguments)
+        given = read_arguments(arguments) | {"use_cache": makes_cache(self.module, arguments)}
         return verify.plain_states(self.__wrapped__, given)
 
     def _check(self, states: Tensor, plain: Tensor, padded: PaddedBatch, are_rows: bool) -> None:
@@ -235,23 +260,6 @@ class StackForward(_Forward):
         if text not in self.warned:
             self.warned.add(text)
             warnings.warn(f"radix_ops: {text}", stacklevel=4)
-
-    def _changed_head(self) -> str | None:
-        """Quantised weights, or a model around the stack whose forward is no longer ours, nor calls it.
-
-        Empty for the forward that TRL's trainers put there, which is wrapped here and seen from the next call on.
-        """
-        for owner in self.owners:
-            reason = guards.quantised(owner)
-            if reason is not None:
-                return reason
-            if owner is self.module or _leads_to_ours(forward := vars(owner).get("forward")):
-                continue
-            if not _is_of_trl(forward):
-                return f"the forward of {type(owner).__name__} was replaced after enable; enable it again"
-            owner.forward = _HeadForward(owner, self)
-            return ""
-        return None
 
     def is_owner(self, model: PreTrainedModel) -> bool:
         return any(owner is model for owner in self.owners)
@@ -286,26 +294,26 @@ class StackForward(_Forward):
 
 
 def _function_of(model: nn.Module):
-    """What stands in for its class's forward, without the model that it may be bound to."""
+    """Return what stands in for the forward of its class, without the model that it may be bound to, or None."""
     forward = vars(model).get("forward")
     return getattr(forward, "__func__", forward)
 
 
 def _leads_to_ours(forward) -> bool:
-    """Whether it is a forward of ours, or something that says to wrap one."""
+    """Return whether it is a forward of ours, or says that it wraps one."""
     return any(isinstance(inner, _Forward) for inner in _chain(forward))
 
 
 def _is_of_trl(forward) -> bool:
-    """Whether it is the forward of TRL's add_fused_lm_head, or something that says to wrap it.
+    """Return whether it is the forward of TRL's add_fused_lm_head, or says that it wraps it.
 
-    That one calls the stack itself, and reads hidden states where the next token has a label.
+    TRL's calls the stack itself, and reads hidden states where the next token has a label.
     """
     return any(getattr(inner, "__globals__", {}).get("__name__") == "trl.trainer.utils" for inner in _chain(forward))
 
 
 def _chain(forward) -> Iterator[Any]:
-    """A forward and what it says to wrap; of methods the function."""
+    """Yield a forward and what it says that it wraps, further and further in; of methods the function."""
     while forward is not None:
         forward = getattr(forward, "__func__", forward)
         yield forward
@@ -313,41 +321,6 @@ def _chain(forward) -> Iterator[Any]:
 
 
 def _windows_at_work(config, longest: int) -> int:
-    """How many of the config's windows are shorter than the longest sequence of a batch."""
+    """Return how many of the config's windows are shorter than the longest sequence of a batch."""
     windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     return sum(isinstance(window, int) and window < longest for window in windows)
-
-
-def _fold(stack: PreTrainedModel, arguments: dict[str, Any]) -> PaddedBatch:
-    proof = proofs.proof_of(stack)
-    input_ids, positions = arguments["input_ids"], arguments.get("position_ids")
-    if positions is None and proof.positions == "columns":
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-    sees_packing = proof.packing and not makes_cache(stack, arguments)
-    return PaddedBatch.fold(input_ids, arguments.get("attention_mask"), positions, sees_packing=sees_packing)
-
-
-def _saves_enough(positions: int, threshold: float | None, stack: PreTrainedModel, device: torch.device) -> bool:
-    exponent, least = _LEAST_SAVED[device.type]
-    return threshold is not None or positions * stack.config.hidden_size**exponent >= least
-
-
-def _pays(padded: PaddedBatch, threshold: float | None, stack: PreTrainedModel) -> bool:
-    batch, positions = padded.batch, padded.shape.numel()
-    return pays(batch.num_rows, batch.num_tokens, positions, threshold, stack, batch.input_ids.device)
-
-
-def pays(
-    num_rows: int,
-    num_tokens: int,
-    positions: int,
-    threshold: float | None,
-    stack: PreTrainedModel,
-    device: torch.device,
-) -> bool:
-    """Whether to fold a batch of `num_tokens` real tokens that would run as `positions`, padding included."""
-    if num_rows == 0:
-        return False
-    if threshold is not None:
-        return num_rows / num_tokens <= threshold
-    return num_rows <= _MAX_ROWS_SHARE * positions and _saves_enough(positions - num_rows, None, stack, device)

@@ -1,4 +1,7 @@
-"""What about a decoder stack, at this moment, makes folding wrong, for `radix_ops.hf`: config, parts, hooks, noise."""
+"""What makes folding wrong for a decoder stack as it is at this moment: config, parts, hooks, noise, weights.
+
+For `radix_ops.hf`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import re
 import weakref
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FSDPModule
@@ -20,12 +24,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .modes import is_plain
 from .proofs import class_of, is_proven_class, layer_types_of, path_of, proof_of, unproven_config
 
-# Attention implementations whose answer the proofs compare with; another name may attend to anything.
+DEVICES = ("cpu", "cuda")  # that attention over rows runs on
+# The proofs compare with these attention implementations; another one may attend to anything.
 _KNOWN_ATTENTION = ("eager", "sdpa")
-# What the config of each stack held when it was last checked, and what the check found: to compare is faster.
+# By stack what its config held when it was last checked, what the check found, and a version: to compare is faster.
 _checked_configs: weakref.WeakKeyDictionary[nn.Module, tuple[dict, str | None, int]] = weakref.WeakKeyDictionary()
 _next_version = itertools.count(1).__next__
-# Numbers of a config that make training of a decoder stack random where they are above 0; a head's own don't matter.
+# Fields of a config that make training of a decoder stack random where they are above 0; a head's own don't matter.
 RANDOM = re.compile(r"^(?!classifier|summary).*(drop|jitter|noise)")
 # Types whose attention has sinks, which no config tells, and the kind of layer that has them, None for all layers.
 # transformers 5.24 has these; those that don't fold are here because plain runs need a budget, too.
@@ -36,12 +41,12 @@ _SINKS = {
 # Types whose config has the field of a cap on scores that their attention doesn't read.
 _WITHOUT_CAP = ("gemma3_text",)
 _HOOK_KINDS = ("forward", "forward_pre", "backward", "backward_pre")
-# Whose hooks record, ask for gradients, load or gather weights, and don't look at positions.
-_HOOKS_OF = ("torch", "transformers")
+# Hooks of these packages record, ask for gradients, load or gather weights, and don't look at positions.
+_HARMLESS_PACKAGES = ("torch", "transformers")
 
 
-def unfoldable(stack: PreTrainedModel) -> str | None:
-    """What in the config and the parts of the stack, which users may have changed, makes folding wrong, if anything."""
+def why_unfoldable(stack: PreTrainedModel) -> str | None:
+    """Return what in the stack's config and parts, which users may have changed, makes folding wrong, or None."""
     config, proof = stack.config, proof_of(stack)
     checked, reason, _ = _checked_configs.get(stack, (None, None, 0))
     if checked != vars(config):
@@ -54,7 +59,7 @@ def unfoldable(stack: PreTrainedModel) -> str | None:
             f"its attention implementation is {config._attn_implementation!r}; supported are "
             f"{', '.join(_KNOWN_ATTENTION)} (set_attn_implementation)"
         )
-    reason = _registered_by_others(config._attn_implementation) or _misplaced_layers(stack)
+    reason = _replaced_attention(config._attn_implementation) or _misplaced_layers(stack)
     if reason is not None:
         return reason
     for module in parts(stack):
@@ -68,9 +73,9 @@ def unfoldable(stack: PreTrainedModel) -> str | None:
 
 
 def has_own_attention(config) -> bool:
-    """Return whether attention is the model's own, on the padded batch: it alone caps scores and knows sinks.
+    """Return whether scores have a cap or sinks, which only the model's own attention on padded batches computes.
 
-    `config` is that of a model or of its decoder stack. The model needs not be loaded, nor be of a type that folds.
+    `config` is that of a model or of its decoder stack, of any type. The model need not be loaded.
     """
     config = config.get_text_config()
     if config.model_type in _SINKS:
@@ -80,12 +85,17 @@ def has_own_attention(config) -> bool:
 
 
 def config_version(stack: PreTrainedModel) -> int:
-    """Another number for each config of the stack that `unfoldable` has seen."""
+    """Return a number that differs between the configs of the stack that `why_unfoldable` has seen."""
     return _checked_configs[stack][2]
 
 
-def _registered_by_others(name: str) -> str | None:
-    """Who else than transformers answers to the name of an attention implementation, or makes masks for it."""
+def has_several_processes() -> bool:
+    """Return whether torch.distributed runs several processes: a forward more on one could wait for the others."""
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def _replaced_attention(name: str) -> str | None:
+    """Return who else than transformers answers to an attention implementation's name or makes its masks, or None."""
     for interface in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
         function = interface.get(name)
         module = getattr(function, "__module__", None)
@@ -95,7 +105,10 @@ def _registered_by_others(name: str) -> str | None:
 
 
 def _misplaced_layers(stack: PreTrainedModel) -> str | None:
-    """Plain masks go by the place of a layer, its attention by the layer_idx that it was made with."""
+    """Return which layers don't stand where they were made for, or None.
+
+    Plain masks go by the place of a layer, its attention by the layer_idx that it was made with.
+    """
     # longcat_flash counts two hidden layers in each of its num_layers.
     wanted = min(stack.config.num_hidden_layers, getattr(stack.config, "num_layers", None) or 2**31)
     for name, layers in stack._modules.items():
@@ -116,8 +129,8 @@ def _layer_idx(layer: nn.Module) -> int | None:
     return next((index for index in found if index is not None), None)
 
 
-def interference(stack: PreTrainedModel) -> str | None:
-    """What at this moment, and perhaps not later, makes a token's value depend on more than the tokens up to it."""
+def why_disturbed(stack: PreTrainedModel) -> str | None:
+    """Return which hook or noise makes a token's value depend on more than the tokens up to it, or None."""
     if any(getattr(_global_hooks, f"_global_{kind}_hooks") for kind in _HOOK_KINDS):
         return "a hook on all modules would see rows for positions"
     if stack.training:
@@ -142,16 +155,15 @@ def interference(stack: PreTrainedModel) -> str | None:
 
 
 def _noise(module: nn.Module) -> str | None:
-    """What of its own makes its training random, whatever the config says since."""
+    """Return which of the module's own settings, whatever the config says since, makes its training random, or None."""
     if getattr(module, "neftune_noise_alpha", None):
         return "adds NEFTune noise"
-    return next(
-        (f"has {n}" for n, x in module.__dict__.items() if type(x) is float and x > 0 and RANDOM.search(n)), None
-    )
+    settings = module.__dict__.items()
+    return next((f"has {n}" for n, x in settings if type(x) is float and x > 0 and RANDOM.search(n)), None)
 
 
 def parts(stack: nn.Module) -> Iterator[nn.Module]:
-    """All modules inside."""
+    """Yield all modules inside."""
     pending = list(stack._modules.values())
     while pending:
         module = pending.pop()
@@ -160,16 +172,18 @@ def parts(stack: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def quantised(model: nn.Module) -> str | None:
-    """A weight that is a tensor subclass: what becomes of it in a product is its own affair.
+def why_quantised(model: nn.Module) -> str | None:
+    """Return which weight is a subclass of Tensor, or None.
 
-    Quantised ones, as torchao's in layers whose class stays, may round each activation by all others of a batch.
+    What such a weight does in a product is its own affair. Quantised ones, as torchao's in layers that keep their
+    class, may round each activation by all others of the batch.
     """
     for module in (model, *parts(model)):
         for name, weight in (*module._parameters.items(), *module._buffers.items()):
             if weight is None or is_plain(weight):
                 continue
-            local = weight._local_tensor if type(weight) is DTensor else weight  # fully_shard's, judged by `elsewhere`
+            # why_misplaced judges DTensors, as fully_shard makes.
+            local = weight._local_tensor if type(weight) is DTensor else weight
             if not is_plain(local):
                 place = f"{_name(model, module)}.{name}".removeprefix(".")
                 return (
@@ -184,6 +198,7 @@ def _name(stack: nn.Module, module: nn.Module) -> str:
 
 
 def _changed(module: nn.Module, config) -> str | None:
+    """Return what about a module differs from what its config says, or None."""
     own = module.__dict__
     if "forward" in own:
         return "has a forward that was replaced" + replacer(module)
@@ -192,7 +207,7 @@ def _changed(module: nn.Module, config) -> str | None:
     index = own.get("layer_idx")
     if index is None or "sliding_window" not in own:
         return None
-    # The plain model's masks follow the config, its attention modules what the config was when they were made.
+    # The plain model's masks follow the config, its attention modules the config as it was when they were made.
     layer_types, window = getattr(config, "layer_types", None), own["sliding_window"]
     if not layer_types:
         wanted = getattr(config, "sliding_window", None)
@@ -204,30 +219,30 @@ def _changed(module: nn.Module, config) -> str | None:
 
 
 def replacer(module: nn.Module) -> str:
-    """Who replaced its forward, if that is known."""
+    """Return who replaced its forward, to complete a sentence, or nothing."""
     return ", as accelerate's device hooks do" if hasattr(module, "_hf_hook") else ""
 
 
 def has_foreign_hook(module: nn.Module) -> bool:
-    """Whether it has a hook besides torch's and transformers' own, which record, ask for gradients or load weights."""
+    """Return whether it has a hook other than torch's and transformers' own."""
     if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
         return False
     kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     hooks = (hook for kind in kinds for hook in kind.values())
-    return any(getattr(hook, "__module__", "").partition(".")[0] not in _HOOKS_OF for hook in hooks)
+    return any(getattr(hook, "__module__", "").partition(".")[0] not in _HARMLESS_PACKAGES for hook in hooks)
 
 
-def elsewhere(model: PreTrainedModel, stack: PreTrainedModel) -> str | None:
-    """Where the stack's parameters are, and as what, if attention over rows can't run there."""
+def why_misplaced(model: PreTrainedModel, stack: PreTrainedModel) -> str | None:
+    """Return which weights are of a kind, or on a device, that folding can't compute with, or None."""
     if (getattr(model, "_tp_size", None) or 1) > 1:
         return "it is tensor parallel; of sharded models those by fully_shard alone fold"
-    reason = quantised(model)
+    reason = why_quantised(model)
     if reason is not None:
         return reason
     is_sharded = any(isinstance(module, FSDPModule) for module in (model, stack))
     devices = set()
     for name, parameter in stack.named_parameters():
-        if parameter.device.type not in ("cpu", "cuda"):
+        if parameter.device.type not in DEVICES:
             return f"{name} is on {parameter.device}; folding runs on the CPU and on CUDA"
         if isinstance(parameter, DTensor) and sum(p.is_shard() for p in parameter.placements) > is_sharded:
             return (

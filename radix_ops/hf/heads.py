@@ -1,4 +1,4 @@
-"""What the head of a transformers model reads of the hidden states below it, for `radix_ops.hf`."""
+"""What the head of a transformers model reads of the hidden states below it. For `radix_ops.hf`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _signature(function: Callable) -> inspect.Signature:
 
 
 def bind(function: Callable, /, *args, **kwargs) -> dict[str, Any]:
-    """All arguments of the call by name. Raises TypeError as the call would."""
+    """Return all arguments of the call by name. Raises TypeError as the call would."""
     signature = _signature(function)
     arguments = dict(signature.bind(*args, **kwargs).arguments)
     for parameter in signature.parameters.values():
@@ -43,13 +43,13 @@ def named_arguments(function: Callable) -> frozenset[str]:
 
 
 def head_reads_padding(head: PreTrainedModel, arguments: Mapping[str, Any]) -> bool:
-    """Whether the head's loss or pooling, for a call with `arguments`, depends on a hidden state at a masked position.
+    """Return whether the head's loss or pooling depends on a hidden state at a masked position.
 
-    Exact for transformers' own heads and losses; of others every loss is taken to, where there is padding. Outputs
-    that are masked positions' own, like their logits, don't count.
+    That is exact for transformers' own heads and losses. Any other loss is taken to depend on all positions. Outputs
+    of the masked positions themselves, such as their logits, don't count.
     """
     if why_unreadable(arguments) is not None:
-        return False  # and won't be folded
+        return False  # it won't be folded
     input_ids, mask, labels = (arguments.get(name) for name in ("input_ids", "attention_mask", "labels"))
     if not isinstance(input_ids, Tensor) or not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
         return False
@@ -72,7 +72,7 @@ def head_reads_padding(head: PreTrainedModel, arguments: Mapping[str, Any]) -> b
         labels = nn.functional.pad(labels, (0, 1), value=ignored)[..., 1:] if shifted is None else shifted
     elif kind != "ForTokenClassification":
         return True
-    # Labels of kept logits alone have another shape, or the same in another order.
+    # Labels of kept logits have another shape, or the same shape in another order.
     reordered = labels.shape != mask.shape or isinstance(arguments.get("logits_to_keep"), Tensor)
     if reordered or head.loss_function is not LOSS_MAPPING[kind]:
         return True
@@ -80,7 +80,7 @@ def head_reads_padding(head: PreTrainedModel, arguments: Mapping[str, Any]) -> b
 
 
 def _kind_of(head: PreTrainedModel) -> str | None:
-    """Of transformers' own heads, how they read hidden states, by the end of the name of the class that does."""
+    """Return how one of transformers' own heads reads hidden states, by the end of its class's name, or None."""
     forward = class_of(head).forward
     if forward is getattr(causal_lm_class(head.config), "forward", None):
         return "ForCausalLM"
@@ -92,12 +92,12 @@ def _kind_of(head: PreTrainedModel) -> str | None:
 
 
 def may_run_on_rows(head: PreTrainedModel, stack: PreTrainedModel, arguments: Mapping[str, Any]) -> bool:
-    """Whether nothing but a language model's head reads the stack's hidden states, all of them, and each by itself."""
+    """Return whether only a language model's head reads the hidden states, all of them and each by itself."""
     return arguments.get("labels") is None and is_rowwise(head, stack, arguments)
 
 
 def is_rowwise(head: PreTrainedModel, stack: PreTrainedModel, arguments: Mapping[str, Any]) -> bool:
-    """Whether a language model's head, and perhaps its loss, alone reads the hidden states, all, each by itself."""
+    """Return whether only a language model's head, and perhaps its loss, reads the hidden states, each by itself."""
     if class_of(head) is not causal_lm_class(head.config) or not proof_of(stack).head_on_rows:
         return False
     kept = arguments.get("logits_to_keep")
@@ -116,14 +116,14 @@ def is_rowwise(head: PreTrainedModel, stack: PreTrainedModel, arguments: Mapping
 
 
 def _kept_logits_read_padding(logits_to_keep: int | Tensor | None, mask: Tensor) -> bool:
-    """Whether a caller that picks positions, as generate(use_cache=False) does, picks a masked one."""
+    """Return whether a caller that picks positions, as generate(use_cache=False) does, picks a masked one."""
     if isinstance(logits_to_keep, Tensor):
         return not mask[:, logits_to_keep.to(mask.device)].all()
     return bool(logits_to_keep) and not mask[:, -logits_to_keep:].all()
 
 
 def _pooled_column(head: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """[B, 1] the column whose hidden state transformers' ForSequenceClassification heads score."""
+    """Return the column [B, 1] whose hidden state transformers' ForSequenceClassification heads score."""
     pad_token_id = head.config.get_text_config().pad_token_id
     if pad_token_id is None:
         return torch.full((input_ids.shape[0], 1), input_ids.shape[1] - 1, device=input_ids.device)

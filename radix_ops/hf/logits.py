@@ -1,7 +1,7 @@
-"""The logits of a causal language model of transformers' at chosen rows of a folded batch.
+"""Logits of one of transformers' causal language models at chosen rows of a folded batch.
 
-What scores tokens needs logits at few places. The decoder stack runs on the rows of the batch; then the forward of the
-model around it, which may scale or cap its logits, runs on the hidden states of the rows that are asked for.
+Scoring needs logits at few places. The decoder stack runs on the rows of the batch; then the forward of the model
+around it, which may scale or cap its logits, runs on the hidden states of the rows that are asked for.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .twins import shallow_copy, with_part
 class RowLogits:
     """Runs a causal language model on folded batches, without changing it.
 
-    `model` is one of transformers', or what PEFT wraps around one. What a wrapper does besides changing weights, such
-    as putting virtual tokens first, is not done: compare with the model itself before relying on it. Raises TypeError
-    where there is no such model and ValueError for one that folding isn't known to be right for.
+    `model` is one of transformers', or one that PEFT has wrapped. Of the wrapper only its changes of weights take
+    effect, and not, say, virtual tokens that it puts first: compare with the model itself before relying on it. Raises
+    TypeError where there is no such model and ValueError for one that folding isn't known to be right for.
     """
 
     def __init__(self, model: nn.Module):
@@ -32,12 +32,12 @@ class RowLogits:
         name = type(self.owner).__name__
         if proofs.class_of(self.owner) is not causal_lm_class(self.owner.config):
             raise ValueError(f"{name} is not transformers' causal language model of its type")
-        reason = guards.elsewhere(self.owner, self.stack) or self.obstacle()
+        reason = guards.why_misplaced(self.owner, self.stack) or self.obstacle()
         if reason is not None:
             raise ValueError(f"{name} can't be folded: {reason}")
 
     def obstacle(self) -> str | None:
-        """What was done to the model that makes folding wrong at this moment; None if nothing was."""
+        """Return what was done to the model that makes folding wrong at this moment, or None."""
         inside = {id(module) for child in self.stack.children() for module in child.modules()}
         for name, module in self.model.named_modules():
             if id(module) in inside:
@@ -49,16 +49,16 @@ class RowLogits:
                 )
             if guards.has_foreign_hook(module):
                 return f"{name or 'the model'} has a hook, which would see rows for positions"
-        return guards.unfoldable(self.stack) or guards.interference(self.stack)
+        return guards.why_unfoldable(self.stack) or guards.why_disturbed(self.stack)
 
     def run(self, batch: FoldedBatch, layout: str = "auto") -> ModelOutput:
-        """The decoder stack's output for a batch on its device; last_hidden_state is [1, num_rows, D]."""
+        """Return the decoder stack's output for a batch on its device; last_hidden_state is [1, num_rows, D]."""
         packed = PaddedBatch(batch, torch.Size([1, batch.num_tokens]), None)
         calls = proofs.proof_of(self.stack).calls * self.stack.config.num_hidden_layers
         return run_folded(self.stack, packed, {"return_dict": True}, layout, calls, leaves_rows=True)
 
     def logits(self, outputs: ModelOutput, rows: Tensor) -> Tensor:
-        """[len(rows), vocabulary]: the model's logits at `rows` of the batch that `run` gave these outputs for."""
+        """Return the model's logits [len(rows), vocabulary] at `rows` of the batch that `run` made `outputs` of."""
         states = outputs.last_hidden_state[:, rows]  # [1, len(rows), D]
         chosen = type(outputs)(last_hidden_state=states)
         stack = shallow_copy(self.stack, forward=lambda *args, **kwargs: chosen)

@@ -1,4 +1,4 @@
-"""The loss of a causal language model of transformers' on the rows of a folded batch, without logits for all of it."""
+"""The loss of one of transformers' causal language models on the rows of a folded batch, without all its logits."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .heads import is_rowwise
 from .proofs import class_of
 from .twins import shallow_copy, with_part
 
-# Whether models that are called with labels are to return their loss without logits.
+# Says that models that are called with labels return their loss without logits.
 wanted: contextvars.ContextVar[bool] = contextvars.ContextVar("radix_loss_on_rows", default=False)
 
 
 def applies(head: PreTrainedModel, stack: PreTrainedModel, arguments: Mapping[str, Any]) -> bool:
-    """Whether a call is for the plain loss of a causal language model, and its logits reach nothing else."""
+    """Return whether a call asks for a causal language model's plain loss, and nothing else reads its logits."""
     labels, input_ids = arguments.get("labels"), arguments.get("input_ids")
     if not wanted.get() or not isinstance(labels, Tensor) or not isinstance(input_ids, Tensor):
         return False
@@ -40,7 +40,10 @@ def applies(head: PreTrainedModel, stack: PreTrainedModel, arguments: Mapping[st
 
 
 class RowLoss:
-    """A head's forward that returns the loss and no logits. `padded` is the batch, if its stack left it in rows."""
+    """Stands in for a head's forward in one call: returns the loss and no logits.
+
+    `padded` is the batch, if its stack left it in rows.
+    """
 
     def __init__(self, head: PreTrainedModel):
         self.head = head
@@ -48,12 +51,12 @@ class RowLoss:
 
     @torch.compiler.disable
     def __call__(self, *args, **kwargs):
-        twin = _twin_of(self.head, lambda states: states, self._loss)
+        twin = _with_functions(self.head, lambda states: states, self._loss)
         outputs = class_of(self.head).forward(twin, *args, **kwargs)
         return dataclasses.replace(outputs, logits=None)
 
     def _loss(self, logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch=None, **kwargs) -> Tensor:
-        """Gets hidden states for logits: rows [1, num_rows, D] of a folded batch, [B, T, D] of another."""
+        """Compute the loss of what the head takes for logits: hidden states, [1, num_rows, D] or unfolded [B, T, D]."""
         states, padded, lm_head = logits, self.padded, self.head.get_output_embeddings()
         packed = None if padded is None else _packed_labels(padded, labels.to(states.device))
         if packed is None:
@@ -66,9 +69,9 @@ class RowLoss:
 
 
 def _packed_labels(padded: PaddedBatch, labels: Tensor) -> Tensor | None:
-    """Of labels [B, T] those of tokens, [num_tokens]; None where the plain loss counts others, too.
+    """Return the labels of tokens [num_tokens] out of labels [B, T], or None where the plain loss counts others, too.
 
-    Those are labels at masked positions behind a token, and of tokens that begin a sequence behind another one.
+    It counts labels at masked positions behind a token, and of tokens that begin a sequence behind another one.
     """
     flat = labels.flatten()
     if padded.real is not None:
@@ -79,7 +82,7 @@ def _packed_labels(padded: PaddedBatch, labels: Tensor) -> Tensor | None:
 
 
 def _passes_logits_on(head: PreTrainedModel, stack: PreTrainedModel) -> bool:
-    """Whether the head's forward gives logits to its loss as they are, neither scaled nor capped; a trial tells."""
+    """Return whether the head's forward gives logits to its loss as they are, neither scaled nor capped, by a trial."""
     given, taken = [], []
 
     def loss(logits, *args, **kwargs):
@@ -89,7 +92,7 @@ def _passes_logits_on(head: PreTrainedModel, stack: PreTrainedModel) -> bool:
     states = torch.zeros(1, 2, stack.config.hidden_size)
     stand_in = nn.Identity()
     stand_in.forward = lambda *args, **kwargs: _OnlyStates(states)
-    twin = _twin_of(head, lambda states: given.append(states) or states, loss)
+    twin = _with_functions(head, lambda states: given.append(states) or states, loss)
     twin = with_part(twin, stack, stand_in)
     ids = torch.zeros(1, 2, dtype=torch.int64)
     class_of(head).forward(twin, input_ids=ids, labels=ids, use_cache=False, return_dict=True)
@@ -97,7 +100,7 @@ def _passes_logits_on(head: PreTrainedModel, stack: PreTrainedModel) -> bool:
 
 
 class _OnlyStates:
-    """The output of a decoder stack of any kind, without what wasn't asked for."""
+    """Stands for the output of any decoder stack that was asked for nothing but hidden states."""
 
     def __init__(self, states: Tensor):
         self.last_hidden_state = states
@@ -109,8 +112,8 @@ class _OnlyStates:
         return None
 
 
-def _twin_of(head: PreTrainedModel, make_logits, loss) -> PreTrainedModel:
-    """The same head, with another function in place of the projection to logits, and another loss."""
+def _with_functions(head: PreTrainedModel, make_logits, loss) -> PreTrainedModel:
+    """Return a twin of the head that makes logits by another function than its projection, and has another loss."""
     lm_head = head.get_output_embeddings()
     twin = with_part(head, lm_head, shallow_copy(lm_head, forward=make_logits))
     return shallow_copy(twin, _loss_function=loss)

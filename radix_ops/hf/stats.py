@@ -1,4 +1,4 @@
-"""Counts of what an enabled model did, for `radix_ops.hf`."""
+"""Counts of what an enabled model did. For `radix_ops.hf`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _LOCK = threading.Lock()
 
 
 class RadixStats:
-    """What an enabled model has done so far: `model.radix_stats`. The counts may be set back to 0.
+    """Counts what an enabled model has done so far: `model.radix_stats`. The counts may be set back to 0.
 
     tokens: real tokens that came in.
-    rows: rows that the decoder layers computed; of a skipped batch all positions, padding included.
+    rows: rows that the decoder layers computed; for a skipped batch all its positions, padding included.
     folded: batches that were folded.
     skipped: batches that ran as before, each step of generate() included.
     """
@@ -31,8 +31,7 @@ class RadixStats:
 
     @tokens.setter
     def tokens(self, value: int) -> None:
-        # A count that stands on a device: nobody waits for it before it is read.
-        self._tokens: int | Tensor = value
+        self._tokens: int | Tensor = value  # a count on a device, for which nobody waits before it is read
 
     def _add(self, tokens: int | Tensor, rows: int, folded: bool) -> None:
         with _LOCK:

@@ -1,4 +1,4 @@
-"""Whether a folded batch gives what the plain model gives: the guard behind `verify=` of `radix_ops.hf.enable`."""
+"""Compares a folded batch with the plain model: the guard behind `verify=` of `radix_ops.hf.enable`."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Relative errors of a token's hidden state, the largest and the mean, that rounding may make, with room: sums in
+# Rounding may make these relative errors of a token's hidden state, the largest and the mean, with room: sums in
 # another order differ by 1e-6 in float32 and, over 36 layers of random weights in bfloat16, by 0.05. A token that
 # attends to something else differs by its own size.
 _LIMITS = 1e-2, 1e-3
 _HALF_LIMITS = 0.5, 0.1
-# In half precision rounding may also decide which experts a token goes to.
+# In half precision rounding may also decide which experts a token goes to, so this share of tokens is looked at.
 _HALF_QUANTILE = 0.99
 _POSITIONS_AT_ONCE = 16_384
 
 
 @contextlib.contextmanager
 def keep_random(input_ids: Tensor) -> Iterator[None]:
-    """A forward on the device of input_ids leaves random numbers as they were."""
+    """Leave random numbers as they were before a forward on the device of input_ids."""
     with torch.random.fork_rng(devices=[input_ids.device] if input_ids.is_cuda else []):
         yield
 
 
 @torch.no_grad()
 def plain_states(forward: Callable, arguments: dict[str, Any]) -> Tensor:
-    """last_hidden_state [B, T, D] of the plain forward, some rows of the batch at a time; the RNG stays as it was."""
+    """Return last_hidden_state [B, T, D] of the plain forward, made of some rows of the batch at a time.
+
+    Random numbers stay as they were.
+    """
     input_ids = arguments["input_ids"]
     count = max(1, _POSITIONS_AT_ONCE // input_ids.shape[1])
     states = []
@@ -43,7 +46,7 @@ def plain_states(forward: Callable, arguments: dict[str, Any]) -> Tensor:
 
 
 def is_exact(stack: nn.Module) -> bool:
-    """Whether its products are computed in float32 or more at this moment: not under autocast, nor as TF32."""
+    """Return whether its products are computed in float32 or more at this moment: not under autocast, nor as TF32."""
     parameter = next(stack.parameters())
     if torch.is_autocast_enabled(parameter.device.type) or torch.get_float32_matmul_precision() != "highest":
         return False
@@ -52,7 +55,7 @@ def is_exact(stack: nn.Module) -> bool:
 
 @torch.no_grad()
 def difference(got: Tensor, want: Tensor, is_real: Tensor, is_exact: bool) -> str | None:
-    """How states [B, T, D] differ where is_real [B, T], by more than rounding makes; None where they don't.
+    """Return how states [B, T, D] differ, where is_real [B, T], by more than rounding makes, or None.
 
     Tokens whose wanted state isn't finite are left out.
     """

@@ -266,7 +266,7 @@ def variants(model_type: str):
     for changed in changes:
         with contextlib.suppress(fold_checks.Unbuildable):
             other = fold_checks.build(model_type, arguments | changed)
-            if guards.unfoldable(proofs.find_stack(other)) is None:
+            if guards.why_unfoldable(proofs.find_stack(other)) is None:
                 yield other
 
 

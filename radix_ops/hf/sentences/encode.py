@@ -18,7 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from ...plan.planner import plan_folded
 from .. import guards, proofs
-from ..forward import StackForward, Unfolded, must_fold, pays
+from ..forward import StackForward, Unfolded, must_fold
+from ..payoff import pays
 from . import modules
 from .modules import Method, library
 from .tokens import Tokenize, Tokens
@@ -119,7 +120,7 @@ class PlannedCall(Method):
         if any(isinstance(module, FSDPModule) for module in self.module.modules()):
             return False
         self.module.eval()  # as the library does
-        return not any(guards.unfoldable(stack) or guards.interference(stack) for stack in stacks)
+        return not any(guards.why_unfoldable(stack) or guards.why_disturbed(stack) for stack in stacks)
 
     def _batches(self, tokens: Tokens, call: _Call) -> list[np.ndarray]:
         """The batches, of indices of texts, that it pays to fold."""

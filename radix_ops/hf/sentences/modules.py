@@ -15,6 +15,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..calls import Obstacle
 from ..forward import obstacle_outside
 from ..proofs import class_of
 
@@ -138,13 +139,14 @@ class TransformerForward(Method):
             obstacle_outside.reset(token)
 
     @torch.compiler.disable
-    def _obstacle(self, features) -> str | None:
+    def _obstacle(self, features) -> Obstacle | None:
         read = self.reading().states
         mask = features.get("attention_mask") if read else None
         if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.numel() == 0:
             return None
         if any(not bool(mask[:, SIDES[side]].all()) for side in read):
-            return f"what comes behind {type(self.module).__name__} reads hidden states at masked positions"
+            name = type(self.module).__name__
+            return Obstacle(f"what comes behind {name} reads hidden states at masked positions")
         return None
 
     def reading(self) -> Reading:
