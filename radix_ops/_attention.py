@@ -31,9 +31,10 @@ def attention(
 
     Args:
         q: [num_rows, H, D], float32, float64, bfloat16 or float16.
-        k, v: [num_rows, H_kv, D] and [num_rows, H_kv, D_v] of the same dtype and device; H is a multiple of H_kv
-            (grouped-query attention: head h of q reads head h * H_kv // H of k and v). Under autocast dtypes may
-            differ: what is not float64 is cast to autocast's dtype, as for scaled_dot_product_attention.
+        k: [num_rows, H_kv, D] of the same dtype and device; H is a multiple of H_kv (grouped-query attention: head h
+            of q reads head h * H_kv // H of k and v). Under autocast dtypes may differ: what is not float64 is cast
+            to autocast's dtype, as for scaled_dot_product_attention.
+        v: [num_rows, H_kv, D_v], otherwise as k.
         batch: the batch that the rows belong to, on the same device.
         scale: factor of the scores, 1 / sqrt(D) by default.
         sliding_window: each token sees itself and at most sliding_window - 1 tokens before it; None: all of them.

@@ -1,4 +1,4 @@
-"""Every snippet of the README and of docs/ runs: Python as it stands, commands on small files.
+"""Every snippet of the documents runs, Python as it stands and commands on small files, and every link leads somewhere.
 
 Tiny local models stand in for those of the hub."""
 
@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,29 +15,39 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 HUB_ID = re.compile(r"\b(?:Qwen|HuggingFaceTB|meta-llama|google|tomaarsen)/[\w.-]+")
 
 
-def blocks(page: Path, language: str) -> list:
-    """(text) of the page's fenced blocks in a language, named by page and line."""
-    found, lines = [], page.read_text(encoding="utf-8").splitlines()
+class Block(NamedTuple):
+    name: str  # page:line
+    language: str
+    text: str
+    output: str | None  # the text block right behind it
+
+
+def blocks(page: Path) -> list[Block]:
+    lines = page.read_text(encoding="utf-8").splitlines()
     fences = [number for number, line in enumerate(lines) if line.startswith("```")]
     assert len(fences) % 2 == 0, f"{page.name} leaves a block open"
+    found: list[Block] = []
+    end_before = 0
     for start, end in zip(fences[::2], fences[1::2], strict=True):
-        if lines[start] == f"```{language}":
-            name = f"{page.relative_to(ROOT)}:{start + 1}"
-            found.append(pytest.param("\n".join(lines[start + 1 : end]) + "\n", id=name))
+        language, text = lines[start].removeprefix("```"), "\n".join(lines[start + 1 : end]) + "\n"
+        if language == "text" and found and not any(lines[end_before + 1 : start]):
+            found[-1] = found[-1]._replace(output=text)
+        found.append(Block(f"{page.relative_to(ROOT)}:{start + 1}", language, text, None))
+        end_before = end
     return found
 
 
-SNIPPETS = [block for page in PAGES for block in blocks(page, "python")]
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+SNIPPETS = [pytest.param(block, id=block.name) for block in BLOCKS if block.language == "python"]
 COMMANDS = [
-    pytest.param(command, id=f"{block.id}-{command.split()[0]}")
-    for page in PAGES
-    for block in blocks(page, "")
-    for command in block.values[0].replace("\\\n", " ").splitlines()
-    # Output stands in the same kind of block, behind the command or without one.
+    pytest.param(command, id=f"{block.name}-{command.split()[0]}")
+    for block in BLOCKS
+    if block.language == "bash"
+    for command in block.text.replace("\\\n", " ").splitlines()
     if command.split()[:1] and command.split()[0] in ("make", "pip", "python", "radix-ops", "torchrun")
 ]
 
@@ -57,7 +68,7 @@ def models(tmp_path_factory) -> dict[str, str]:
         tokenizer_object=inner, eos_token="<|endoftext|>", pad_token="<|endoftext|>", padding_side="left"
     )
     config = transformers.Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=2048, initializer_range=0.2, num_labels=1,
         pad_token_id=0, eos_token_id=0,
     )  # fmt: skip
@@ -91,22 +102,58 @@ def local(text: str, models: dict[str, str]) -> str:
     return HUB_ID.sub(folder, text)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files(page):
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+def anchors(page: Path) -> set[str]:
+    """What GitHub, and the site with its slugify, call the page's headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
-def test_there_are_snippets_and_commands():
-    assert len(SNIPPETS) >= 7
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            file = page.parent / path if path else page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page):
+    named = r"`(?:python )?((?:\.ci|\.github|benchmarks|csrc|docs|examples|radix_ops|tests|tools)/[\w./-]*)[`\s]"
+    for name in re.findall(named, page.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 950
+
+
+def test_the_readme_counts_the_proven_types():
+    proven = json.loads((ROOT / "radix_ops/hf/models.json").read_text(encoding="utf-8"))["proven"]
+    assert f"[{len(proven)} model types]" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_there_are_snippets_outputs_and_commands():
+    assert len(SNIPPETS) >= 12
+    assert any(block.output for block in BLOCKS if block.language == "python")
     assert {command.values[0].split()[0] for command in COMMANDS} >= {"make", "pip", "radix-ops"}
+    assert {block.language for block in BLOCKS} <= {"bash", "json", "python", "text"}
+
+
+def without_numbers(text: str) -> str:
+    """Counts of tokens and times are those of the model that is named; single digits are not."""
+    return re.sub(r"\d+\.\d+(?:e-\d+)?|\d{2,}", "#", text)
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
-def test_python_runs_as_it_stands(snippet, models, workplace):
-    if "from trl " in snippet:
+def test_python_runs_as_it_stands(snippet, models, workplace, capsys):
+    if "from trl " in snippet.text:
         pytest.importorskip("trl")  # which wants Python 3.11
-    exec(compile(local(snippet, models), "snippet", "exec"), {"__name__": "snippet"})
+    exec(compile(local(snippet.text, models), "snippet", "exec"), {"__name__": "snippet"})
+    if snippet.output is not None:
+        assert without_numbers(capsys.readouterr().out) == without_numbers(snippet.output)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

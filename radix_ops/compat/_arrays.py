@@ -37,7 +37,8 @@ def compute_fold_and_scatter(
     """Folds packed sequences given as uint32 arrays.
 
     Args:
-        input_ids, position_ids: [N] uint32.
+        input_ids: [N] uint32.
+        position_ids: [N] uint32.
         cu_seq_lengths: [B + 1] uint32, 0 and then the end of each sequence; may be empty if N is 0.
         pad_multiple_of: rounds the number of rows up to a multiple of it; None: no padding.
         bound_checks: changes nothing. Everything is checked, and nothing is read out of bounds.

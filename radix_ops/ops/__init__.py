@@ -2,61 +2,63 @@
 
 N packed tokens of B sequences make M trie nodes; with padding they are num_rows compact rows.
 
-fold(input_ids [N], position_ids [N], cu_seqlens [B + 1], pad_multiple_of=1)
-    -> compact_input_ids, compact_position_ids [num_rows], unfold_index [N] (token -> row), fold_index [num_rows]
-    (row -> the token where it first occurs).
-fold_plan(the same)
-    -> those four; the inverse of unfold_index: unfold_indptr [num_rows + 1], unfold_members [N]; the R runs, which
-    are the rows that each sequence adds: run_sequences [R], cu_seqlens_q [R + 1] over the rows, cu_seqlens_k [R + 1]
-    over the tokens of those sequences; kv_index [K], the rows of those tokens, with its inverse kv_indptr
-    [num_rows + 1], kv_members [K]; counts, int64 [4] on the CPU: M, longest run, longest and shortest sequence.
-fold_plan_front(the same)
-    -> fold_plan of the tokens in front: N is where cu_seqlens ends, what stands behind is not looked at.
-gather(x [R, ...], index [N])
-    -> x[index] [N, ...], of any dtype.
-scatter_add(src [N, ...], index [N], num_rows)
-    -> out [num_rows, ...] with out[index[i]] += src[i]; float64, float32, float16, bfloat16 and integers.
-gather_kv(k [R, ...], v [R, ...], index [N]), scatter_add_kv(src_k [N, ...], src_v [N, ...], index [N], num_rows)
-    -> gather or scatter_add of two tensors of one dtype by one index, in one pass on CUDA.
-gather.csr(x, index, indptr, members), scatter_add.csr(src, index, indptr, members, num_rows), and of the pairs alike
-    -> the same, with the inverse of index at hand, so that neither scatter_add nor the backward of gather sorts:
-    members[indptr[j]:indptr[j + 1]] are the i with index[i] == j.
+    fold(input_ids [N], position_ids [N], cu_seqlens [B + 1], pad_multiple_of=1)
+        -> compact_input_ids, compact_position_ids [num_rows], unfold_index [N] (token -> row), fold_index [num_rows]
+        (row -> the token where it first occurs).
+    fold_plan(the same)
+        -> those four; the inverse of unfold_index: unfold_indptr [num_rows + 1], unfold_members [N]; the R runs, which
+        are the rows that each sequence adds: run_sequences [R], cu_seqlens_q [R + 1] over the rows, cu_seqlens_k
+        [R + 1] over the tokens of those sequences; kv_index [K], the rows of those tokens, with its inverse kv_indptr
+        [num_rows + 1], kv_members [K]; counts, int64 [4] on the CPU: M, longest run, longest and shortest sequence.
+    fold_plan_front(the same)
+        -> fold_plan of the tokens in front: N is where cu_seqlens ends, what stands behind is not looked at.
+    gather(x [R, ...], index [N])
+        -> x[index] [N, ...], of any dtype.
+    scatter_add(src [N, ...], index [N], num_rows)
+        -> out [num_rows, ...] with out[index[i]] += src[i]; float64, float32, float16, bfloat16 and integers.
+    gather_kv(k [R, ...], v [R, ...], index [N]), scatter_add_kv(src_k [N, ...], src_v [N, ...], index [N], num_rows)
+        -> gather or scatter_add of two tensors of one dtype by one index, in one pass on CUDA.
+    gather.csr(x, index, indptr, members), scatter_add.csr(src, index, indptr, members, num_rows), and those of pairs
+        -> the same, with the inverse of index at hand, so that neither scatter_add nor the backward of gather sorts:
+        members[indptr[j]:indptr[j + 1]] are the i with index[i] == j.
 
 What `radix_ops.attention` calls (sliding_window 0: none; logsumexp is for the backward, and has no gradient):
 
-varlen_attention(q [num_rows, H, D], k [K, H_kv, D], v [K, H_kv, D_v], cu_seqlens_q, cu_seqlens_k, scale,
-                 sliding_window=0)
-    -> [num_rows, H, D_v], causal attention of runs over their sequences, aligned at the end. In every floating dtype;
-    on CUDA it waits for the host and is slow.
-flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, num_queries, max_seqlen_q, max_seqlen_k, scale, sliding_window=0)
-    -> out, logsumexp [H, num_rows]: the same on CUDA in bfloat16 and float16, by torch's flash attention. num_queries
-    is the end of cu_seqlens_q, the largest lengths may be larger than they are. Nothing looks at the values of
-    cu_seqlens, which must be a fold's: torch's kernels trust them, and others read and write outside the tensors.
-    To look would take several launches in every layer.
-trie_order(cu_seqlens_q, cu_seqlens_k, kv_index, num_rows)
-    -> enter, leave, depth, row_of, path, int32 [num_rows]: row k is on the path to row q exactly when
-    enter[k] <= enter[q] < leave[k]; depth counts the rows above a row; row_of is the inverse of enter; the path to a
-    row begins at kv_index[path]. For padding rows -1, -1, 0, themselves and any.
-trie_attention(q, k [num_rows, H_kv, D], v, enter, leave, depth, row_of, path, kv_index, cu_seqlens_q, num_nodes, scale,
-               sliding_window=0)
-    -> out [num_rows, H, D_v], logsumexp [H, num_rows]: attention to the rows on the path, with no key or value
-    unfolded. In every floating dtype; on the CPU, where sums are in fp32 (fp64 for float64) and the bits the same for
-    any number of threads, by a kernel for AVX-512, AVX2 or neither (ATEN_CPU_CAPABILITY holds it to less, as it does
-    torch), forward and backward; on CUDA in bfloat16 and float16 by Triton kernels, otherwise it waits there for the
-    host and is slow. The index tensors must be a fold's and trie_order's, which is checked on the CPU alone: on CUDA
-    others give wrong results, and lead to no memory outside the arguments.
+    varlen_attention(q [num_rows, H, D], k [K, H_kv, D], v [K, H_kv, D_v], cu_seqlens_q, cu_seqlens_k, scale,
+                     sliding_window=0)
+        -> [num_rows, H, D_v], causal attention of runs over their sequences, aligned at the end. In every floating
+        dtype; on CUDA it waits for the host and is slow.
+    flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, num_queries, max_seqlen_q, max_seqlen_k, scale,
+                    sliding_window=0)
+        -> out, logsumexp [H, num_rows]: the same on CUDA in bfloat16 and float16, by torch's flash attention.
+        num_queries is the end of cu_seqlens_q, the largest lengths may be larger than they are. Nothing looks at the
+        values of cu_seqlens, which must be a fold's: torch's kernels trust them, and others read and write outside the
+        tensors. To look would take several launches in every layer.
+    trie_order(cu_seqlens_q, cu_seqlens_k, kv_index, num_rows)
+        -> enter, leave, depth, row_of, path, int32 [num_rows]: row k is on the path to row q exactly when enter[k] <=
+        enter[q] < leave[k]; depth counts the rows above a row; row_of is the inverse of enter; the path to a row begins
+        at kv_index[path]. For padding rows -1, -1, 0, themselves and any.
+    trie_attention(q, k [num_rows, H_kv, D], v, enter, leave, depth, row_of, path, kv_index, cu_seqlens_q, num_nodes,
+                   scale, sliding_window=0)
+        -> out [num_rows, H, D_v], logsumexp [H, num_rows]: attention to the rows on the path, with no key or value
+        unfolded. In every floating dtype; on the CPU, where sums are in fp32 (fp64 for float64) and the bits the same
+        for any number of threads, by a kernel for AVX-512, AVX2 or neither (ATEN_CPU_CAPABILITY holds it to less, as it
+        does torch), forward and backward; on CUDA in bfloat16 and float16 by Triton kernels, otherwise it waits there
+        for the host and is slow. The index tensors must be a fold's and trie_order's, which is checked on the CPU
+        alone: on CUDA others give wrong results, and lead to no memory outside the arguments.
 
 What `radix_ops.plan` calls, on the CPU (sequence i is input_ids[starts[i]:starts[i] + lengths[i]], ids not negative):
 
-lexicographic_order(input_ids [N], starts [B], lengths [B])
-    -> int64 [B], the sequences sorted by their tokens, a prefix before what goes on from it, equal ones in their order.
-common_prefix_lengths(input_ids, starts, lengths, order [K])
-    -> int64 [K]: how many tokens sequence order[i] shares with order[i - 1] before they part; 0 for i = 0. In
-    lexicographic order, all tokens minus these are the rows of the trie.
-cut_batches(lengths [B], shared [B], max_rows, max_tokens, max_positions, max_sequences, batch_cost=0)
-    -> int64, the ends of batches of sequences in a row, whose lengths and shared tokens these are: those that lose the
-    fewest shared tokens plus batch_cost for each batch. Rows, tokens, sequences and sequences times longest of a batch
-    stay within the limits; a sequence beyond them is a batch of its own.
+    lexicographic_order(input_ids [N], starts [B], lengths [B])
+        -> int64 [B], the sequences sorted by their tokens, a prefix before what goes on from it, equal ones in their
+        order.
+    common_prefix_lengths(input_ids, starts, lengths, order [K])
+        -> int64 [K]: how many tokens sequence order[i] shares with order[i - 1] before they part; 0 for i = 0. In
+        lexicographic order, all tokens minus these are the rows of the trie.
+    cut_batches(lengths [B], shared [B], max_rows, max_tokens, max_positions, max_sequences, batch_cost=0)
+        -> int64, the ends of batches of sequences in a row, whose lengths and shared tokens these are: those that lose
+        the fewest shared tokens plus batch_cost for each batch. Rows, tokens, sequences and sequences times longest of
+        a batch stay within the limits; a sequence beyond them is a batch of its own.
 
 Two packed tokens share a row exactly when the (token, position) paths to them from the start of their sequences are
 equal. Rows come in order of first occurrence; padding rows behind them hold token 0, position 0 and `fold_index` 0.
