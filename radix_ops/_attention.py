@@ -13,6 +13,8 @@ from .ops import flash, trie
 from .ops.checks import ATTENTION_DTYPES
 
 LAYOUTS = ("auto", "compact", "trie", "unfold")
+# Where attention runs and autocast works. To ask torch.amp instead would break graphs compiled by torch 2.11.
+_AUTOCAST_DEVICES = ("cpu", "cuda")
 # How often unfolding must repeat keys on average for "auto" to take "trie" on the CPU in half precision.
 _REPEATS_FOR_TRIE = 16
 
@@ -71,7 +73,7 @@ def cast_for_autocast(x: Tensor) -> Tensor:
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
         return x
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return x
     return x.to(torch.get_autocast_dtype(device))
 

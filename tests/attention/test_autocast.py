@@ -67,6 +67,20 @@ def test_gradients_of_a_backward_inside(layout, compiles):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_code_does_not_ask_whether_autocast_is_available(layout, monkeypatch):
+    """torch 2.11 can't trace that question."""
+    batch, tensors = inputs("cpu", (FP32, FP32, FP32))
+
+    def refuse(device):
+        raise AssertionError(device)
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", refuse)
+    torch.compiler.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*tensors, batch, layout=layout), attention(*tensors, batch, layout=layout))
+
+
 @pytest.mark.parametrize("name", ["varlen_attention", "trie_attention"])
 def test_ops_compute_in_the_dtypes_that_they_are_given(name):
     batch, tensors = inputs("cpu", (FP32, FP32, FP32))
