@@ -64,6 +64,16 @@ def as_flat_integers(name: str, values: object) -> Tensor:
     return as_integers(name, tensor).to(torch.int64) if len(tensor) else tensor.to(torch.int64)
 
 
+def as_integer_list(name: str, values: list | tuple) -> list[int] | tuple[int, ...]:
+    """The values as Python's integers: NumPy would make int64 and float64 of those that stand beside True and uint64.
+
+    Raises as `as_flat_integers` does, but takes values of any size.
+    """
+    if set(map(type, values)) <= {int}:
+        return values
+    return [_index(name, values, x) for x in values]
+
+
 def _from_array(name: str, values: object) -> Tensor:
     if np.ma.is_masked(values):
         raise TypeError(f"{name} must hold integers, got an array with masked values")
@@ -82,9 +92,7 @@ def _from_array(name: str, values: object) -> Tensor:
 
 
 def _from_list(name: str, values: list | tuple) -> Tensor:
-    # True and np.uint64(3) would make int64 and float64 of the integers beside them.
-    if not set(map(type, values)) <= {int}:
-        values = [_index(name, values, x) for x in values]
+    values = as_integer_list(name, values)
     try:
         return torch.from_numpy(np.array(values, np.int64))
     except OverflowError:

@@ -10,9 +10,10 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from .._integers import as_integer_list
+
 _LEAST_CAPACITY = 4096
 _MAX_ID = 2**31 - 1
-_BOOLS = {bool, np.bool_}
 
 
 class TokenStore:
@@ -73,25 +74,26 @@ class TokenStore:
         Raises TypeError for anything but integers, ValueError for more than one dimension and for ids that are negative
         or larger than int32 holds.
         """
+        name = f"sequence {len(self)}"
         if isinstance(ids, torch.Tensor):
             ids = ids.detach().cpu()
-        # What NumPy would take for integers beside others, or for those under a mask.
-        if isinstance(ids, (list, tuple)) and not _BOOLS.isdisjoint(map(type, ids)):
-            raise TypeError(f"sequence {len(self)} must hold integers, got bool")
         if np.ma.is_masked(ids):
-            raise TypeError(f"sequence {len(self)} must hold integers, got an array with masked values")
+            raise TypeError(f"{name} must hold integers, got an array with masked values")
+        if not isinstance(ids, (list, tuple)):
+            found = np.asarray(ids)
+            ids = found.tolist() if found.dtype == object and found.ndim == 1 else found
+        if isinstance(ids, (list, tuple)):
+            ids = as_integer_list(name, ids)
         found = np.asarray(ids)
         if found.ndim != 1:
-            raise ValueError(f"sequence {len(self)} must be a flat list of token ids, got shape {found.shape}")
+            raise ValueError(f"{name} must be a flat list of token ids, got shape {list(found.shape)}")
         if len(found):
-            if found.dtype.kind not in "iu":
-                found, kind = np.asarray(ids, object), found.dtype  # Python's integers may be beyond 64 bits
-                if set(map(type, found.tolist())) != {int}:
-                    raise TypeError(f"sequence {len(self)} must hold integers, got {kind}")
+            if isinstance(ids, (list, tuple)) and found.dtype.kind not in "iu":
+                found = np.asarray(ids, object)  # Python's integers may be beyond 64 bits
+            if found.dtype.kind not in "iuO":
+                raise TypeError(f"{name} must hold integers, got {found.dtype}")
             if _largest(found) > _MAX_ID:
-                raise ValueError(
-                    f"sequence {len(self)} must hold token ids from 0 to {_MAX_ID}, got {found.min()} to {found.max()}"
-                )
+                raise ValueError(f"{name} must hold token ids from 0 to {_MAX_ID}, got {found.min()} to {found.max()}")
         self._reserve(len(found))
         self._waiting[self._num_waiting : self._num_waiting + len(found)] = found
         self._num_waiting += len(found)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers import processes
+from radix_ops import FoldedBatch
 from radix_ops.plan import TokenStore, plan_folded
 
 LONG = 3000  # tokens: two such sequences are more than waits in memory
@@ -114,12 +115,40 @@ def test_integers_of_every_kind_are_taken_by_value(kind):
     assert len(store) == 4
 
 
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [np.uint64(3), 1],
+        (1, np.uint64(2**31 - 1), np.int8(4)),
+        [torch.tensor(3), 1],
+        np.array([np.uint64(3), 1], object),
+        [np.int64(3)],
+    ],
+    ids=repr,
+)
+def test_integers_of_several_kinds_are_taken_as_fold_takes_them(ids):
+    want = [int(x) for x in ids]
+    assert TokenStore.from_sequences([ids])[0].tolist() == want
+    assert FoldedBatch.from_sequences([ids]).input_ids.tolist() == want
+
+
 def test_integers_beyond_64_bits_are_refused_as_others_are():
     for value in (2**63, 2**64, -(2**64)):
         with pytest.raises(ValueError, match=f"sequence 0 must hold token ids from 0 to 2147483647, got .*{value}"):
             TokenStore.from_sequences([[1, value]])
     masked = np.ma.masked_array([1, 2], [False, True])
-    for wrong in ([True, 2**64], [1, True], (np.True_, 1), [True], [0.5, 2**64], ["a"], [None], masked):
+    for wrong in (
+        [True, 2**64],
+        [1, True],
+        (np.True_, 1),
+        [1, torch.tensor(True)],
+        [True],
+        [0.5, 2**64],
+        [1, 2.0],
+        ["a"],
+        [None],
+        masked,
+    ):
         with pytest.raises(TypeError, match="sequence 0 must hold integers, got "):
             TokenStore.from_sequences([wrong])
 
