@@ -63,8 +63,12 @@ def test_flops_are_those_that_torch_counts(tmp_path, kind):
     for length in (5, 12):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(input_ids=torch.arange(2, 2 + length)[None], use_cache=False)
+        # Older transformers make the angles of rotary embeddings by a product of matrices, of inner width 1.
+        counts = counter.get_flop_counts()
+        of_angles = sum(sum(found.values()) for name, found in counts.items() if name.endswith(".rotary_emb"))
         # Eager attention computes all pairs, masked ones too.
-        assert counter.get_total_flops() == cost.linear * length + sum(cost.attention.values()) * length**2
+        wanted = cost.linear * length + sum(cost.attention.values()) * length**2
+        assert counter.get_total_flops() - of_angles == wanted
 
 
 def test_flops_of_windows_and_of_the_cases_that_are_refused(tmp_path, capsys):
