@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 WORDS = [f"{kind}{i}" for kind in ("red", "blue", "green", "grey") for i in range(60)]
 # Options of all the examples' trainers.
-COMMON = {
+_OPTIONS = {
     "learning_rate": 3e-3, "lr_scheduler_type": "constant", "logging_steps": 5, "report_to": [], "save_strategy": "no",
-    "disable_tqdm": True, "bf16": torch.cuda.is_available(),
+    "disable_tqdm": True,
 }  # fmt: skip
 
 
@@ -23,12 +23,16 @@ def sentence(rng: random.Random, length: int, words: list[str] = WORDS) -> str:
 
 
 def parse_arguments(description: str, steps: int) -> argparse.Namespace:
+    """Parse the command line; `options` of the result are the trainer's, which trains a new model on the CPU."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", metavar="FOLDER_OR_HUB_ID", help="a causal model, by default a small new Qwen3")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--plain", action="store_true", help="train without folding, to compare")
     arguments = parser.parse_args()
-    if arguments.model is None:
+    # A GPU would gain nothing from folding batches of a model this small, so they would not be folded there.
+    is_new = arguments.model is None
+    arguments.options = {**_OPTIONS, "use_cpu": is_new, "bf16": torch.cuda.is_available() and not is_new}
+    if is_new:
         arguments.model = new_model()
     return arguments
 

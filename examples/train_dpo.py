@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 
 from datasets import Dataset
-from tiny import COMMON, WORDS, load_tokenizer, parse_arguments, report, sentence
+from tiny import WORDS, load_tokenizer, parse_arguments, report, sentence
 from trl import DPOConfig, DPOTrainer
 
 from radix_ops import trainers
@@ -32,7 +32,9 @@ def main() -> None:
     arguments = parse_arguments(__doc__, steps=40)
     trainer = DPOTrainer(
         arguments.model,
-        args=DPOConfig("build/train_dpo", **COMMON, max_steps=arguments.steps, per_device_train_batch_size=16),
+        args=DPOConfig(
+            "build/train_dpo", **arguments.options, max_steps=arguments.steps, per_device_train_batch_size=16
+        ),
         train_dataset=preferences(256),
         processing_class=load_tokenizer(arguments.model),
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 
 from datasets import Dataset
-from tiny import COMMON, load_tokenizer, parse_arguments, report, sentence
+from tiny import load_tokenizer, parse_arguments, report, sentence
 from trl import GRPOConfig, GRPOTrainer
 
 from radix_ops import trainers
@@ -30,7 +30,7 @@ def main() -> None:
         reward_funcs=share_of_red,
         args=GRPOConfig(
             "build/train_grpo",
-            **COMMON,
+            **arguments.options,
             max_steps=arguments.steps,
             num_generations=8,
             max_completion_length=8,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 
 from datasets import Dataset
-from tiny import COMMON, WORDS, load_tokenizer, parse_arguments, report, sentence
+from tiny import WORDS, load_tokenizer, parse_arguments, report, sentence
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
@@ -43,7 +43,9 @@ def main() -> None:
     arguments = parse_arguments(__doc__, steps=60)
     trainer = GroupedRewardTrainer(
         AutoModelForSequenceClassification.from_pretrained(arguments.model, num_labels=1, trust_remote_code=False),
-        args=RewardConfig("build/train_reward", **COMMON, max_steps=arguments.steps, per_device_train_batch_size=12),
+        args=RewardConfig(
+            "build/train_reward", **arguments.options, max_steps=arguments.steps, per_device_train_batch_size=12
+        ),
         train_dataset=preferences(256),
         processing_class=load_tokenizer(arguments.model),
     )

@@ -186,6 +186,9 @@ def interpret():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed, which no CPU needs")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="test_kernels runs them on the GPU; triton 3.6 can't interpret them"
+)
 @pytest.mark.parametrize("what", ["sound", "damaged", "wide"])
 def test_kernels_interpreted(what):
     """Right results of sound tables, in int64 too; of damaged ones no load and no store outside the arguments."""
