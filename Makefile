@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: build test coverage test-elsewhere test-oldest sanitize demo lint docs wheel bench models clean help
+.PHONY: build test coverage test-elsewhere test-oldest sanitize demo lint docs wheel check-wheel bench models clean help
 build: $(VENV)/.built  ## build the extension, in a virtual environment of its own
 test: $(VENV)/.built $(VENV)/.deps  ## run the tests
 	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
@@ -49,6 +49,9 @@ wheel: $(VENV)/.torch  ## build the wheel in dist, one for every Python and torc
 	rm -rf build/lib* build/bdist* dist
 	PYTHONWARNINGS=ignore $(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
+
+check-wheel: $(VENV)/.built $(VENV)/.deps  ## install the wheel outside the checkout and use it there
+	$(BIN)/python tools/check_wheel.py
 
 # Where there is a GPU, on it as well.
 bench: $(VENV)/.built $(VENV)/.deps  ## measure what docs/benchmarks.md reports
