@@ -4,15 +4,18 @@
 #
 # Left out are tests that fault on purpose (device asserts), that read the profiler, capture graphs or need the host to
 # run ahead of the device (which allow no checker or no allocation beside them), that compare times, and that need tens
-# of gigabytes. Random batches are fewer by RADIX_TEST_DIVISOR.
-# racecheck leaves out the autograd and bad-input tests: they launch kernels that the others launch, and take over 8 minutes.
+# of gigabytes; test_gradcheck_and_gradgradcheck, which takes over 400 s and launches the kernels that opcheck and the
+# function transforms launch. Random batches are fewer by RADIX_TEST_DIVISOR.
+# racecheck leaves out what takes minutes and launches kernels that other tests launch: those of autograd and of bad
+# input, and test_kernels of trie attention, of which the other tests in its file run the same kernels in under 3 minutes.
 set -euo pipefail
 tests=$(cd "$(dirname "$0")" && pwd)
 logs=$(mkdir -p "${1:-sanitizer}" && cd "${1:-sanitizer}" && pwd)
 tools=("${@:2}")
 [ ${#tools[@]} -gt 0 ] || tools=(memcheck racecheck)
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1 RADIX_TEST_DIVISOR="${RADIX_TEST_DIVISOR:-40}"
-skip="not past_2_to and not device_asserts and not 2_to_the_28 and not very_different_widths and not copies_at_most and not copy_nothing and not capture and not one_wait and not current_stream and not take_no_longer"
+skip="not past_2_to and not device_asserts and not 2_to_the_28 and not very_different_widths and not copies_at_most and not copy_nothing and not capture and not one_wait and not current_stream and not take_no_longer and not gradcheck"
+rest_of_opcheck="half_precision or folds or backwards"
 
 check() { # tool, name of the log, pytest arguments
   local log=$logs/$1.$2.log
@@ -24,11 +27,18 @@ for tool in "${tools[@]}"; do
   rm -f "$logs/$tool".*.log
   check "$tool" cuda "$tests/ops/test_cuda.py" "$tests/compat" -k "$skip" &
   check "$tool" gather "$tests/ops/test_gather.py" -k "$skip" &
-  check "$tool" trie "$tests/ops/test_trie.py" "$tests/ops/test_trie_kernels.py" -k "$skip and not past_32_bits" &
+  trie="$skip and not past_32_bits"
+  [ "$tool" != racecheck ] || trie+=" and not test_kernels"
+  check "$tool" trie "$tests/ops/test_trie.py" "$tests/ops/test_trie_kernels.py" -k "$trie" &
   check "$tool" scatter_add.sums "$tests/ops/test_scatter_add.py" -k "$skip and float64_sum" &
   check "$tool" scatter_add "$tests/ops/test_scatter_add.py" -k "$skip and not float64_sum" &
   check "$tool" fold "$tests/ops/test_fold.py" "$tests/ops/test_fold_collisions.py" "$tests/ops/test_fuzz.py" -k "$skip" &
-  [ "$tool" = racecheck ] || check "$tool" autograd "$tests/ops/test_autograd.py" "$tests/ops/test_bad_input.py" -k "$skip" &
+  if [ "$tool" != racecheck ]; then
+    autograd=$tests/ops/test_autograd.py
+    check "$tool" opcheck "$autograd" -k "$skip and opcheck and not ($rest_of_opcheck)" &
+    check "$tool" opcheck.rest "$autograd" -k "$skip and opcheck and ($rest_of_opcheck)" &
+    check "$tool" autograd "$autograd" "$tests/ops/test_bad_input.py" -k "$skip and not opcheck" &
+  fi
   wait
 done
 cd "$logs"
