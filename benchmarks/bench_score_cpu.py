@@ -16,8 +16,8 @@ import torch
 import harness
 from radix_ops.data.records import Records
 from radix_ops.engine import loading, scoring
+from radix_ops.engine.batches import RunStats
 from radix_ops.engine.items import Collector
-from radix_ops.engine.runners import RunStats
 from radix_ops.plan.budget import MOST_ROWS, Budget
 
 QUESTIONS = Path("build/demo/questions.jsonl")
@@ -43,15 +43,16 @@ def main() -> None:
 
     runs: dict[bool, list[RunStats]] = {False: [], True: []}
     for _ in range(args.rounds):
-        found = {folded: Collector(choices.ends, logprobs=np.float64, greedy=bool) for folded in (False, True)}
-        for folded, collector in found.items():
+        found = {False: {}, True: {}}  # log-probabilities by item
+        for folded, logprobs in found.items():
+            collector = Collector(choices.ends)
 
-            def collect(indices, scores, collector=collector):
-                collector.add(indices, *scores)
+            def collect(indices, scores, logprobs=logprobs, collector=collector):
+                logprobs.update((item, numbers[0]) for item, numbers in collector.add(indices, scores))
 
             budget = Budget(MOST_ROWS["cpu"])
             runs[folded].append(scoring.score(runner, choices, budget, folded, collect, warm_up=True))
-        logprobs = [[collector.of(item)[0] for item in range(len(records))] for collector in found.values()]
+        logprobs = [[logprobs[item] for item in range(len(records))] for logprobs in found.values()]
         largest = max(np.abs(a - b).max() for a, b in zip(*logprobs, strict=True))
         agree = sum(int(a.argmax() == b.argmax()) for a, b in zip(*logprobs, strict=True))
         assert agree == len(records)

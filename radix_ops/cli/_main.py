@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.flush()
         return 0
     except UserError as error:
-        message, status = str(error), 1
+        message, status = error.as_option, 1
     except torch.OutOfMemoryError:
         message, status = "out of memory", 1
     except BrokenPipeError:  # what reads standard output has gone
@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _warnings_shown() -> Iterator[None]:
-    """Prints what the engine warns of to standard error, a line each."""
-    logger, handler = logging.getLogger("radix_ops.engine"), logging.StreamHandler()
+    """Print what the package warns of to standard error, a line each."""
+    logger, handler = logging.getLogger("radix_ops"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     propagates, logger.propagate = logger.propagate, False
     logger.addHandler(handler)

@@ -6,7 +6,6 @@ import argparse
 import os
 from collections.abc import Callable
 
-from ..data.output import HELPER_SUFFIXES, beside
 from ..data.records import Records, T
 from ..data.streams import LONGEST_LINE
 from ..engine.errors import UserError
@@ -15,6 +14,17 @@ from ..engine.inputs import LONGEST_TEXT, Record
 FILE_HELP = f"""\
 FILE may be compressed by gzip, or a pipe. Blank lines of JSONL are skipped, and lines are counted with them. A line
 has {LONGEST_LINE:,} bytes at most, and a text in it {LONGEST_TEXT:,}.
+"""
+MODEL_HELP = """\
+Qwen3 models (safetensors) run on radix_ops.models.qwen3, others on transformers through radix_ops.hf.enable, which
+refuses by name what it isn't known to be right for. Without --dtype the model computes in float32 on the CPU and in
+its own dtype on CUDA, where one of float32 computes in bfloat16.
+"""
+RESUME_HELP = """\
+An interrupted run leaves complete lines in --output, in the order in which they were finished. The same command
+then continues behind them: a torn last line is dropped, and a line whose key is not that of this input, model,
+dtype and mode (folded or --plain) is an error. The finished file is put into the input's order, by way of
+--output.part. One run at a time can write to an --output, which it holds by --output.lock.
 """
 MOST_THREADS = 1024
 
@@ -90,22 +100,39 @@ def read_records(path: str, parse: Callable[[Record], T], shape: str, format: st
         return Records(path, parse, format=format, shape=shape, on_bytes=bar.update)
 
 
-def check_output(output: str | None, *inputs: str) -> None:
-    """UserError unless `output` can be written and is none of the inputs."""
-    if output is None:
-        return
-    if not output or (os.path.exists(output) and not os.path.isfile(output)):
-        raise UserError(f"--output {output!r} is not a regular file")
-    path = beside(output, "")
-    if path.is_symlink():  # no path that has its links resolved is one
-        raise UserError(f"--output {output} is a symbolic link that leads back to itself")
-    if not path.parent.is_dir():
-        raise UserError(f"--output {output}: its folder does not exist")
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise UserError(f"--output {output} can't be written")
-    for name in filter(os.path.exists, inputs):
-        if path.exists() and path.samefile(name):
-            raise UserError(f"--output {output} is the input file itself")
-        for helper in (beside(output, suffix) for suffix in HELPER_SUFFIXES):
-            if helper.exists() and helper.samefile(name):
-                raise UserError(f"--output {output} is made by way of {helper}, which is the input file")
+def add_model_arguments(parser: argparse.ArgumentParser, results: str) -> None:
+    """The arguments of every command that runs a model; `results` says what goes to --output."""
+    parser.add_argument("--model", required=True, metavar="M", help="a local folder, a hub id or a .gguf file")
+    parser.add_argument("--output", metavar="PATH", help=results)
+    parser.add_argument("--overwrite", action="store_true", help="replace what --output holds")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--plain", action="store_true", help="don't fold: batches sorted by length")
+    mode.add_argument(
+        "--compare",
+        action="store_true",
+        help="run plain and folded and print both times; results (the folded run's) go to --output only",
+    )
+    parser.add_argument(
+        "--token-budget",
+        type=positive_int,
+        metavar="N",
+        help="rows of a batch at most, that is tokens that are computed; a batch may unfold 8 times as many, and a "
+        "longer sequence is a batch of its own (default: found from the free memory, at most 4,096 on the CPU and "
+        "65,536 on CUDA)",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of weights and computation (default: see above)"
+    )
+    parser.add_argument("--device", help="as torch names it (default: cuda where there is one, else cpu)")
+    parser.add_argument("--threads", type=thread_count, metavar="N", help="CPU threads (default: torch's)")
+    add_trust_argument(parser)
+
+
+def add_length_arguments(parser: argparse.ArgumentParser, what: str, cut: str) -> None:
+    parser.add_argument(
+        "--max-length",
+        type=positive_int,
+        metavar="N",
+        help=f"tokens of a {what} at most, special tokens included (default: as the model and its tokenizer say)",
+    )
+    parser.add_argument("--truncate-right", action="store_true", help=f"cut {cut} at their end where that is too long")

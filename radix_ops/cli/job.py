@@ -1,244 +1,264 @@
-"""What the subcommands that run a model share: its arguments, the device, checks, progress, and the comparison."""
+"""One run of a command that computes results: resumed where it was stopped, or compared with a plain one."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from ..data.matrix import check_incomplete, is_matrix
-from ..data.output import beside, claimed
+from ..data.claim import checked_output
+from ..data.fingerprint import fingerprint
+from ..data.matrix import MatrixFile, is_matrix, scratch_matrix
 from ..data.records import Records
-from ..data.results import ResultFile, ResultStream, check_first_line, check_part
-from ..engine.errors import UserError
+from ..data.results import ResultFile, ResultStream, key_of_parts
+from ..engine._engine import Engine
+from ..engine.batches import OnBatch, RunStats
+from ..engine.embedding import check_finite
+from ..engine.inputs import Record
 from ..engine.items import Collector, Items
-from ..engine.loading import context_length
-from ..engine.runners import RunStats
-from ..plan.budget import Budget, find_budget
-from .arguments import add_trust_argument, positive_int, printable, progress_bar, thread_count
+from ..engine.loading import find_device
+from .arguments import printable, progress_bar
 
-MODEL_HELP = """\
-Qwen3 models (safetensors) run on radix_ops.models.qwen3, others on transformers through radix_ops.hf.enable, which
-refuses by name what it isn't known to be right for. Without --dtype the model computes in float32 on the CPU and in
-its own dtype on CUDA, where one of float32 computes in bfloat16.
-"""
-RESUME_HELP = """\
-An interrupted run leaves complete lines in --output, in the order in which they were finished. The same command
-then continues behind them: a torn last line is dropped, and a line whose key is not that of this input, model,
-dtype and mode (folded or --plain) is an error. The finished file is put into the input's order, by way of
---output.part. One run at a time can write to an --output, which it holds by --output.lock.
-"""
-
-
-def add_model_arguments(parser: argparse.ArgumentParser, results: str) -> None:
-    """The arguments of every command that runs a model; `results` says what goes to --output."""
-    parser.add_argument("--model", required=True, metavar="M", help="a local folder, a hub id or a .gguf file")
-    parser.add_argument("--output", metavar="PATH", help=results)
-    parser.add_argument("--overwrite", action="store_true", help="replace what --output holds")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--plain", action="store_true", help="don't fold: batches sorted by length")
-    mode.add_argument(
-        "--compare",
-        action="store_true",
-        help="run plain and folded and print both times; results (the folded run's) go to --output only",
-    )
-    parser.add_argument(
-        "--token-budget",
-        type=positive_int,
-        metavar="N",
-        help="rows of a batch at most, that is tokens that are computed; a batch may unfold 8 times as many, and a "
-        "longer sequence is a batch of its own (default: found from the free memory, at most 4,096 on the CPU and "
-        "65,536 on CUDA)",
-    )
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of weights and computation (default: see above)"
-    )
-    parser.add_argument("--device", help="as torch names it (default: cuda where there is one, else cpu)")
-    parser.add_argument("--threads", type=thread_count, metavar="N", help="CPU threads (default: torch's)")
-    add_trust_argument(parser)
-
-
-def add_length_arguments(parser: argparse.ArgumentParser, what: str, cut: str) -> None:
-    parser.add_argument(
-        "--max-length",
-        type=positive_int,
-        metavar="N",
-        help=f"tokens of a {what} at most, special tokens included (default: as the model and its tokenizer say)",
-    )
-    parser.add_argument("--truncate-right", action="store_true", help=f"cut {cut} at their end where that is too long")
-
-
-def max_length_of(args: argparse.Namespace, config, tokenizer, recommended: int | None = None) -> int | None:
-    """--max-length, or the least of what the model reads and what its tokenizer, or `recommended`, says."""
-    longest = context_length(config, tokenizer)
-    if args.max_length and longest and args.max_length > longest:
-        raise UserError(f"--max-length {args.max_length} is more than the model reads, {longest}")
-    limit = min(recommended or tokenizer.model_max_length, longest or 2**31 - 1)
-    return args.max_length or (int(limit) if limit < 2**31 - 1 else None)
-
-
-def find_device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name!r} can't be used: it must be cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name!r} can't be used: torch finds {torch.cuda.device_count()} CUDA devices")
-    return device
+_RESULTS_AT_ONCE = 1024  # written
+Numbers = list[np.ndarray]  # of an item: an array of each kind
 
 
 @contextlib.contextmanager
-def claimed_output(args: argparse.Namespace, may_be_matrix: bool = False) -> Iterator[None]:
-    """Holds --output for this process alone.
-
-    UserError where another one holds it, where it can't hold such results, or where it holds what, as far as is known
-    before a run, no run left.
-    """
-    if args.output is not None and is_matrix(args.output) and not may_be_matrix:
-        raise UserError(f"--output {args.output}: results are JSON lines, and a .npy file holds a matrix")
-    with claimed(args.output):
-        if args.output is not None:
-            _check_existing(args)
-        yield
-
-
-def _check_existing(args: argparse.Namespace) -> None:
-    if not is_matrix(args.output):
-        check_part(args.output)
-    if args.overwrite:
-        return
-    held = [path for path in (args.output, beside(args.output, ".rows")) if os.path.exists(path)]
-    if args.compare and held:
-        raise UserError(f"--output {held[0]} exists and --compare times whole runs; --overwrite replaces it")
-    if is_matrix(args.output):
-        check_incomplete(args.output)
-    elif os.path.isfile(args.output):
-        check_first_line(args.output)
+def prepared(args: argparse.Namespace, may_be_matrix: bool = False) -> Iterator[dict]:
+    """Hold --output for this run; gives the arguments of every engine."""
+    with checked_output(
+        args.output, args.file, may_be_matrix=may_be_matrix, overwrite=args.overwrite, times_runs=args.compare
+    ):
+        device = find_device(args.device)
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        yield {
+            "device": device,
+            "dtype": args.dtype,
+            "token_budget": args.token_budget,
+            "plain": args.plain,
+            "trust_remote_code": args.trust_remote_code,
+            "lazy": True,
+        }
 
 
-def check_runner(args: argparse.Namespace, runner, items: Items) -> None:
-    """UserError unless the model has the items' tokens, and can be run as the command wants it to."""
-    largest = int(items.store.input_ids.max())
-    if largest >= runner.vocab_size:
-        raise UserError(
-            f"the tokenizer yields token {largest} and the model embeds {runner.vocab_size}: they don't fit together"
-        )
-    runner.check(items.store[0], folded=not args.plain)
+def check_keys(record: Record) -> Record:
+    """Return the record. UserError for a key that lines of results have besides those of the engine."""
+    record.others((), ("line", "key"))
+    return record
 
 
-def budget_of(args: argparse.Namespace, runner, items: Items) -> Budget:
-    if args.token_budget:
-        return Budget(args.token_budget)
-    dtype = next(runner.model.parameters()).dtype
-    longest = int(items.lengths.max())
-    return find_budget(runner.hf_config, dtype, runner.device, longest, runner.own_attention)
+@dataclass
+class Job:
+    """The run of all records of a file through an engine."""
+
+    args: argparse.Namespace
+    engine: Engine
+    records: Records
+    task: str  # part of each result's key
+    done: str  # to {count} items, for the summary
+    comparison: Comparison
+    items: Items = field(init=False)
+    base: object = field(init=False)  # the hash that keys start from
+
+    def run(self) -> None:
+        """Check and tokenise all input, load the model, then compute what is missing, or compare."""
+        engine, mode = self.engine, "plain" if self.args.plain else "folded"
+        self.items = engine.encode(with_progress(self.records, "tokenising"))
+        engine.load()
+        engine.check(self.items, folded=not self.args.plain)
+        self.base = fingerprint(engine.runner, self.task, mode, *engine.identity)
+        if self.args.compare:
+            self._compare()
+        else:
+            self._run_remaining()
+
+    def fields_of(self, item: int, numbers: Numbers) -> dict:
+        return self.engine.result(self.records[item], self.items[item], *numbers)
+
+    def key_of(self, item: int) -> str:
+        return key_of(self.base, self.records, self.items, item)
+
+    def _run_remaining(self) -> None:
+        results = self._results()
+        remaining = remaining_of(self.args, results)
+        if len(remaining):
+            chosen = self.items.subset(remaining)
+            collector = Collector(chosen.ends)
+
+            def on_batch(indices: np.ndarray, found: tuple[np.ndarray, ...]) -> None:
+                results.write([(int(remaining[i]), numbers) for i, numbers in collector.add(indices, found)])
+
+            stats = self._execute(chosen, not self.args.plain, on_batch)
+            print(summary(self.done.format(count=len(remaining)), stats), file=sys.stderr)
+        results.finish()
+
+    def _compare(self) -> None:
+        kept = {folded: self.comparison.store(self) for folded in (False, True)}
+        plain, folded = (self._execute_into(kept[folded], folded) for folded in (False, True))
+        results = self._results() if self.args.output else None
+        for first in range(0, len(self.items), _RESULTS_AT_ONCE):
+            part = range(first, min(first + _RESULTS_AT_ONCE, len(self.items)))
+            for item in part:
+                self.comparison.add(self, item, kept[False][item], kept[True][item])
+            if results:
+                results.write([(item, kept[True][item]) for item in part])
+        if results:
+            results.finish()
+        print(comparison_table(plain, folded), end="\n\n")
+        print("\n".join(self.comparison.report(len(self.items))))
+
+    def _execute_into(self, kept: MutableMapping[int, Numbers], folded: bool) -> RunStats:
+        collector = Collector(self.items.ends)
+
+        def on_batch(indices: np.ndarray, found: tuple[np.ndarray, ...]) -> None:
+            for item, numbers in collector.add(indices, found):
+                kept[item] = numbers
+
+        return self._execute(self.items, folded, on_batch, warm_up=True)
+
+    def _execute(self, items: Items, folded: bool, on_batch: OnBatch, warm_up: bool = False) -> RunStats:
+        lengths = items.lengths
+        with progress_bar(int(lengths.sum()), "folded" if folded else "plain", " tokens") as bar:
+
+            def report(indices: np.ndarray, found: tuple[np.ndarray, ...]) -> None:
+                on_batch(indices, found)
+                bar.update(int(lengths[indices].sum()))
+
+            return self.engine.execute(items, report, folded=folded, warm_up=warm_up)
+
+    def _results(self) -> _Lines | _Rows:
+        output, count, overwrite = self.args.output, len(self.items), self.args.overwrite
+        if output and is_matrix(output):
+            store = self.items.store
+            key = key_of_parts(self.base, store.lengths.tobytes(), memoryview(store.input_ids))
+            return _Rows(MatrixFile(output, (count, self.engine.dim), key, overwrite), self.records)
+        if output:
+            return _Lines(ResultFile(output, count, self.key_of, overwrite, self.records.index_of), self)
+        return _Lines(ResultStream(count, self.key_of), self)
+
+
+def key_of(base, records: Records, items: Items, item: int) -> str:
+    """Return the key of an item's result."""
+    return key_of_parts(base, records.raw(item), *(ids.tobytes() for ids in items.tokens(item)))
+
+
+class _Lines:
+    """Results as JSON lines."""
+
+    def __init__(self, results: ResultFile | ResultStream, job: Job):
+        self._results, self._job = results, job
+        self.done, self.finish = results.done, results.finish
+
+    def write(self, found: list[tuple[int, Numbers]]) -> None:
+        # All of a batch are looked at before one is written.
+        fields = [{"line": self._job.records.line_of(i)} | self._job.fields_of(i, numbers) for i, numbers in found]
+        for (item, _), line in zip(found, fields, strict=True):
+            self._results.add(item, line)
+        self._results.flush()
+
+
+class _Rows:
+    """Embeddings as the rows of a matrix."""
+
+    def __init__(self, matrix: MatrixFile, records: Records):
+        self._matrix, self._records = matrix, records
+        self.done, self.finish = matrix.done, matrix.finish
+
+    def write(self, found: list[tuple[int, Numbers]]) -> None:
+        rows = np.stack([numbers[0][0] for _, numbers in found])
+        check_finite(rows, lambda row: self._records[found[row][0]].where)
+        self._matrix.write(np.array([item for item, _ in found]), rows)
+
+
+class Comparison(ABC):
+    """How the results of a plain run and a folded one differ."""
+
+    def store(self, job: Job) -> MutableMapping[int, Numbers]:
+        """Return what holds the numbers of all items of a run."""
+        return {}
+
+    @abstractmethod
+    def add(self, job: Job, item: int, plain: Numbers, folded: Numbers) -> None:
+        """Compare the two results of an item."""
+
+    @abstractmethod
+    def report(self, count: int) -> list[str]:
+        """Return lines that say how results of so many items differ."""
+
+
+class Agreement(Comparison):
+    """How often `choice`, a field of a result, agrees, and how far `numbers`, another, are apart; `choices` and
+    `number` are what the report calls them."""
+
+    def __init__(self, choice: str, choices: str, number: str, numbers: str):
+        self._choice, self._choices, self._number, self._numbers = choice, choices, number, numbers
+        self._agree, self._largest = 0, 0.0
+
+    def add(self, job: Job, item: int, plain: Numbers, folded: Numbers) -> None:
+        one, other = job.fields_of(item, plain), job.fields_of(item, folded)
+        self._agree += one[self._choice] == other[self._choice]
+        self._largest = max(self._largest, *np.abs(np.subtract(one[self._numbers], other[self._numbers])))
+
+    def report(self, count: int) -> list[str]:
+        return [
+            f"{self._choices} that agree: {self._agree:,} of {count:,}",
+            f"largest difference of a {self._number}: {self._largest:.1e}",
+        ]
+
+
+class Closeness(Comparison):
+    """How far embeddings are apart."""
+
+    def __init__(self):
+        self._largest, self._least_cosine = 0.0, 1.0
+
+    def store(self, job: Job) -> MutableMapping[int, Numbers]:
+        return _MatrixOfNumbers(scratch_matrix((len(job.items), job.engine.dim)))
+
+    def add(self, job: Job, item: int, plain: Numbers, folded: Numbers) -> None:
+        one, other = (numbers[0][0].astype(np.float64) for numbers in (plain, folded))
+        check_finite(np.stack([one, other]), lambda row: job.records[item].where)
+        self._largest = max(self._largest, float(np.abs(one - other).max()))
+        cosine = (one * other).sum() / (np.linalg.norm(one) * np.linalg.norm(other))
+        self._least_cosine = min(self._least_cosine, float(cosine))
+
+    def report(self, count: int) -> list[str]:
+        return [
+            f"largest difference of a number: {self._largest:.1e}",
+            f"least cosine of two embeddings of one text: {self._least_cosine:.7f}",
+        ]
+
+
+class _MatrixOfNumbers:
+    """Items' embeddings as rows of a scratch matrix."""
+
+    def __init__(self, rows: np.ndarray):
+        self._rows = rows
+
+    def __setitem__(self, item: int, numbers: Numbers) -> None:
+        self._rows[item] = numbers[0][0]
+
+    def __getitem__(self, item: int) -> Numbers:
+        return [self._rows[item : item + 1]]
 
 
 def with_progress(lines, desc: str) -> Iterator:
-    """The lines, with a progress bar where they take long."""
+    """Yield the lines, with a progress bar where they take long."""
     with progress_bar(len(lines), desc, " lines", delay=2) as bar:
         for line in lines:
             yield line
             bar.update()
 
 
-@contextlib.contextmanager
-def reporting(items: Items, folded: bool, on_batch=None) -> Iterator:
-    """An `on_batch` that moves a progress bar of tokens, too."""
-    lengths = items.lengths
-    with progress_bar(int(lengths.sum()), "folded" if folded else "plain", " tokens") as bar:
-
-        def report(indices: np.ndarray, result) -> None:
-            if on_batch:
-                on_batch(indices, result)
-            bar.update(int(lengths[indices].sum()))
-
-        yield report
-
-
-@dataclass
-class ItemJob:
-    """A run of items whose results are JSON lines, made of the numbers that are found for an item's sequences.
-
-    `execute(items, budget, folded, on_batch, warm_up)` runs items and gives `on_batch(indices, arrays)` one array for
-    each of `dtypes`; `fields_of(item, *arrays)` makes the line of an item of them.
-    """
-
-    args: argparse.Namespace
-    runner: object
-    items: Items
-    records: Records
-    key_of: Callable[[int], str]
-    execute: Callable
-    dtypes: dict[str, type]
-    fields_of: Callable[..., dict]
-    done: str  # to the items, for the summary
-
-    def run_remaining(self) -> None:
-        results = self._results()
-        remaining = remaining_of(self.args, results)
-        if len(remaining):
-            chosen = self.items.subset(remaining)
-            collector = Collector(chosen.ends, **self.dtypes)
-
-            def on_batch(indices, found) -> None:
-                for index in collector.add(indices, *found):
-                    item = int(remaining[index])
-                    results.add(item, self.fields_of(item, *collector.of(index)))
-                results.flush()
-
-            print(summary(self.done, self._run(chosen, not self.args.plain, on_batch)), file=sys.stderr)
-        results.finish()
-
-    def compare(self, choice: str, choices: str, number: str, numbers: str) -> None:
-        """Runs all items plain and folded, and prints the table and how the results differ.
-
-        `choice` and `numbers` are fields of a result, which the report calls `choices` and `number`.
-        """
-        found = {folded: Collector(self.items.ends, **self.dtypes) for folded in (False, True)}
-        plain, folded = (
-            self._run(self.items, folded, lambda indices, arrays, c=collector: c.add(indices, *arrays), warm_up=True)
-            for folded, collector in found.items()
-        )
-        results = self._results() if self.args.output else None
-        agree, largest = 0, 0.0
-        for item in range(len(self.items)):
-            one, other = (self.fields_of(item, *collector.of(item)) for collector in found.values())
-            agree += one[choice] == other[choice]
-            largest = max(largest, *np.abs(np.subtract(one[numbers], other[numbers])))
-            if results:
-                results.add(item, other)
-        if results:
-            results.finish()
-        print(comparison_table(plain, folded), end="\n\n")
-        print(f"{choices} that agree: {agree:,} of {len(self.items):,}")
-        print(f"largest difference of a {number}: {largest:.1e}")
-
-    def _run(self, items: Items, folded: bool, on_batch, warm_up: bool = False) -> RunStats:
-        budget = budget_of(self.args, self.runner, items)
-        with reporting(items, folded, on_batch) as report:
-            return self.execute(items, budget, folded, report, warm_up)
-
-    def _results(self) -> ResultFile | ResultStream:
-        if self.args.output:
-            return ResultFile(
-                self.args.output, len(self.items), self.key_of, self.args.overwrite, self.records.index_of
-            )
-        return ResultStream(len(self.items), self.key_of)
-
-
 def remaining_of(args: argparse.Namespace, results) -> np.ndarray:
-    """The items that are not done yet; says how many are. From here on the command continues what it started."""
+    """Return the items that are not done yet, and say how many are. From here on the command continues its run."""
     args.continues = True
     remaining = np.flatnonzero(~results.done)
     if len(remaining) < len(results.done):

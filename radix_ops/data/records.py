@@ -124,7 +124,7 @@ class Records(Generic[T]):
     def _parsed(self, raw: bytes, line: int) -> T:
         where = f"{self.path}, line {line}"
         fields = _parse_text(raw, where) if self.format == "text" else _parse(raw, where)
-        record = Record(line, where, fields)
+        record = Record(where, fields)
         return record if self.parse is None else self.parse(record)
 
 

@@ -32,15 +32,15 @@ class CrossEncoder:
     is_open: bool = False  # whether nothing is said of that
 
 
-def find_cross_encoder(name: str, config) -> CrossEncoder | None:
-    """What a folder or hub model says of scoring pairs, given its transformers config; None for a language model of
-    which nothing is said.
+def find_cross_encoder(name: str, config, loaded: str | None = None) -> CrossEncoder | None:
+    """Return what a folder or hub model says of scoring pairs, given its transformers config; None for a language model
+    of which nothing is said. `loaded` is the class of a model that is loaded already, which has the config alone.
 
     A classification head counts as a cross-encoder without a modules.json, too. UserError for modules and settings that
     would need something else than a classification head of one label, or two tokens' logits.
     """
-    modules = find_modules(name, "rerank", lambda types: _check_modules(name, types))
-    classifies = (getattr(config, "architectures", None) or [""])[0].endswith("ForSequenceClassification")
+    modules = None if loaded else find_modules(name, "rerank", lambda types: _check_modules(name, types))
+    classifies = (loaded or (getattr(config, "architectures", None) or [""])[0]).endswith("ForSequenceClassification")
     if modules is None:
         if not classifies:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -9,43 +10,66 @@ from dataclasses import dataclass
 import numpy as np
 from torch.nn import functional as F
 
+from .batches import Compute
 from .errors import UserError
 from .inputs import Record
-from .items import Items
+from .items import Items, shortest_decimals
 from .messages import Chat
 from .recipes import Recipe
+from .runners import Runner
 
-RESERVED_KEYS = ("line", "key", "embedding")
+RESERVED_KEYS = ("embedding",)
 _TEXTS_AT_ONCE = 1024  # given to the tokenizer
 
 
 @dataclass(frozen=True)
 class Text:
-    """One input line; `where` names file and line for messages, `extra` holds all other keys."""
+    """One text; `where` names it in messages, `extra` holds all other keys of its object."""
 
-    line: int
     where: str
     text: str
     extra: dict
+
+
+class Texts(Items):
+    """The texts of all items as token sequences, one an item, each with how many of its tokens a mean leaves out."""
+
+    def __init__(self):
+        super().__init__()
+        self._skips = array.array("q")
+
+    def append(self, sequences: Iterable[tuple[np.ndarray, int]]) -> None:
+        """Add an item of (token ids, tokens to leave out) pairs."""
+        sequences = list(sequences)
+        self._skips.extend(skip for _, skip in sequences)
+        super().append(ids for ids, _ in sequences)
+
+    def __getitem__(self, item: int) -> list[tuple[np.ndarray, int]]:
+        return [(self.store[sequence], self._skips[sequence]) for sequence in self.of(item)]
+
+    @property
+    def skips(self) -> np.ndarray:
+        """How many tokens of each sequence a mean leaves out, int64 [B]."""
+        return np.array(self._skips, np.int64)
 
 
 def parse_text(key: str) -> Callable[[Record], Text]:
     """A parser of {key: str, ...}."""
 
     def parse(record: Record) -> Text:
-        return Text(record.line, record.where, record.text(key), record.others((key,), RESERVED_KEYS))
+        return Text(record.where, record.text(key), record.others((key,), RESERVED_KEYS))
 
     return parse
 
 
-def encode(texts: Iterable[Text], tokenizer, recipe: Recipe, truncate_right: bool) -> Items:
+def encode(texts: Iterable[Text], tokenizer, recipe: Recipe, truncate_right: bool) -> Texts:
     """Token ids of prompt and text, with the special tokens that the tokenizer puts around a text, or as the recipe's
     messages, which its chat template renders.
 
     A text of more than `recipe.max_length` tokens is a UserError or, with `truncate_right`, loses its end; special
     tokens behind it stay. So is one of no tokens, and one that leaves a mean nothing behind its prompt.
     """
-    encoded, texts, skip = Items(), iter(texts), tokens_to_skip(tokenizer, recipe)
+    encoded, texts, skip = Texts(), iter(texts), tokens_to_skip(tokenizer, recipe)
     make = _as_messages if recipe.messages else _as_texts
     while part := list(itertools.islice(texts, _TEXTS_AT_ONCE)):
         for text, ids in zip(part, make(part, tokenizer, recipe, truncate_right), strict=True):
@@ -60,7 +84,7 @@ def encode(texts: Iterable[Text], tokenizer, recipe: Recipe, truncate_right: boo
                 raise UserError(
                     f"{text.where} has no tokens behind the prompt, and the model's mean leaves the prompt out"
                 )
-            encoded.append([ids])
+            encoded.append([(ids, skip)])
     return encoded
 
 
@@ -91,22 +115,31 @@ def tokens_to_skip(tokenizer, recipe: Recipe) -> int:
     return len(ids) - (bool(ids) and ids[-1] in tokenizer.all_special_ids)
 
 
-def embedder(runner, recipe: Recipe, skip: int) -> Callable[[np.ndarray, list[np.ndarray]], np.ndarray]:
-    """A function of (indices, sequences) that returns their embeddings, float32 [len(sequences), dim].
+def embedder(runner: Runner, recipe: Recipe, texts: Texts) -> Compute:
+    """Return a function of (indices, inputs) that computes their embeddings, float32 [len(inputs), dim].
 
     Pooled states are normalised in fp32, before or after they are cut to `recipe.dim` numbers.
     """
+    skips = texts.skips
 
-    def compute(indices: np.ndarray, sequences: list[np.ndarray]) -> np.ndarray:
-        states = runner.states(sequences)
-        pooled = states.last() if recipe.pooling == "last" else states.mean(skip)
+    def compute(indices: np.ndarray, inputs: list[np.ndarray]) -> tuple[np.ndarray]:
+        states = runner.states(inputs)
+        pooled = states.last() if recipe.pooling == "last" else states.mean(skips[indices])
         pooled = pooled.float()[:, : None if recipe.cuts_last else recipe.dim]
         embeddings = F.normalize(pooled, dim=-1) if recipe.normalize else pooled
-        return embeddings[:, : recipe.dim].cpu().numpy()
+        return (embeddings[:, : recipe.dim].cpu().numpy(),)
 
     return compute
 
 
-def numbers(row: np.ndarray) -> list[float]:
-    """float32 numbers as the shortest decimals that read back as them."""
-    return [float(text) for text in row.astype("U")]
+def check_finite(rows: np.ndarray, where: Callable[[int], str]) -> None:
+    """UserError for an embedding with a number that isn't finite; `where(i)` names the input of row i."""
+    wrong = np.flatnonzero(~np.isfinite(rows).all(1))
+    if len(wrong):
+        raise UserError(f"{where(int(wrong[0]))} got an embedding that is not finite; try --dtype float32")
+
+
+def result(text: Text, rows: np.ndarray) -> dict:
+    """Return the output object of one text, whose embedding is rows[0]."""
+    check_finite(rows, lambda row: text.where)
+    return {**text.extra, "embedding": shortest_decimals(rows[0])}

@@ -2,6 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
+
+import torch
+
 
 class UserError(ValueError):
-    """An input, a model or an option that can't be used; the message is one plain sentence for whoever gave it."""
+    """An input, a model or an option that can't be used; the message is one plain sentence for whoever gave it.
+
+    as_option: the same sentence with options as the radix-ops command spells them.
+    """
+
+    def __init__(self, message: str, as_option: str | None = None):
+        super().__init__(message)
+        self.as_option = message if as_option is None else as_option
+
+
+class OutOfMemory(UserError, torch.OutOfMemoryError):
+    """One sequence alone does not fit into the device's memory."""
+
+
+_FLAGS = ("truncate_left", "truncate_right", "plain", "trust_remote_code")
+_OPTION = re.compile(r"(?<!\S)--([a-z]+(?:-[a-z]+)*)")
+
+
+@contextlib.contextmanager
+def options_as_arguments() -> Iterator[None]:
+    """Let UserErrors name options as arguments of a Python call: truncate_left=True in place of --truncate-left."""
+    try:
+        yield
+    except UserError as error:
+        message = _OPTION.sub(_as_argument, str(error))
+        if message == str(error):
+            raise
+        raise type(error)(message, str(error)) from error.__cause__
+
+
+def _as_argument(option: re.Match) -> str:
+    name = option[1].replace("-", "_")
+    return f"{name}=True" if name in _FLAGS else name

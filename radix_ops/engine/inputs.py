@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import NamedTuple
 
 from .errors import UserError
@@ -10,18 +11,17 @@ LONGEST_TEXT = 8 * 2**20  # bytes of UTF-8: a tokenizer takes about a second for
 
 
 class Record(NamedTuple):
-    """One input line."""
+    """The fields of one input, which need not be right."""
 
-    line: int  # of the file, counted from 1
-    where: str  # file and line, for messages
-    fields: dict  # the JSON object; of a text file {"text": the line}
+    where: str  # names the input in messages: file and line, or an argument and its index
+    fields: dict  # as JSON has them
 
     def text(self, key: str) -> str:
-        """The string under `key`. UserError where there is none, or one that no tokenizer can read."""
+        """Return the string under `key`. UserError where there is none, or one that no tokenizer can read."""
         return check_text(self._field(key, "a string"), f'{self.where}: "{key}"')
 
     def texts(self, key: str) -> list[str]:
-        """The array of strings under `key`, which must hold one at least; they may be empty."""
+        """Return the array of strings under `key`, which must hold at least one; they may be empty."""
         texts = self._field(key, "an array of strings")
         if not isinstance(texts, list):
             raise UserError(f'{self.where}: "{key}" is {kind_of(texts)}; it must be an array of strings')
@@ -32,7 +32,7 @@ class Record(NamedTuple):
         return texts
 
     def others(self, used: tuple[str, ...], reserved: tuple[str, ...]) -> dict:
-        """The fields but for `used`, to be copied to the output. UserError for one that the output uses itself."""
+        """Return the fields but for `used`, to be copied to the output. UserError for one that the output uses."""
         others = {key: value for key, value in self.fields.items() if key not in used}
         clash = next((key for key in reserved if key in others), None)
         if clash is not None:
@@ -47,13 +47,13 @@ class Record(NamedTuple):
 
 
 def kind_of(value) -> str:
-    """What a JSON value is, in words."""
+    """Name the kind of a JSON value in words, and of any other its type."""
     kinds = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-    return kinds.get(type(value), "a number")
+    return kinds.get(type(value)) or ("a number" if isinstance(value, Real) else f"a {type(value).__name__}")
 
 
 def check_text(text, where: str) -> str:
-    """The text. UserError unless it is a string that UTF-8 can hold, of LONGEST_TEXT bytes at most."""
+    """Return the text. UserError unless it is a string that UTF-8 can hold, of LONGEST_TEXT bytes at most."""
     if not isinstance(text, str):
         raise UserError(f"{where} is {kind_of(text)}; it must be a string")
     try:

@@ -1,9 +1,9 @@
-"""Token sequences of a file's items, and the numbers that a run finds for them."""
+"""The token sequences of items, and the numbers that are found for them."""
 
 from __future__ import annotations
 
 import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -21,7 +21,7 @@ class Items:
         self._ends = array.array("q")
 
     def append(self, sequences: Iterable) -> None:
-        """An item of sequences of token ids, as TokenStore takes them."""
+        """Add an item of sequences of token ids, as TokenStore takes them."""
         for ids in sequences:
             self.store.append(ids)
         self._ends.append(len(self.store))
@@ -34,7 +34,11 @@ class Items:
         return range(self._ends[item - 1] if item else 0, self._ends[item])
 
     def __getitem__(self, item: int) -> list:
-        """What `append` took."""
+        """Return what `append` took for an item."""
+        return self.tokens(item)
+
+    def tokens(self, item: int) -> list[np.ndarray]:
+        """Return all that tokens tell of an item, as int32 arrays."""
         return [self.store[sequence] for sequence in self.of(item)]
 
     @property
@@ -48,7 +52,7 @@ class Items:
         return self.store.lengths
 
     def subset(self, items: np.ndarray):
-        """A copy that holds the given items alone; all of them are no copy."""
+        """Return a copy that holds the given items alone, or this one where those are all."""
         if len(items) == len(self):
             return self
         chosen = type(self)()
@@ -58,31 +62,43 @@ class Items:
 
 
 def first_equals(texts: list[str]) -> list[int]:
-    """Of each text the index of the first that is equal to it."""
+    """Return for each text the index of the first that is equal to it."""
     first: dict[str, int] = {}
     return [first.setdefault(text, index) for index, text in enumerate(texts)]
 
 
-class Collector:
-    """Gathers numbers of sequences from batches, and says which items have all of theirs.
+def shortest_decimals(numbers: np.ndarray) -> list[float]:
+    """Return float32 numbers [N] as the shortest decimals that read back as them."""
+    return [float(text) for text in numbers.astype("U")]
 
-    `values` holds an array [B] of each of the `dtypes`.
+
+class Collector:
+    """Gathers the numbers of sequences from batches, and gives out an item's as soon as all of its sequences have some.
+
+    Memory holds the numbers of items that are under way alone.
     """
 
-    def __init__(self, ends: np.ndarray, **dtypes):
-        self.ends = ends
-        self.values = {name: np.zeros(ends[-1] if len(ends) else 0, dtype) for name, dtype in dtypes.items()}
-        self._missing = np.diff(ends, prepend=0)
+    def __init__(self, ends: np.ndarray):
+        self._ends = ends  # int64 [items], behind the last sequence of each
+        self._found: dict[int, list[np.ndarray]] = {}
+        self._missing: dict[int, int] = {}
 
-    def add(self, indices: np.ndarray, *found: np.ndarray) -> np.ndarray:
-        """Takes an array of each kind for the sequences `indices`; returns the items that are complete by them."""
-        for values, numbers in zip(self.values.values(), found, strict=True):
-            values[indices] = numbers
-        items, counts = np.unique(np.searchsorted(self.ends, indices, "right"), return_counts=True)
-        self._missing[items] -= counts
-        return items[self._missing[items] == 0]
-
-    def of(self, item: int) -> list[np.ndarray]:
-        """The numbers of an item's sequences, an array of each kind."""
-        first, end = self.ends[item - 1] if item else 0, self.ends[item]
-        return [values[first:end] for values in self.values.values()]
+    def add(self, indices: np.ndarray, found: tuple[np.ndarray, ...]) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """Take arrays [len(indices), ...] for the sequences `indices`; yield each item that is complete by them, with
+        an array [sequences of the item, ...] for each."""
+        items = np.searchsorted(self._ends, indices, "right")
+        order = np.argsort(items, kind="stable")
+        starts = np.flatnonzero(np.diff(items[order], prepend=-1))
+        for chosen in np.split(order, starts[1:]):
+            item = int(items[chosen[0]])
+            first = int(self._ends[item - 1]) if item else 0
+            size = int(self._ends[item]) - first
+            if item not in self._found:
+                self._found[item] = [np.empty((size, *numbers.shape[1:]), numbers.dtype) for numbers in found]
+                self._missing[item] = size
+            for held, numbers in zip(self._found[item], found, strict=True):
+                held[indices[chosen] - first] = numbers[chosen]
+            self._missing[item] -= len(chosen)
+            if not self._missing[item]:
+                del self._missing[item]
+                yield item, self._found.pop(item)

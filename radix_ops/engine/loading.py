@@ -1,4 +1,4 @@
-"""Tokenizers, configs and models of the radix-ops command by name: a local folder, a hub id or a .gguf file.
+"""Tokenizers, configs and models by name: a local folder, a hub id or a .gguf file; and the runner of a model.
 
 Whatever can't be loaded is a UserError with the reason.
 """
@@ -6,6 +6,7 @@ Whatever can't be loaded is a UserError with the reason.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import logging
 import os
@@ -15,10 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..models.files import shards
 from .errors import UserError
-from .runners import ClassifierRunner, Qwen3Runner, TransformersRunner
+from .runners import ClassifierRunner, Qwen3Runner, Runner, TransformersRunner
 
 # As safetensors and torch name them.
 _FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
@@ -52,8 +54,9 @@ def load_runner(
     device: torch.device,
     trust_remote_code: bool = False,
     pad_token_id: int = 0,
-):
-    """The model on `device` in eval mode, in a runner; `auto_class` is AutoModel, AutoModelForCausalLM or
+    layout: str = "auto",
+) -> Runner:
+    """Load the model onto `device` in eval mode, in a runner; `auto_class` is AutoModel, AutoModelForCausalLM or
     AutoModelForSequenceClassification.
 
     A Qwen3 runs on `radix_ops.models.qwen3`, but for a classification head and .gguf files, which run on transformers
@@ -75,7 +78,7 @@ def load_runner(
 
             kind = Qwen3Model if auto_class == "AutoModel" else Qwen3ForCausalLM
             model = kind.from_pretrained(name, dtype=dtype or own)
-        return Qwen3Runner(_on_device(model, device, dtype), config)
+        return Qwen3Runner(_on_device(model, device, dtype), config, layout)
     source, options = _source(name, "--model")
     with loading("weights", source):
         import transformers
@@ -96,7 +99,53 @@ def load_runner(
             f"{type(model).__name__}; the command needs a model that was trained for it"
         )
     model = _on_device(model.eval(), device, dtype)
-    return ClassifierRunner(model, pad_token_id) if classifies else TransformersRunner(model)
+    model.config.use_cache = False
+    return ClassifierRunner(model, pad_token_id, layout) if classifies else TransformersRunner(model, layout)
+
+
+def runner_of(model: nn.Module, pad_token_id: int = 0, layout: str = "auto") -> Runner:
+    """Return the runner of a loaded model in eval mode: a model of transformers, or one of `radix_ops.models.qwen3`."""
+    from ..models.qwen3 import Qwen3ForCausalLM, Qwen3Model
+
+    if model.training:
+        raise UserError(f"the {type(model).__name__} is in training mode; model.eval() takes it out")
+    if isinstance(model, (Qwen3Model, Qwen3ForCausalLM)):
+        return Qwen3Runner(model, config_of(model), layout)
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return ClassifierRunner(model, pad_token_id, layout)
+    return TransformersRunner(model, layout)
+
+
+def config_of(model: nn.Module):
+    """Return the config of a loaded model as transformers has it. UserError for a model of another library."""
+    from transformers import PreTrainedModel, Qwen3Config
+
+    from ..models.qwen3 import Qwen3ForCausalLM, Qwen3Model
+
+    if isinstance(model, PreTrainedModel):
+        return model.config
+    if not isinstance(model, (Qwen3Model, Qwen3ForCausalLM)):
+        raise UserError(
+            f"the model is a {type(model).__name__}; it must be a model of transformers or of radix_ops.models, or the "
+            "name of one: a folder, a hub id or a .gguf file"
+        )
+    fields = dataclasses.asdict(model.config)
+    return Qwen3Config(**{name: value for name, value in fields.items() if name not in ("rope", "sliding_windows")})
+
+
+def find_device(name: str | torch.device | None) -> torch.device:
+    """Return the device of that name, by default CUDA's where there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name!r} can't be used: it must be cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name!r} can't be used: torch finds {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def _on_device(model, device: torch.device, dtype: str | None):
@@ -179,8 +228,18 @@ def loading(what: str, source: str):
         raise UserError(f"the {what} of {source} could not be loaded: {reason}") from error
 
 
+def max_length_of(given: int | None, config, tokenizer, recommended: int | None = None) -> int | None:
+    """Return the length that is given, or the least of what the model reads and what its tokenizer, or `recommended`,
+    says. UserError where more is given than the model reads."""
+    longest = context_length(config, tokenizer)
+    if given and longest and given > longest:
+        raise UserError(f"--max-length {given} is more than the model reads, {longest}")
+    limit = min(recommended or tokenizer.model_max_length, longest or 2**31 - 1)
+    return given or (int(limit) if limit < 2**31 - 1 else None)
+
+
 def context_length(config, tokenizer) -> int | None:
-    """The most tokens that the model reads, None where neither config nor tokenizer says."""
+    """Return the most tokens that the model reads, None where neither config nor tokenizer says."""
     config = config.get_text_config()
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
         if getattr(config, name, None) is not None:

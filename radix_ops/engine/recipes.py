@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .errors import UserError
 from .messages import Messages
@@ -44,6 +44,12 @@ class Recipe:
     cuts_last: bool = False  # whether numbers go after the normalisation, as a folder's truncate_dim has it
     max_length: int | None = None  # tokens, special ones included
     messages: Messages | None = None  # where a chat template renders each text
+    prompts: dict[str, str] = field(default_factory=dict, compare=False)  # by name, for calls that name one
+
+    @property
+    def identity(self) -> tuple:
+        """All that decides about an embedding beside the tokens of its text."""
+        return ("", self.pooling, self.normalize, "", self.pools_prompt, self.dim, self.cuts_last, None, None)
 
 
 def find_recipe(name: str) -> Recipe:
@@ -64,6 +70,7 @@ def find_recipe(name: str) -> Recipe:
         source=transformer.source,
         max_length=transformer.max_length,
         messages=transformer.messages,
+        prompts=model.prompts,
         prompt=model.prompt,
         dim=model.truncate_dim,
         cuts_last=model.truncate_dim is not None,

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from .batches import Compute
 from .errors import UserError
 from .inputs import Record
-from .items import Items, first_equals
+from .items import Items, first_equals, shortest_decimals
 from .messages import Chat
+from .runners import Runner
 from .scoring import MAX_LOGIT_BYTES
 from .templates import Template
 
-RESERVED_KEYS = ("line", "key", "scores", "order")
+RESERVED_KEYS = ("scores", "order")
 SHAPE = 'one object {"query": ..., "documents": [...]} a line'
 _QUERIES_AT_ONCE = 64  # given to the tokenizer
 
 
 @dataclass(frozen=True)
 class Query:
-    """One input line; `where` names file and line for messages, `extra` holds all other keys."""
+    """A query with its documents; `where` names it in messages, `extra` holds all other keys."""
 
-    line: int
     where: str
     query: str
     documents: list[str]
@@ -39,7 +40,7 @@ def parse_query(record: Record) -> Query:
     query, documents = record.text("query"), record.texts("documents")
     instruction = record.text("instruction") if "instruction" in record.fields else None
     extra = record.others(("query", "documents", "instruction"), RESERVED_KEYS)
-    return Query(record.line, record.where, query, documents, instruction, extra)
+    return Query(record.where, query, documents, instruction, extra)
 
 
 def check_instruction(query: Query, template: Template | None) -> Query:
@@ -149,11 +150,9 @@ def _as_pairs(queries: list[Query], tokenizer, prompt: str, room: int | None) ->
         yield ids
 
 
-def scorer(
-    runner, answers: tuple[int, int | None] | None, activation: str = "sigmoid"
-) -> Callable[[np.ndarray, list[np.ndarray]], np.ndarray]:
-    """A function of (indices, sequences) that returns their scores, float32: the sigmoid of a logit, or the logit where
-    the activation is "identity".
+def scorer(runner: Runner, answers: tuple[int, int | None] | None, activation: str = "sigmoid") -> Compute:
+    """Return a function of (indices, inputs) that computes their scores, float32 [len(inputs)]: the sigmoid of a logit,
+    or the logit where the activation is "identity".
 
     The logit is a cross-encoder's or, with the ids of two answers, the one's as the next token less the other's, whose
     sigmoid is P(one) against the other; with one answer it is its own.
@@ -171,9 +170,9 @@ def scorer(
 
     logit_of = by_logit if answers is None else by_answer
 
-    def compute(indices: np.ndarray, sequences: list[np.ndarray]) -> np.ndarray:
-        logits = logit_of(sequences)
-        return (logits.sigmoid() if activation == "sigmoid" else logits).cpu().numpy()
+    def compute(indices: np.ndarray, inputs: list[np.ndarray]) -> tuple[np.ndarray]:
+        logits = logit_of(inputs)
+        return ((logits.sigmoid() if activation == "sigmoid" else logits).cpu().numpy(),)
 
     return compute
 
@@ -193,8 +192,7 @@ def result(query: Query, scores: np.ndarray) -> dict:
         if not math.isfinite(score):
             raise UserError(f"{query.where}: documents[{index}] got the score {score}; try --dtype float32")
     return {
-        "line": query.line,
         **query.extra,
-        "scores": [float(text) for text in scores.astype("U")],
+        "scores": shortest_decimals(scores),
         "order": order_of(scores),
     }

@@ -1,43 +1,26 @@
-"""Hidden states of batches of token sequences, folded or plain, on the CPU or on CUDA, for the radix-ops command.
+"""Hidden states of batches of token sequences, folded or plain, on the CPU or on CUDA.
 
-A runner holds a model: `Qwen3Runner` our Qwen3 on folded or packed batches, `TransformersRunner` a decoder of
-transformers' through `radix_ops.hf.enable` or on padded batches. `run` takes a store of sequences through it in
-planned batches.
+A runner holds a model: `Qwen3Runner` our Qwen3, on folded or packed batches; `TransformersRunner` a decoder of
+transformers', through `radix_ops.hf.enable` or on padded batches; `ClassifierRunner` one with a classification head.
+A runner serves one thread at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..batch import fold, pack
-from ..plan.budget import Budget
-from ..plan.planner import Plan, plan_folded, plan_padded
 from .errors import UserError
-from .items import Items
 
 _TOKENS_AT_ONCE = 16_384  # whose hidden states a mean takes in fp32
-_WARM_UP = 4  # sequences: a whole batch may be the whole job
-
-_logger = logging.getLogger(__name__)
-
-
-@dataclass
-class RunStats:
-    """What one run did; all counts and times are measured."""
-
-    tokens: int = 0  # of all sequences
-    rows: int = 0  # that went through the decoder stack, a padded run's padding included
-    head_rows: int = 0  # that went through a language model's head
-    batches: int = 0
-    seconds: float = 0.0
 
 
 @dataclass
@@ -61,30 +44,64 @@ class States:
         """[B, D] of each sequence's last token."""
         return self.at(self.starts + self.lengths - 1)
 
-    def mean(self, skip: int = 0) -> Tensor:
-        """[B, D] in fp32 over each sequence's tokens but the first `skip`; every sequence must have more."""
+    def mean(self, skip: int | np.ndarray = 0) -> Tensor:
+        """[B, D] in fp32 over each sequence's tokens but the first `skip`, int64 [B] or one for all; every sequence
+        must have more."""
         device = self.rows.device
         sums = torch.zeros(len(self.lengths), self.rows.shape[1], device=device)
         sequence_of = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        tokens = np.flatnonzero(np.arange(len(sequence_of)) - self.starts[sequence_of] >= skip)
+        tokens = np.flatnonzero(np.arange(len(sequence_of)) >= (self.starts + skip)[sequence_of])
         for part in np.array_split(tokens, range(_TOKENS_AT_ONCE, len(tokens), _TOKENS_AT_ONCE)):
             index = torch.from_numpy(sequence_of[part]).to(device)
             sums += torch.ops.radix.scatter_add(self.at(part).float(), index, len(self.lengths))
         return sums / torch.from_numpy(self.lengths - skip).to(device)[:, None]
 
 
+class Runner(Protocol):
+    """What a task needs of a model: hidden states, or a classification head's logits, of batches of sequences."""
+
+    model: nn.Module
+    hf_config: object  # transformers'
+    head: nn.Module | None  # makes a language model's logits of hidden states
+    head_rows: int  # rows that went through `head` so far; the task counts them
+    layout: str  # of attention in folded batches, as `radix_ops.attention` has it
+    max_padding: float  # of plain batches, as a share of their tokens
+    pads_states: bool  # whether hidden states of a folded batch come padded
+    own_attention: bool  # whether the model's own attention computes the scores of padded batches in full
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def rows(self) -> int:
+        """Rows that went through the decoder stack so far, a plain batch's padding included."""
+
+    def check(self, probe: np.ndarray, folded: bool) -> None:
+        """Try a few tokens, int32 [L]. UserError where this model can't be run so."""
+
+    def running(self, folded: bool) -> AbstractContextManager[None]:
+        """Return a context in which batches are folded or plain."""
+
+    def states(self, sequences: list[np.ndarray]) -> States:
+        """Compute hidden states of sequences of token ids, int32, none empty."""
+
+
 class Qwen3Runner:
     """Our Qwen3, a Qwen3Model or Qwen3ForCausalLM in eval mode; its plain batches are packed."""
 
     max_padding = float("inf")  # there is none
+    pads_states = False
     own_attention = False  # scores have neither cap nor sinks
 
-    def __init__(self, model, hf_config):
-        self.model, self.hf_config = model, hf_config
+    def __init__(self, model, hf_config, layout: str = "auto"):
+        self.model, self.hf_config, self.layout = model, hf_config, layout
         self.stack = getattr(model, "model", model)
         self.head = getattr(model, "lm_head", None)
         self.parameter = next(model.parameters())
-        self.rows = 0
+        self.rows = self.head_rows = 0
         self.folded = False
 
     @property
@@ -109,27 +126,29 @@ class Qwen3Runner:
         ends = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
         batch = (fold if self.folded else pack)(torch.from_numpy(np.concatenate(sequences)), ends)
         self.rows += batch.num_rows
-        return States(self.stack(batch.to(self.device, non_blocking=True)), batch.unfold_index, lengths)
+        hidden = self.stack(batch.to(self.device, non_blocking=True), layout=self.layout)
+        return States(hidden, batch.unfold_index, lengths)
 
 
 class TransformersRunner:
     """A decoder of transformers' in eval mode, alone or with a head; its plain batches are padded on the right."""
 
     max_padding = 0.05
+    pads_states = True
 
-    def __init__(self, model):
-        self.model, self.hf_config = model, model.config
-        model.config.use_cache = False
+    def __init__(self, model, layout: str = "auto"):
+        self.model, self.hf_config, self.layout = model, model.config, layout
         self.stack, self.head = self._parts(model)
         self.folded = False
+        self.head_rows = 0
         self._rows = 0  # of runs that have ended, and of padded batches
 
     @staticmethod
     def _parts(model):
         head = model.get_output_embeddings()
-        if head is None:
+        if head is None and model.base_model is model:
             return model, None
-        stack = model.get_decoder()
+        stack = None if head is None else model.get_decoder()
         stack = model.base_model if stack is model else stack
         if stack is None or stack is model:
             raise UserError(f"{type(model).__name__} has no decoder stack and output head that can be called apart")
@@ -154,9 +173,12 @@ class TransformersRunner:
         """All rows that went through the stack."""
         return self._rows + (self.model.radix_stats.rows if self.folded else 0)
 
-    @torch.inference_mode()
     def check(self, probe: np.ndarray, folded: bool) -> None:
         """UserError unless logits are the head on the stack's output and, if wanted, folding is right for the model."""
+        with torch.inference_mode(), self._without_cache():
+            self._check(probe, folded)
+
+    def _check(self, probe: np.ndarray, folded: bool) -> None:
         probe = torch.from_numpy(probe[:8].astype(np.int64))[None].to(self.device)
         # Logit scaling, soft caps and the like sit between head and logits in some model types.
         if self.head is not None:
@@ -178,21 +200,37 @@ class TransformersRunner:
 
     @contextlib.contextmanager
     def running(self, folded: bool) -> Iterator[None]:
-        if not folded:
-            yield
-            return
-        with self._folding(verify="never"):
-            self.folded = True
-            try:
+        with self._without_cache():
+            if not folded:
                 yield
-            finally:
-                self._rows, self.folded = self.rows, False
+                return
+            with self._folding(verify="never"):
+                before = self.model.radix_stats.rows
+                self._rows -= before
+                self.folded = True
+                try:
+                    yield
+                finally:
+                    self._rows, self.folded = self.rows, False
 
     def _folding(self, verify: str):
         from .. import hf
 
         # Every planned batch is folded: as a padded one it would hold much padding.
-        return hf.folded(self.model, threshold=1.0, verify=verify)
+        return hf.folded(self.model, threshold=1.0, layout=self.layout, verify=verify)
+
+    @contextlib.contextmanager
+    def _without_cache(self) -> Iterator[None]:
+        config = self.model.config
+        has_flag, before = hasattr(config, "use_cache"), getattr(config, "use_cache", None)
+        config.use_cache = False
+        try:
+            yield
+        finally:
+            if has_flag:
+                config.use_cache = before
+            else:
+                del config.use_cache
 
     def states(self, sequences: list[np.ndarray]) -> States:
         """Hidden states of sequences of token ids, int32, none empty."""
@@ -216,8 +254,8 @@ class TransformersRunner:
 class ClassifierRunner(TransformersRunner):
     """A transformers model with a classification head of one label, called as a whole."""
 
-    def __init__(self, model, pad_token_id: int):
-        super().__init__(model)
+    def __init__(self, model, pad_token_id: int, layout: str = "auto"):
+        super().__init__(model, layout)
         self.pad_token_id = pad_token_id
 
     @staticmethod
@@ -228,76 +266,3 @@ class ClassifierRunner(TransformersRunner):
         """[B] in fp32: the one logit of each sequence."""
         inputs = {name: x.to(self.device) for name, x in self._padded(sequences, self.pad_token_id).items()}
         return self.model(**inputs).logits[:, 0].float()
-
-
-def plan_batches(runner, items: Items, budget: Budget, folded: bool) -> Plan:
-    """Batches of the items' sequences: shared prefixes meet, or padding stays small."""
-    if not folded:
-        return plan_padded(items.lengths, max_positions=budget.max_rows, max_padding=runner.max_padding)
-    # Only transformers' models give their states padded.
-    positions = budget.max_tokens if isinstance(runner, TransformersRunner) else None
-    limits = {"max_rows": budget.max_rows, "max_tokens": budget.max_tokens, "max_positions": positions}
-    return plan_folded(items.store, **limits, lengths=items.lengths)
-
-
-@torch.inference_mode()
-def run(
-    runner,
-    items: Items,
-    budget: Budget,
-    folded: bool,
-    compute: Callable[[np.ndarray, list[np.ndarray]], object],
-    on_batch: Callable[[np.ndarray, object], object] | None = None,
-    warm_up: bool = False,
-) -> RunStats:
-    """Takes all sequences through `compute(indices, sequences)`, whose result goes to `on_batch(indices, result)`.
-
-    Where a batch does not fit into a GPU's memory, it and those behind it run in halves, with a warning in the log. The
-    time counts planning, folding, the model and `on_batch`; `warm_up` runs a few sequences of the smallest
-    batch before the clock starts.
-    """
-
-    def compute_batch(indices: np.ndarray):
-        return compute(indices, [items.store[i][: lengths[i]] for i in indices])
-
-    lengths = items.lengths
-    stats = RunStats()
-    started = time.perf_counter()
-    plan = plan_batches(runner, items, budget, folded)
-    planned = time.perf_counter() - started
-    with runner.running(folded):
-        if warm_up and len(plan):
-            compute_batch(list(plan)[int(plan.rows.argmin())][:_WARM_UP])
-        rows_before = runner.rows
-        started = time.perf_counter() - planned
-        for indices, result in _in_memory(plan, compute_batch):
-            stats.batches += 1
-            stats.tokens += int(lengths[indices].sum())
-            if on_batch:
-                on_batch(indices, result)
-        stats.seconds = time.perf_counter() - started
-        stats.rows = runner.rows - rows_before
-    return stats
-
-
-def _in_memory(plan: Plan, compute: Callable[[np.ndarray], object]) -> Iterator[tuple[np.ndarray, object]]:
-    """Each batch with its result, in parts where the whole does not fit into memory."""
-    num_parts = 1
-    for batch in plan:
-        waiting = np.array_split(batch, min(num_parts, len(batch)))
-        while waiting:
-            part = waiting.pop(0)
-            result = None
-            try:
-                result = compute(part)
-            except torch.OutOfMemoryError as error:
-                if len(part) == 1:
-                    raise UserError("out of memory: one sequence alone does not fit into it") from error
-            if result is not None:
-                yield part, result
-                continue
-            # Outside of the handler nothing holds on to what was computed.
-            torch.cuda.empty_cache()
-            num_parts *= 2
-            _logger.warning("out of memory: going on with batches of half the size")
-            waiting = [half for part in (part, *waiting) for half in np.array_split(part, min(2, len(part)))]

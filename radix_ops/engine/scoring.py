@@ -10,20 +10,22 @@ from __future__ import annotations
 import array
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..plan.budget import Budget
+from .batches import Compute, OnBatch, RunStats, run
 from .errors import UserError
 from .inputs import Record
 from .items import Items, first_equals
-from .runners import RunStats, run
+from .runners import Runner
 
 MAX_LOGIT_BYTES = 64 * 2**20  # of one chunk of fp32 logits
-RESERVED_KEYS = ("line", "key", "logprobs", "tokens", "greedy", "best", "best_per_char")
+RESERVED_KEYS = ("logprobs", "tokens", "greedy", "best", "best_per_char")
 SHAPE = 'one object {"context": ..., "choices": [...]} a line'
 _ITEMS_AT_ONCE = 256  # whose contexts are given to the tokenizer
 _TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 2**22  # of contexts with their choices
@@ -31,9 +33,8 @@ _TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 2**22  # of contexts with their choi
 
 @dataclass(frozen=True)
 class Item:
-    """One input line; `where` names file and line for messages, `extra` holds all other keys."""
+    """One question; `where` names it in messages, `extra` holds all other keys."""
 
-    line: int
     where: str
     context: str
     choices: list[str]
@@ -61,6 +62,9 @@ class Choices(Items):
     def __getitem__(self, item: int) -> list[tuple[np.ndarray, np.ndarray]]:
         return [self.parts(sequence) for sequence in self.of(item)]
 
+    def tokens(self, item: int) -> list[np.ndarray]:
+        return [ids for pair in self[item] for ids in pair]
+
     @property
     def lengths(self) -> np.ndarray:
         return self.store.lengths - 1
@@ -72,7 +76,7 @@ def parse_item(record: Record) -> Item:
     for index, choice in enumerate(choices):
         if not choice:
             raise UserError(f"{record.where}: choices[{index}] is an empty string; a choice must hold text to score")
-    return Item(record.line, record.where, context, choices, record.others(("context", "choices"), RESERVED_KEYS))
+    return Item(record.where, context, choices, record.others(("context", "choices"), RESERVED_KEYS))
 
 
 def encode(items: Iterable[Item], tokenizer, max_length: int | None = None, truncate_left: bool = False) -> Choices:
@@ -151,32 +155,36 @@ def _fit(where: str, context, continuation, max_length: int | None, truncate_lef
     return (context[extra:] if extra > 0 else context), continuation
 
 
-def score(runner, choices: Choices, budget: Budget, folded: bool, on_batch=None, warm_up=False) -> RunStats:
-    """Scores all choices by a runner of a causal language model that `check` accepted.
+def score(
+    runner: Runner, choices: Choices, budget: Budget, folded: bool, on_batch: OnBatch | None = None, warm_up=False
+) -> RunStats:
+    """Score all choices by a runner of a causal language model that `check` accepted; see `scorer` and `run`."""
+    return run(runner, choices, budget, folded, scorer(runner, choices), on_batch, warm_up)
 
-    After each batch `on_batch(indices, (logprobs, greedy))` gets each sequence's log-probability of its choice (float64
-    array) and whether greedy decoding would write it (bool array). `run` has the rest.
-    """
-    ends, head_rows = choices.ends, 0
 
-    def compute(indices: np.ndarray, inputs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, int]:
+def scorer(runner: Runner, choices: Choices) -> Compute:
+    """Return a function of (indices, inputs) that computes each sequence's log-probability of its choice (float64
+    array) and whether greedy decoding would write it (bool array)."""
+    ends = choices.ends
+
+    def compute(indices: np.ndarray, inputs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         targets = [choices.parts(i)[1] for i in indices]
         context_lengths = [len(ids) + 1 - len(choice) for ids, choice in zip(inputs, targets, strict=True)]
         states = runner.states(inputs)
         tokens, row_of = _head_rows(np.searchsorted(ends, indices, "right"), context_lengths, targets, states.starts)
-        logprobs, greedy = _score_targets(runner.head, states.at(tokens), row_of, np.concatenate(targets))
-        first = np.cumsum([0] + [len(choice) for choice in targets[:-1]])
-        return np.add.reduceat(logprobs, first), np.logical_and.reduceat(greedy, first), len(tokens)
+        rows = states.at(tokens)
+        logprobs, greedy = score_targets(
+            lambda first, end: runner.head(rows[first:end]).float(),
+            runner.head.weight.shape[0],
+            row_of,
+            np.concatenate(targets),
+        )
+        runner.head_rows += len(tokens)
+        starts = np.cumsum([0] + [len(choice) for choice in targets[:-1]])
+        sums = np.add.reduceat(logprobs.double().numpy(), starts)
+        return sums, np.logical_and.reduceat(greedy.numpy(), starts)
 
-    def count(indices: np.ndarray, found: tuple[np.ndarray, np.ndarray, int]) -> None:
-        nonlocal head_rows
-        head_rows += found[2]
-        if on_batch:
-            on_batch(indices, found[:2])
-
-    stats = run(runner, choices, budget, folded, compute, count, warm_up)
-    stats.head_rows = head_rows
-    return stats
+    return compute
 
 
 def _head_rows(items, context_lengths: list[int], targets, starts) -> tuple[np.ndarray, np.ndarray]:
@@ -198,19 +206,33 @@ def _head_rows(items, context_lengths: list[int], targets, starts) -> tuple[np.n
     return np.asarray(tokens, dtype=np.int64), np.asarray(row_of, dtype=np.int64)
 
 
-def _score_targets(head, rows: torch.Tensor, row_of: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probability (float64 array) and is-greedy (bool array) of targets[i] given rows[row_of[i]]."""
-    logprobs, greedy = np.empty(len(targets)), np.empty(len(targets), dtype=bool)
-    targets = targets.astype(np.int64)
-    chunk = max(1, MAX_LOGIT_BYTES // (4 * head.weight.shape[0]))
-    for first in range(0, len(rows), chunk):
-        logits = head(rows[first : first + chunk]).float()  # [chunk, vocab]
-        chosen = np.flatnonzero((row_of >= first) & (row_of < first + chunk))
-        row = torch.from_numpy(row_of[chosen] - first).to(logits.device)
-        target = torch.from_numpy(targets[chosen]).to(logits.device)
-        logprobs[chosen] = logits.log_softmax(-1)[row, target].cpu().numpy()
-        greedy[chosen] = (logits.argmax(-1)[row] == target).cpu().numpy()
-    return logprobs, greedy
+def score_targets(
+    logits_of: Callable[[int, int], Tensor],
+    vocab_size: int,
+    row_of: np.ndarray,
+    targets: np.ndarray,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of each target and whether none is larger, [T] on the CPU.
+
+    `logits_of(first, end)` makes logits [end - first, vocab_size] of some rows, of which targets[i] is predicted by row
+    row_of[i]; each row has a target. Logits of MAX_LOGIT_BYTES in float32 are held at a time. Log-probabilities are of
+    `dtype`, by default the logits'.
+    """
+    order = np.argsort(row_of, kind="stable")
+    row_of, targets = row_of[order], targets[order].astype(np.int64)
+    logprobs, is_likeliest = [], []
+    size, num_rows = max(1, MAX_LOGIT_BYTES // (4 * vocab_size)), int(row_of[-1]) + 1
+    for first in range(0, num_rows, size):
+        end = min(first + size, num_rows)
+        scores = torch.log_softmax(logits_of(first, end), dim=-1, dtype=dtype)
+        chosen = slice(*np.searchsorted(row_of, [first, end]))
+        row = torch.from_numpy(row_of[chosen] - first).to(scores.device)
+        target = torch.from_numpy(targets[chosen]).to(scores.device)
+        logprobs.append(scores[row, target])
+        is_likeliest.append(scores.argmax(-1)[row] == target)
+    back = torch.from_numpy(np.argsort(order, kind="stable"))
+    return torch.cat(logprobs).cpu()[back], torch.cat(is_likeliest).cpu()[back]
 
 
 def result(item: Item, num_tokens: list[int], logprobs: np.ndarray, greedy: np.ndarray) -> dict:
@@ -226,7 +248,6 @@ def result(item: Item, num_tokens: list[int], logprobs: np.ndarray, greedy: np.n
             raise UserError(f"{item.where}: choices[{number}] got the log-probability {value}; try --dtype float32")
     lengths = [max(1, len(choice.lstrip())) for choice in item.choices]
     return {
-        "line": item.line,
         **item.extra,
         "logprobs": logprobs.tolist(),
         "tokens": num_tokens,

@@ -189,7 +189,8 @@ def find_modules(model: str, command: str, check: Callable[[list[str]], None]) -
 class ModelSettings:
     """What config_sentence_transformers.json says."""
 
-    prompt: str = ""
+    prompts: dict[str, str] = field(default_factory=dict)
+    prompt: str = ""  # the default one
     truncate_dim: int | None = None
     activation: str | None = None  # of a cross-encoder, as Python names it
 
@@ -216,7 +217,7 @@ def find_model_settings(model: str, command: str, model_type: str) -> ModelSetti
     dim = settings.count("truncate_dim")
     activation = settings.text("activation_fn") if model_type == "CrossEncoder" else None
     settings.close()
-    return ModelSettings(prompt, dim, activation)
+    return ModelSettings(known, prompt, dim, activation)
 
 
 def _are_prompts(value) -> bool:

@@ -15,9 +15,11 @@ _PLACEHOLDER = re.compile(r"\{(query|document|instruction)\}")
 
 @dataclass(frozen=True)
 class Template:
-    """`text` holds {query}, {document} once and perhaps {instruction}; what is behind {document} is tokenised apart.
+    """A prompt that a language model reranks with.
 
-    `yes` and `no` are tokens, as text or as ids; `instruction` stands in for lines that bring none.
+    `text` holds {query}, {document} once and perhaps {instruction}; what is behind {document} is tokenised apart. `yes`
+    and `no` are tokens, as text or as ids; `instruction` stands in where none is given. Raises ValueError for a text
+    that lacks a place.
     """
 
     text: str
@@ -32,6 +34,7 @@ class Template:
 
     @property
     def takes_instruction(self) -> bool:
+        """Whether the text has a place for an instruction."""
         return "{instruction}" in self.text
 
     def parts(self, query: str, instruction: str | None) -> tuple[str, str]:

@@ -19,13 +19,17 @@ _SHARE_OF_FREE_MEMORY = 0.5
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits of a batch: `max_rows` that the model computes, `max_tokens` of attention's keys and values."""
+    """The rows that the model computes of a batch at most, and the limits that follow from them."""
 
     max_rows: int
 
-    @property
-    def max_tokens(self) -> int:
-        return UNFOLDED_PER_ROW * self.max_rows
+    def limits(self, pads_states: bool) -> dict[str, int | None]:
+        """Return the limits of a folded batch, as `plan_folded` takes them.
+
+        pads_states: whether the model gives hidden states padded, [sequences, longest, D].
+        """
+        unfolded = UNFOLDED_PER_ROW * self.max_rows
+        return {"max_rows": self.max_rows, "max_tokens": unfolded, "max_positions": unfolded if pads_states else None}
 
 
 def find_budget(config, dtype: torch.dtype, device: torch.device, longest: int, own_attention: bool) -> Budget:

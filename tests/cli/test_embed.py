@@ -10,9 +10,9 @@ import torch
 from helpers.commands import TEXTS, failing_command, read_jsonl, write_jsonl
 from helpers.language_models import TEXT, embedding_tokenizer, needs_hf, tiny_model, tiny_tokenizer
 from radix_ops import cli
-from radix_ops.cli import embed as embed_command
 from radix_ops.data.matrix import MatrixFile
-from radix_ops.engine import embedding
+from radix_ops.engine import _engine, embedding
+from radix_ops.engine.items import shortest_decimals
 from radix_ops.engine.recipes import Recipe
 from radix_ops.engine.runners import Qwen3Runner, States
 
@@ -176,8 +176,8 @@ def test_json_lines_hold_the_same_numbers_and_the_other_keys(tmp_path, texts, qw
 
 def test_numbers_read_back_as_the_same_float32():
     row = np.random.default_rng(0).standard_normal(1000).astype(np.float32) * np.float32(1e-3)
-    assert np.array(json.loads(json.dumps(embedding.numbers(row))), np.float32).tolist() == row.tolist()
-    assert embedding.numbers(np.array([0.1], np.float32)) == [0.1]
+    assert np.array(json.loads(json.dumps(shortest_decimals(row))), np.float32).tolist() == row.tolist()
+    assert shortest_decimals(np.array([0.1], np.float32)) == [0.1]
 
 
 def stop_after(monkeypatch, batches, arguments):
@@ -330,7 +330,7 @@ def test_old_folders_say_their_pooling_by_flags(tmp_path, texts, sentences):
 
 
 def test_bad_input_and_options_are_refused_before_a_model_is_loaded(tmp_path, texts, qwen3, capsys, monkeypatch):
-    monkeypatch.setattr(embed_command, "load_runner", lambda *arguments: pytest.fail("loaded the weights"))
+    monkeypatch.setattr(_engine, "load_runner", lambda *arguments: pytest.fail("loaded the weights"))
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": "a"}, {"txt": "b"}])
     assert 'bad.jsonl, line 2 has no "text" (a string); it has "txt"' in failing(capsys, qwen3, bad)
     write_jsonl(bad, [{"text": "a", "embedding": []}])
@@ -352,7 +352,7 @@ def test_texts_of_no_tokens_are_refused(tmp_path, qwen3, capsys):
     tiny_tokenizer(adds_bos=False).save_pretrained(folder)
     (tmp_path / "t.txt").write_text("a\n\nb\n")
     assert "t.txt, line 2 yields no tokens, so it has no embedding" in failing(capsys, folder, tmp_path / "t.txt")
-    parts = [embedding.Text(n, f"line {n}", text, {}) for n, text in enumerate(["the sea", ""], 1)]
+    parts = [embedding.Text(f"line {n}", text, {}) for n, text in enumerate(["the sea", ""], 1)]
     recipe = Recipe("", pooling="mean", prompt="the ", pools_prompt=False)
     with pytest.raises(ValueError, match="line 2 has no tokens behind the prompt"):
         embedding.encode(parts, tiny_tokenizer(adds_bos=False), recipe, False)

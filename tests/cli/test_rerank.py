@@ -9,9 +9,8 @@ import torch
 from helpers.commands import QUERIES, failing_command, read_jsonl, write_jsonl
 from helpers.language_models import TEXT, needs_hf, reranking_tokenizer, tiny_model
 from radix_ops import cli
-from radix_ops.cli import rerank as rerank_command
 from radix_ops.data.records import UserError
-from radix_ops.engine import reranking
+from radix_ops.engine import _engine, reranking
 from radix_ops.engine.runners import Qwen3Runner
 from radix_ops.engine.templates import QWEN3_RERANKER, find_template
 
@@ -242,14 +241,14 @@ def test_compare_reports_both_runs(reranker, queries, tmp_path, capsys):
 
 
 def test_equal_documents_get_equal_scores_wherever_they_ran():
-    query = reranking.Query(1, "line 1", "", ["a", "b", "a", "c"], None, {})
+    query = reranking.Query("line 1", "", ["a", "b", "a", "c"], None, {})
     found = reranking.result(query, np.array([0.25, 0.5, 0.25 + 2**-20, 0.125], dtype=np.float32))
     assert found["scores"] == [0.25, 0.5, 0.25, 0.125]
     assert found["order"] == [1, 0, 2, 3]
 
 
 def test_bad_lines_are_refused_before_a_model_is_loaded(reranker, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(rerank_command, "load_runner", lambda *arguments: pytest.fail("loaded the weights"))
+    monkeypatch.setattr(_engine, "load_runner", lambda *arguments: pytest.fail("loaded the weights"))
     path = tmp_path / "q.jsonl"
     for line, message in [
         ({"query": "a"}, 'line 2 has no "documents" (an array of strings); it has "query"'),

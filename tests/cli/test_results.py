@@ -13,8 +13,8 @@ import radix_ops
 from helpers.commands import failing_command, write_jsonl
 from helpers.language_models import tiny_model, tiny_tokenizer
 from radix_ops import cli
-from radix_ops.cli import arguments
 from radix_ops.cli._main import COMMANDS
+from radix_ops.data import claim
 from radix_ops.data.matrix import MatrixFile
 from radix_ops.data.records import UserError
 from radix_ops.data.results import ResultFile, ResultStream
@@ -164,7 +164,7 @@ def test_an_input_that_stands_where_the_output_is_made_is_refused(tmp_path, suff
     inputs = tmp_path / f"out.npy{suffix}"
     inputs.write_text("the sea\n")
     with pytest.raises(UserError, match=r"is made by way of .*out\.npy\S+, which is the input file"):
-        arguments.check_output(str(tmp_path / "out.npy"), str(inputs))
+        claim.check_path(str(tmp_path / "out.npy"), str(inputs))
 
 
 @pytest.mark.parametrize(

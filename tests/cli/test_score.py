@@ -19,12 +19,12 @@ from helpers.language_models import needs_hf, oracle, sequences_of, tiny_model, 
 
 pytest.importorskip("transformers")
 
-import radix_ops.cli.score as score_command
 from radix_ops.cli import job
 from radix_ops.data.fingerprint import fingerprint
 from radix_ops.data.records import Records
-from radix_ops.engine import loading, scoring
-from radix_ops.engine.runners import RunStats, TransformersRunner
+from radix_ops.engine import _engine, loading, scoring
+from radix_ops.engine.batches import RunStats
+from radix_ops.engine.runners import TransformersRunner
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def check_results(results, questions=QUESTIONS, model=None):
     model, tokenizer = model or tiny_model(max_position_embeddings=256), tiny_tokenizer(True)
     assert [r["line"] for r in results] == list(range(1, len(questions) + 1))
     for given, found in zip(questions, results, strict=True):
-        item = scoring.Item(1, "", given["context"], given["choices"], {})
+        item = scoring.Item("", given["context"], given["choices"], {})
         sequences = sequences_of(scoring.encode([item], tokenizer))
         expected = [oracle(model, s) for s in sequences]
         assert found["logprobs"] == pytest.approx([logprob for logprob, _ in expected], abs=1e-4)
@@ -53,7 +53,7 @@ def check_results(results, questions=QUESTIONS, model=None):
         assert found["best"] == max(range(len(expected)), key=lambda i: expected[i][0])
         extra = {k: v for k, v in given.items() if k not in ("context", "choices")}
         assert {k: found[k] for k in extra} == extra
-        assert set(found) == set(extra) | set(scoring.RESERVED_KEYS)
+        assert set(found) == {"line", *extra, *scoring.RESERVED_KEYS, "key"}
 
 
 @pytest.mark.parametrize("budget", [1, 100, 100_000])
@@ -201,7 +201,7 @@ def test_keys_know_changed_weights_configs_modes_and_tokens(tmp_path):
 
     def key(model=model, adds_bos=True, mode="plain"):
         choices = scoring.encode(records, tiny_tokenizer(adds_bos))
-        return score_command._key_of(fingerprint(TransformersRunner(model), mode), records, choices, 0)
+        return job.key_of(fingerprint(TransformersRunner(model), mode), records, choices, 0)
 
     assert key() == key(tiny_model())
     keys = [key(), key(mode="folded"), key(adds_bos=False)]
@@ -212,7 +212,7 @@ def test_keys_know_changed_weights_configs_modes_and_tokens(tmp_path):
 
 
 def test_score_refuses_bad_input_before_it_loads_a_model(model_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(score_command, "load_runner", lambda *arguments: pytest.fail("loaded the weights"))
+    monkeypatch.setattr(_engine, "load_runner", lambda *arguments: pytest.fail("loaded the weights"))
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"context": "a", "choices": ["b"]}\n{"context": "a"}\n')
     assert 'bad.jsonl, line 2 has no "choices"' in failing(capsys, model_folder, bad)

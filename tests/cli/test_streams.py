@@ -114,7 +114,7 @@ def test_a_context_that_is_too_long_is_refused_before_all_of_its_choices_are_tok
             return {"input_ids": [list(text.encode()) for text in texts]}
 
     tokenizer = Tokenizer()
-    item = scoring.Item(1, "line 1", "x" * 100_000, ["a"] * 100_000, {})
+    item = scoring.Item("line 1", "x" * 100_000, ["a"] * 100_000, {})
     with pytest.raises(
         ValueError, match=r"line 1: choices\[0\] needs 100000 tokens of input and the model reads at mo"
     ):

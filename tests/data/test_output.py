@@ -13,8 +13,7 @@ import pytest
 
 from helpers import processes
 from radix_ops import cli
-from radix_ops.cli import arguments
-from radix_ops.data import matrix, output, results
+from radix_ops.data import claim, matrix, output, results
 from radix_ops.data.matrix import MatrixFile
 from radix_ops.data.output import claimed
 from radix_ops.data.records import UserError
@@ -334,13 +333,13 @@ def test_a_link_to_itself_is_no_output(tmp_path):
     for name in ("o.jsonl", "o.npy"):
         (tmp_path / name).symlink_to(tmp_path / "other")
         (tmp_path / "other").unlink(missing_ok=True)
-        arguments.check_output(str(tmp_path / name))  # one that leads to nothing yet is
+        claim.check_path(str(tmp_path / name))  # one that leads to nothing yet is
         (tmp_path / "other").symlink_to(tmp_path / name)
         with pytest.raises(UserError, match=rf"{name} is a symbolic link that leads back to itself"):
-            arguments.check_output(str(tmp_path / name))
+            claim.check_path(str(tmp_path / name))
     (tmp_path / "far.jsonl").symlink_to(tmp_path / "absent" / "o.jsonl")
     with pytest.raises(UserError, match=r"far.jsonl: its folder does not exist"):
-        arguments.check_output(str(tmp_path / "far.jsonl"))
+        claim.check_path(str(tmp_path / "far.jsonl"))
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ def test_a_text_file_has_one_text_a_line(tmp_path):
     assert [record.fields for record in records] == [
         {"text": text} for text in ("é first", "", " two \u2028 parts ", "last")
     ]
-    assert [record.line for record in records] == [1, 2, 3, 4]
-    assert records[3] == Record(4, f"{path}, line 4", {"text": "last"})
+    assert [records.line_of(index) for index in range(4)] == [1, 2, 3, 4]
+    assert records[3] == Record(f"{path}, line 4", {"text": "last"})
     assert records.raw(0) == "é first\r".encode()
 
 
@@ -60,7 +60,7 @@ def test_a_text_file_that_cannot_be_read(tmp_path, content, message):
 
 
 def test_fields_are_checked_by_kind(tmp_path):
-    record = Record(3, "f, line 3", {"a": 1, "b": ["x", 2], "c": [], "d": "\ud800", "e": ["", "y"]})
+    record = Record("f, line 3", {"a": 1, "b": ["x", 2], "c": [], "d": "\ud800", "e": ["", "y"]})
     for read, message in [
         (lambda: record.text("z"), 'line 3 has no "z" .a string.; it has "a", "b", "c", "d", "e"'),
         (lambda: record.text("a"), 'line 3: "a" is a number; it must be a string'),

@@ -10,8 +10,7 @@ from packaging.version import Version
 from helpers.commands import failing_command, write_jsonl
 from helpers.sentence_folders import FLAT, answering, cross_encoder, encoder
 from helpers.sentence_models import VERSION
-from radix_ops.cli import embed as embed_command
-from radix_ops.cli import rerank as rerank_command
+from radix_ops.engine import _engine
 
 pytestmark = pytest.mark.skipif(Version("6.2") > VERSION, reason="the folders are those of 6.2")
 
@@ -32,8 +31,7 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def refusal(folders, tmp_path, capsys, monkeypatch):
     """A function of (kind of folder, file, what to write there) that gives the command's one sentence."""
-    for command in (embed_command, rerank_command):
-        monkeypatch.setattr(command, "load_runner", lambda *arguments: pytest.fail("loaded the weights"))
+    monkeypatch.setattr(_engine, "load_runner", lambda *arguments: pytest.fail("loaded the weights"))
 
     def message_of(kind, file, change):
         folder = tmp_path / "model"

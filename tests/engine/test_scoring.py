@@ -11,7 +11,8 @@ from helpers.batches import trie_size
 from helpers.language_models import Sequence, needs_hf, oracle, sequences_of, tiny_model, tiny_tokenizer
 from radix_ops.data.records import Records, UserError
 from radix_ops.engine import scoring
-from radix_ops.engine.runners import TransformersRunner, plan_batches
+from radix_ops.engine.batches import plan_batches
+from radix_ops.engine.runners import TransformersRunner
 from radix_ops.plan.budget import Budget
 
 transformers = pytest.importorskip("transformers")
@@ -53,7 +54,7 @@ def random_sequences(seed: int, num_items: int, vocab: int = 340) -> list[Sequen
 
 
 def items_of(*pairs) -> list[scoring.Item]:
-    return [scoring.Item(n, f"q.jsonl, line {n}", c, list(choices), {}) for n, (c, choices) in enumerate(pairs, 1)]
+    return [scoring.Item(f"q.jsonl, line {n}", c, list(choices), {}) for n, (c, choices) in enumerate(pairs, 1)]
 
 
 def read_items(path) -> list[scoring.Item]:
@@ -106,8 +107,8 @@ def test_read_items_takes_what_editors_write(tmp_path):
     second = '{"context": "\u2028\u00e9", "choices": ["x", "y"], "id": {"a": 1}, "gold": 1}'.encode()
     path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\r\n" + second)
     first, other = read_items(path)
-    assert (first.line, first.context, first.choices, first.extra) == (1, "a", ["b"], {})
-    assert (other.line, other.context, other.choices) == (2, "\u2028\u00e9", ["x", "y"])
+    assert (first.where, first.context, first.choices, first.extra) == (f"{path}, line 1", "a", ["b"], {})
+    assert (other.where, other.context, other.choices) == (f"{path}, line 2", "\u2028\u00e9", ["x", "y"])
     assert other.extra == {"id": {"a": 1}, "gold": 1}
 
 
@@ -296,7 +297,6 @@ def test_result_picks_the_best_by_sum_and_per_character():
     (item,) = items_of(("the", ["   sea", "river", "  sea"]))
     found = scoring.result(item, [1, 2, 3], np.array([-3.0, -4.5, -3.0]), np.array([True, False, True]))
     assert found == {
-        "line": 1,
         "logprobs": [-3.0, -4.5, -3.0],
         "tokens": [1, 2, 3],
         "greedy": [True, False, True],
@@ -313,7 +313,7 @@ def test_result_refuses_log_probabilities_that_are_not_finite(value):
 
 
 def test_equal_choices_get_equal_numbers_wherever_they_ran():
-    item = scoring.Item(1, "line 1", "", [" a", " b", " a", " a"], {})
+    item = scoring.Item("line 1", "", [" a", " b", " a", " a"], {})
     logprobs, greedy = np.array([-1.0, -2.0, -1.0 + 1e-12, -0.5]), np.array([False, True, True, False])
     found = scoring.result(item, [1, 1, 1, 1], logprobs, greedy)
     assert found["logprobs"] == [-1.0, -2.0, -1.0, -1.0]

@@ -1,0 +1,258 @@
+"""The engine below `Scorer`, `Embedder` and `Reranker`: a model with its tokenizer, and the way of inputs through it.
+
+Each input goes these steps, which a server or a cluster may take apart:
+
+    item = engine.parse(Record("items[0]", fields))  # checked
+    items = engine.encode([item])  # the token sequences of each item
+    engine.execute(items, on_batch)  # planned batches with sequences of several items
+    engine.result(item, items[0], *numbers)  # one object an item, of what a Collector gathered of the batches
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Generic, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..plan.budget import Budget, find_budget
+from .batches import Compute, OnBatch, RunStats, run
+from .errors import UserError, options_as_arguments
+from .inputs import Record, kind_of
+from .items import Collector, Items
+from .loading import config_of, find_device, load_config, load_runner, load_tokenizer, runner_of
+from .runners import Runner
+
+I = TypeVar("I")  # noqa: E741 (an item)
+Layout = Literal["auto", "compact", "trie", "unfold"]
+OnProgress = Callable[[int, int], object]
+
+_LAYOUTS = ("auto", "compact", "trie", "unfold")
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Engine(ABC, Generic[I]):
+    """A model, its tokenizer and how it is run; see `Scorer` for the arguments."""
+
+    def __init__(
+        self,
+        model: str | os.PathLike | nn.Module,
+        tokenizer,
+        *,
+        source: str | None = None,  # of the model, where its name stands for more than that
+        device: str | torch.device | None,
+        dtype: str | torch.dtype | None,
+        token_budget: int | None,
+        layout: Layout,
+        plain: bool,
+        trust_remote_code: bool,
+    ):
+        _check_options(layout, token_budget)
+        self.layout, self.plain, self._trust = layout, plain, trust_remote_code
+        self._budget = None if token_budget is None else Budget(token_budget)
+        self._model: nn.Module | None = None
+        self._runner: Runner | None = None
+        self._checked: set[bool] = set()  # modes in which the model is known to run
+        # The tokenizer, too, is for one thread at a time.
+        self._lock = threading.RLock()
+        if isinstance(model, nn.Module):
+            if tokenizer is None:
+                raise UserError("a loaded model needs its tokenizer beside it: tokenizer=...")
+            if device is not None or dtype is not None:
+                raise UserError("a loaded model has its device and dtype; model.to(...) changes them")
+            self._model, self.name, self.config = model, type(model).__name__, config_of(model)
+        elif isinstance(model, (str, os.PathLike)):
+            self.name = os.fspath(model)
+            self._source = source or self.name
+            self._device, self._dtype = find_device(device), _dtype_name(dtype)
+            self.config = load_config(self._source, trust_remote_code=trust_remote_code)
+        else:
+            config_of(model)  # which refuses it
+        self.tokenizer = tokenizer or load_tokenizer(self._source, trust_remote_code=trust_remote_code)
+
+    @property
+    @abstractmethod
+    def auto_class(self) -> str:
+        """The class of transformers that loads the model."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> tuple:
+        """All that decides about results beside the model, an item's fields, its tokens and the mode."""
+
+    @abstractmethod
+    def parse(self, record: Record) -> I:
+        """Return the item of a record. UserError for one that can't be used."""
+
+    @abstractmethod
+    def encode(self, items: Iterable[I]) -> Items:
+        """Return the token sequences of the items. UserError for an item that the model can't read."""
+
+    @abstractmethod
+    def _compute(self, items: Items) -> Compute:
+        """Return what computes the numbers of the sequences of a batch."""
+
+    @abstractmethod
+    def result(self, item: I, encoded: list, *numbers: np.ndarray) -> dict:
+        """Return the output object of an item by what `encode` made of it and its sequences' numbers, an array of each
+        kind. UserError for a number that isn't finite."""
+
+    @property
+    def runner(self) -> Runner:
+        """The model in its runner, loaded if it isn't yet."""
+        with self._lock:
+            if self._runner is None:
+                self._runner = self._load(self._pad_token_id())
+            return self._runner
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, loaded if it isn't yet."""
+        return self.runner.model
+
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+        return self.runner.device
+
+    def load(self) -> None:
+        """Load the weights, if they aren't yet."""
+        with options_as_arguments():
+            assert self.runner is not None
+
+    def _pad_token_id(self) -> int:
+        return 0
+
+    def _load(self, pad_token_id: int) -> Runner:
+        if self._model is not None:
+            runner = runner_of(self._model, pad_token_id, self.layout)
+        else:
+            runner = load_runner(
+                self._source, self.config, self.auto_class, self._dtype, self._device, self._trust, pad_token_id,
+                self.layout,
+            )  # fmt: skip
+        if runner.head is None and self.auto_class == "AutoModelForCausalLM":
+            raise UserError(f"{type(runner.model).__name__} has no output head; {type(self).__name__} needs one")
+        return runner
+
+    def check(self, items: Items, folded: bool) -> None:
+        """UserError unless the model has the items' tokens, and can be run as wanted; it tries a few of them."""
+        largest = int(items.store.input_ids.max())
+        if largest >= self.runner.vocab_size:
+            raise UserError(
+                f"the tokenizer yields token {largest} and the model embeds {self.runner.vocab_size}: they don't fit "
+                "together"
+            )
+        if self._checked.isdisjoint({folded, True}):
+            self.runner.check(items.store[0], folded)
+            self._checked.add(folded)
+
+    def budget_of(self, items: Items) -> Budget:
+        """Return the rows of a batch: those that were given, or what fits into the memory that is free."""
+        if self._budget is not None:
+            return self._budget
+        runner, longest = self.runner, int(items.lengths.max())
+        dtype = next(runner.model.parameters()).dtype
+        return find_budget(runner.hf_config, dtype, runner.device, longest, runner.own_attention)
+
+    def execute(
+        self, items: Items, on_batch: OnBatch | None = None, *, folded: bool | None = None, warm_up: bool = False
+    ) -> RunStats:
+        """Take all sequences of `items` through the model in planned batches; `run` says what `on_batch` gets.
+
+        Threads take turns. UserError as `check` has it, before anything runs.
+        """
+        folded = not self.plain if folded is None else folded
+        with self._lock:
+            if not len(items.store):
+                return RunStats()
+            self.check(items, folded)
+            return run(self.runner, items, self.budget_of(items), folded, self._compute(items), on_batch, warm_up)
+
+    def _results(self, items: list[I], on_progress: OnProgress | None) -> list[dict]:
+        """Return the result of each item, all planned together."""
+        with options_as_arguments(), self._lock:
+            encoded = self.encode(items)
+            collector, results = Collector(encoded.ends), [{}] * len(items)
+
+            def on_batch(indices: np.ndarray, found: tuple[np.ndarray, ...]) -> None:
+                for index, numbers in collector.add(indices, found):
+                    results[index] = self.result(items[index], encoded[index], *numbers)
+
+            self.execute(encoded, with_progress(on_batch, encoded, on_progress))
+            return results
+
+    def _stream(self, items: Iterator[I], window: int, on_progress: OnProgress | None) -> Iterator[dict]:
+        """Yield the result of each item in order, `window` of them planned together."""
+        for part in windows(items, window):
+            yield from self._results(part, on_progress)
+
+    def _parsed(self, fields: Iterable[Mapping], name: str, shape: str) -> Iterator[I]:
+        """Yield the items of an argument that holds an object for each."""
+        for where, given in numbered(fields, name, f"objects like {shape}"):
+            if not isinstance(given, Mapping):
+                raise UserError(f"{where} is {kind_of(given)}; it must be an object like {shape}")
+            yield self.parse(Record(where, {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}))
+
+
+def numbered(inputs: Iterable, name: str, what: str) -> Iterator[tuple[str, object]]:
+    """Yield (where, input) of an argument's inputs. UserError for an argument that is no iterable of several."""
+    if isinstance(inputs, (str, bytes, Mapping)) or not isinstance(inputs, Iterable):
+        raise UserError(f"{name} is {kind_of(inputs)}; it must be a list, or another iterable, of {what}")
+    for index, given in enumerate(inputs):
+        yield f"{name}[{index}]", given
+
+
+def windows(items: Iterable[I], size: int) -> Iterator[list[I]]:
+    """Yield the items in lists of `size`."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise UserError(f"window must be a whole number from 1, got {size!r}")
+    items = iter(items)
+    while True:
+        with options_as_arguments():
+            part = list(itertools.islice(items, size))
+        if not part:
+            return
+        yield part
+
+
+def with_progress(on_batch: OnBatch, items: Items, on_progress: OnProgress | None) -> OnBatch:
+    """Return an `on_batch` that tells `on_progress(done, total)` of the tokens that are done, too."""
+    if on_progress is None:
+        return on_batch
+    lengths, done = items.lengths, 0
+    total = int(lengths.sum())
+
+    def report(indices: np.ndarray, found: tuple[np.ndarray, ...]) -> None:
+        nonlocal done
+        on_batch(indices, found)
+        done += int(lengths[indices].sum())
+        on_progress(done, total)
+
+    return report
+
+
+def _check_options(layout: str, token_budget: int | None) -> None:
+    if layout not in _LAYOUTS:
+        raise UserError(f"layout must be one of {', '.join(map(repr, _LAYOUTS))}, got {layout!r}")
+    check_count("token_budget", token_budget)
+
+
+def check_count(name: str, value: int | None) -> None:
+    """UserError unless the argument is a whole number from 1, or None."""
+    if value is None or (isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 1 <= value < 2**31):
+        return
+    raise UserError(f"{name} must be a whole number from 1 to {2**31 - 1}, or None, got {value!r}")
+
+
+def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in (None, *_DTYPES):
+        raise UserError(f"dtype must be one of {', '.join(_DTYPES)}, or None, got {dtype!r}")
+    return name

@@ -1,0 +1,211 @@
+"""`Reranker`: documents by relevance to a query."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import reranking
+from ._engine import Engine, Layout, OnProgress, check_count
+from .batches import Compute
+from .cross_encoders import READINGS, CrossEncoder, chat_of, find_cross_encoder
+from .errors import UserError, options_as_arguments
+from .inputs import Record
+from .items import Items
+from .loading import max_length_of
+from .reranking import Query
+from .templates import TEMPLATES, Template, find_template
+
+_SHAPE = '{"query": "...", "documents": ["...", "..."]}'
+
+
+class Reranker(Engine[Query]):
+    """Scores documents by their relevance to a query; query and what stands before it are computed once for all.
+
+    A language model reads query and document in a template and answers yes or no: the score is P(yes) against P(no) as
+    its next token. A model with a classification head of one label (a cross-encoder) reads them as the pair that its
+    tokenizer makes, or as its tokenizer's chat template renders them; its score is the sigmoid of its logit, or what a
+    folder that sentence-transformers saved says.
+
+    Args:
+        model, tokenizer, device, dtype, token_budget, layout, plain, trust_remote_code, lazy: as for `Scorer`.
+        template: "qwen3-reranker", the default for Qwen3 language models; a `Template`, or a JSON file of its fields
+            (docs/engine.md); of a cross-encoder also "pairs" or "chat".
+        max_length: tokens of a query with its document at most, special tokens included. By default as the model and
+            its tokenizer say.
+        truncate_right: cut documents that are too long at their end; without it they are errors.
+
+    Threads may share it: calls take turns.
+
+    Raises UserError, a ValueError, as `Scorer` does, and for a language model that has no template.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike | nn.Module,
+        tokenizer=None,
+        *,
+        template: str | os.PathLike | Template | None = None,
+        max_length: int | None = None,
+        truncate_right: bool = False,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        token_budget: int | None = None,
+        layout: Layout = "auto",
+        plain: bool = False,
+        trust_remote_code: bool = False,
+        lazy: bool = False,
+    ):
+        with options_as_arguments():
+            check_count("max_length", max_length)
+            template = os.fspath(template) if isinstance(template, os.PathLike) else template
+            super().__init__(
+                model, tokenizer, device=device, dtype=dtype, token_budget=token_budget, layout=layout, plain=plain,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
+            loaded = None if self._model is None else type(self._model).__name__
+            encoder = find_cross_encoder(self.name, self.config, loaded)
+            self._classifies = encoder is not None and encoder.classifies
+            if self._classifies:
+                _check_head(self.name, self.config)
+            self.template = _template_of(self.name, self.config, template, encoder)
+            self.truncate_right = truncate_right
+            self._encoder = encoder or CrossEncoder(False)
+            self._answers, self._activation = self._encoder.answers, self._encoder.activation
+            self._chat, self._prompt = None, ""
+            if self.template is None:
+                reading = template if template in READINGS else None
+                self._chat = chat_of(self.name, self._encoder, reading, self.tokenizer, self.config)
+                self._prompt = self._encoder.prompt
+            elif not self._classifies:
+                self._answers, self._activation = self.template.token_ids(self.tokenizer), "sigmoid"
+            self._max_length = max_length_of(max_length, self.config, self.tokenizer, self._encoder.max_length)
+            if not lazy:
+                self.load()
+
+    @property
+    def auto_class(self) -> str:
+        return "AutoModelForSequenceClassification" if self._classifies else "AutoModelForCausalLM"
+
+    @property
+    def identity(self) -> tuple:
+        return (self.template and dataclasses.astuple(self.template), self._answers, self._activation)
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_k: int | None = None,
+        instruction: str | None = None,
+        return_documents: bool = False,
+    ) -> list[dict]:
+        """Rank documents by their relevance to a query, the best first, as CrossEncoder.rank of sentence-transformers.
+
+        Args:
+            query: a string.
+            documents: strings, one at least.
+            top_k: keep so many of the best; all by default.
+            instruction: what the template says of the task, where it has a place for that.
+            return_documents: give each document's text, too.
+
+        Returns a dict for each document, the best first and equal ones in their order: "corpus_id", its index, "score",
+        a float, and "text" where asked for. Raises UserError as `score` does.
+        """
+        with options_as_arguments():
+            check_count("top_k", top_k)
+            if isinstance(documents, (str, bytes, Mapping)) or not isinstance(documents, Iterable):
+                raise UserError(f"documents must be a list of strings, got {type(documents).__name__}")
+            fields = {"query": query, "documents": list(documents)}
+            fields |= {} if instruction is None else {"instruction": instruction}
+            parsed = self.parse(Record("rank", fields))
+        (found,) = self._results([parsed], None)
+        ranked = [{"corpus_id": index, "score": found["scores"][index]} for index in found["order"][:top_k]]
+        if return_documents:
+            for entry in ranked:
+                entry["text"] = parsed.documents[entry["corpus_id"]]
+        return ranked
+
+    def score(self, queries: Iterable[Mapping], *, on_progress: OnProgress | None = None) -> list[dict]:
+        """Score the documents of all queries, planned together.
+
+        Args:
+            queries: an iterable of {"query": str, "documents": [str, ...]}, perhaps with an "instruction". Other keys
+                are copied to the result.
+            on_progress: called with (tokens that are done, all tokens) after each batch.
+
+        Returns a dict for each query, in order: its other keys, then "scores" of its documents, from 0 to 1 but for a
+        cross-encoder whose folder says otherwise, and "order", the documents by score, the best first.
+
+        Raises UserError, before the model runs, for a query that can't be used: it names the index, what is there, what
+        is allowed and the remedy; after that for a score that is not finite. OutOfMemory where one document with its
+        query does not fit into the device's memory.
+        """
+        with options_as_arguments():
+            parsed = list(self._parsed(queries, "queries", _SHAPE))
+        return self._results(parsed, on_progress)
+
+    def stream(
+        self, queries: Iterable[Mapping], *, window: int = 1024, on_progress: OnProgress | None = None
+    ) -> Iterator[dict]:
+        """Yield what `score` returns, query by query in order, as the queries come.
+
+        window: queries that are checked and planned together. The more, the more they share; memory holds so many.
+        `on_progress` is told of each window by itself, and errors come at a query's window.
+        """
+        return self._stream(self._parsed(queries, "queries", _SHAPE), window, on_progress)
+
+    def parse(self, record: Record) -> Query:
+        return reranking.check_instruction(reranking.parse_query(record), self.template)
+
+    def encode(self, items: Iterable[Query]) -> Items:
+        with self._lock:
+            return reranking.encode(
+                items, self.tokenizer, self.template, self._max_length, self.truncate_right, self._chat, self._prompt
+            )
+
+    def _compute(self, items: Items) -> Compute:
+        return reranking.scorer(self.runner, self._answers, self._activation)
+
+    def result(self, item: Query, encoded: list, *numbers: np.ndarray) -> dict:
+        return reranking.result(item, *numbers)
+
+    def _pad_token_id(self) -> int:
+        return _check_head(self.name, self.config) if self._classifies else 0
+
+
+def _template_of(name: str, config, given: str | Template | None, encoder: CrossEncoder | None) -> Template | None:
+    if isinstance(given, Template):
+        return given
+    if given is not None and given not in READINGS:
+        return find_template(given)
+    if encoder is not None:
+        return None
+    if given is not None:
+        raise UserError(f"--template {given} says how a cross-encoder reads, and --model {name} is none")
+    if config.model_type == "qwen3":
+        return TEMPLATES["qwen3-reranker"]
+    raise UserError(
+        f"--model {name} is a language model of type {config.model_type}, which has no template of its own: "
+        f"name one by --template, {' or '.join(TEMPLATES)} or a JSON file"
+    )
+
+
+def _check_head(name: str, config) -> int:
+    """Return the token that a cross-encoder's batches are padded with. UserError for a head that can't be used."""
+    if config.num_labels != 1:
+        raise UserError(
+            f"--model {name} has a classification head of {config.num_labels} labels; rerank needs one of 1"
+        )
+    pad_token_id = config.get_text_config().pad_token_id
+    if pad_token_id is None:
+        raise UserError(
+            f"--model {name}: its config has no pad_token_id, by which the head finds the last token of each text of a "
+            "batch"
+        )
+    return pad_token_id
