@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -251,6 +252,16 @@ def test_saved_by_torch_and_read_without_pickles_that_run(tmp_path, make):
     found = processes.run_python("-W", "error", "-c", READ, tmp_path / "batch.pt")
     assert found.returncode == 0, found.stderr
     assert found.stdout == f"{batch} {ids.tolist()} {make is radix_ops.pack}\n"
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+@pytest.mark.parametrize("make", [radix_ops.fold, radix_ops.pack])
+def test_batches_saved_before_modules_moved_into_packages_load(make, weights_only):
+    ids = torch.tensor([5, 6, 7, 8, 5, 6, 7, 9, 5, 6])
+    batch = torch.load(Path(__file__).parent / "saved_batches.pt", weights_only=weights_only)[make.__name__]
+    assert torch.equal(batch.unfold(batch.input_ids), ids)
+    assert batch.num_rows == (5 if make is radix_ops.fold else 10)
+    assert_same_batch(batch, make(ids, torch.tensor([0, 4, 8, 10])))
 
 
 def test_a_pickle_that_lacks_a_table_is_refused():
