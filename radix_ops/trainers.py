@@ -4,7 +4,7 @@
     radix_ops.trainers.enable(trainer)
     trainer.train()
 
-docs/training.md says what that changes and what it doesn't.
+docs/training.md says what that changes and what stays.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .hf import loss
 __all__ = ["GroupSampler", "enable", "keep_groups_together", "loss_on_rows"]
 
 _PREFERENCES = ("logits/chosen", "logits/rejected")
-# What trainers of TRL's log of logits at padding, which folded batches don't have.
+# TRL's trainers log these numbers of logits at padding, which folded batches don't have.
 _READ_PADDING = {
     "CPOTrainer": _PREFERENCES,
     "ORPOTrainer": _PREFERENCES,
@@ -33,30 +33,32 @@ _READ_PADDING = {
 
 
 def enable(trainer: Trainer, threshold: float | None = None, layout: str = "auto", verify: str = "first") -> Trainer:
-    """Makes a trainer run its models folded, in place, and returns it. Call it before `train()`.
+    """Make a trainer run its models folded, in place, and return it. Call it before `train()`.
 
-    That is `radix_ops.hf.enable`, with the same options and errors, of the model and of the reference model, if the
-    trainer has one (a PEFT model without its adapters is the same model); `keep_groups_together` for TRL's GRPO and
-    RLOO trainers; and `loss_on_rows` for a trainer that computes its loss as transformers' Trainer does. Losses of
-    TRL's trainers are their own. Where one adds the load-balancing loss of experts, all its batches run unfolded.
+    It calls `radix_ops.hf.enable`, with the same options and errors, on the model and on the reference model, if the
+    trainer has one (a PEFT model without its adapters is the same model). It applies `keep_groups_together` to TRL's
+    GRPO and RLOO trainers, and `loss_on_rows` to a trainer that computes its loss as transformers' Trainer does; TRL's
+    other trainers compute their losses as before. Where a trainer adds the load-balancing loss of experts, all its
+    batches run unfolded.
 
-    Raises TypeError for what is no Trainer, and ValueError for one with a `model_init`, which makes a new model each
-    time it trains: enable the model there; also for those of TRL's that log numbers made of logits at padding.
+    Raises TypeError for an object that is no Trainer. Raises ValueError for a trainer with a `model_init`, which makes
+    a new model each time it trains (enable the model there), and for those of TRL's trainers that log numbers made of
+    logits at padding.
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(f"trainer must be a transformers Trainer, got {type(trainer).__name__}")
     if trainer.model_init is not None:
         raise ValueError("a trainer with model_init makes its model anew; call radix_ops.hf.enable in model_init")
     if getattr(trainer, "aux_loss_enabled", False):
-        # Batches that are trained on have their router logits asked for and so run unfolded. Those that they are
-        # compared with have not, and folding would set equal outputs apart by rounding.
+        # The trainer asks for router logits of batches that it trains on, so these run unfolded. It doesn't ask for
+        # those of the batches that they are compared with, and folding would set equal outputs apart by rounding.
         threshold = 0
     for kind in type(trainer).__mro__:
         if kind.__name__ in _READ_PADDING and kind.__module__.startswith("trl."):
             raise ValueError(
                 f"{type(trainer).__name__} logs {' and '.join(_READ_PADDING[kind.__name__])} over padding too, where "
-                "folded batches have no logits, so these numbers would not be those of the plain trainer; all else "
-                "is: if you can do without them, call radix_ops.hf.enable(trainer.model) in place of this"
+                "folded batches have no logits, so these numbers alone would not be those of the plain trainer; if "
+                "you can do without them, call radix_ops.hf.enable(trainer.model) in place of this"
             )
     models = [trainer.model, getattr(trainer, "ref_model", None)]
     for model in models:
@@ -71,11 +73,11 @@ def enable(trainer: Trainer, threshold: float | None = None, layout: str = "auto
 
 @contextlib.contextmanager
 def loss_on_rows() -> Iterator[None]:
-    """Inside, an enabled causal language model that is called with labels returns the loss, and None for logits.
+    """Let enabled causal language models that are called with labels return the loss, and None for logits, inside.
 
     Where the batch was folded and the loss is transformers' own of logits that are neither scaled nor capped, it comes
     from the rows by `radix_ops.losses.causal_lm_loss`: equal up to rounding, and logits exist for a block at a time.
-    Of other models and calls the output is as it would be outside.
+    Other models and calls have the same output as outside.
     """
     token = loss.wanted.set(True)
     try:
@@ -85,7 +87,7 @@ def loss_on_rows() -> Iterator[None]:
 
 
 class _LossOnRows:
-    """A Trainer's compute_loss, for which models need no logits where it is asked for the loss alone."""
+    """Stands in for a Trainer's compute_loss: models make no logits where it is asked for the loss alone."""
 
     def __init__(self, compute_loss):
         self.compute_loss = compute_loss
@@ -96,7 +98,7 @@ class _LossOnRows:
 
 
 def keep_groups_together(trainer: Trainer) -> Trainer:
-    """Makes a GRPO or RLOO trainer of TRL's split its rollouts by whole groups, in place, and returns it.
+    """Make one of TRL's GRPO or RLOO trainers split its rollouts by whole groups, in place, and return it.
 
     TRL shuffles the rows of a generation batch and cuts them into micro-batches, so the answers to a prompt end up in
     different ones. Here the groups keep the shuffled order of their first rows, and each group's rows follow one
@@ -117,7 +119,7 @@ def _shuffles_rollouts(trainer: Trainer) -> bool:
 
 
 class _GroupedInputs:
-    """The _prepare_inputs of a trainer of TRL's, which fills a list of micro-batches now and then, and returns one."""
+    """Stands in for the _prepare_inputs of one of TRL's trainers, and regroups the micro-batches that it makes."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -136,7 +138,7 @@ class _GroupedInputs:
 
 
 def _regrouped(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the micro-batches of a generation batch, those with the same prompt one after another."""
+    """Return the micro-batches of a generation batch with the same rows, those of one prompt one after another."""
     num_rows = len(batches[0]["prompt_ids"])
 
     def is_rows(value: Any) -> bool:
@@ -162,7 +164,7 @@ def _pick(values: Tensor | list, rows: Tensor) -> Tensor | list:
 
 
 def _order_of_groups(prompts: Tensor) -> Tensor:
-    """[N] the rows of prompts [N, T], equal ones side by side, in the order of their first rows."""
+    """Return the order [N] of prompts [N, T] in which equal ones stand side by side, by their first rows."""
     group = prompts.unique(dim=0, return_inverse=True)[1]
     rows = torch.arange(len(prompts), device=prompts.device)
     first = torch.full_like(rows, len(prompts)).scatter_reduce_(0, group, rows, "amin")
@@ -170,14 +172,14 @@ def _order_of_groups(prompts: Tensor) -> Tensor:
 
 
 class GroupSampler(Sampler[int]):
-    """Indices of a data set, shuffled anew in each epoch by whole groups.
+    """Samples the indices of a data set, shuffled anew in each epoch by whole groups.
 
     Args:
-        groups: of each example what it shares with others, such as its prompt: any hashable.
+        groups: what each example shares with others, such as its prompt; any hashable.
         seed: the order of an epoch depends on it and on the epoch alone.
 
     A Trainer takes it from its `_get_train_sampler`. Groups follow one another in random order and keep the data set's
-    order inside, so those that a batch cuts are at its ends.
+    order inside, so a batch cuts groups at its ends alone.
     """
 
     def __init__(self, groups: Sequence[Hashable], seed: int = 0):

@@ -1,14 +1,24 @@
-"""A transformers model that computes each shared token of a batch once: `enable(model)`, then call it as before.
+"""Makes transformers models compute each shared token of a batch once.
 
-What stands in for what while a model is enabled, all of it undone by `disable`:
+    from radix_ops import hf
 
-- the forward of the decoder stack, which folds the batch, runs the stack on the rows and unfolds its hidden states;
-- the forward of the model around it, which sees labels, says when a batch must not be folded because of them, and runs
-  a language model's head on rows where nothing else reads the hidden states;
-- of sentence-transformers' models, the methods that run batches of texts, so that shared prefixes meet in a batch.
+    hf.enable(model)  # in place; then call it as before
+    with hf.folded(model): ...
+    hf.disable(model)
+    model.radix_stats  # what was folded
 
-Configs, weights, hooks and classes stay untouched, and nothing but arguments carries a batch to the layers. So calls
-from several threads, and forwards that wait for their backward with gradient checkpointing, can't mix up batches.
+`enable` folds a batch where that pays, and lets it run as before where it does not or would be wrong. Its documentation
+says which models, calls and outputs that are; docs/models.md lists the model types.
+
+While a model is enabled, these stand in for others, and `disable` takes them away:
+
+- the forward of the decoder stack: it folds the batch, runs the stack on the rows and unfolds its hidden states;
+- the forward of the model around it: it sees labels, forbids to fold a batch because of them, and runs a language
+  model's head on rows where nothing else reads the hidden states;
+- methods of sentence-transformers' models that run batches of texts: they let shared prefixes meet in a batch.
+
+Configs, weights, hooks and classes stay untouched, and only arguments carry a batch to the layers. So calls from
+several threads, and forwards that wait for their backward with gradient checkpointing, can't mix up batches.
 """
 
 from ._enable import disable, enable, folded

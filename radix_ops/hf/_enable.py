@@ -1,4 +1,4 @@
-"""enable, disable and folded: what stands in for what, and what puts it back."""
+"""enable, disable and folded: they put forwards and methods in place of others, and put those back."""
 
 from __future__ import annotations
 
@@ -16,32 +16,35 @@ from .sentences import encode, modules
 
 
 def enable(model: nn.Module, threshold: float | None = None, layout: str = "auto", verify: str = "first") -> nn.Module:
-    """Makes `model` fold its batches, in place, and returns it.
+    """Make `model` fold its batches, in place, and return it.
 
     Args:
-        model: a transformers model, with whatever head, or what is wrapped around one: PEFT, DistributedDataParallel,
-            torch.compile, sentence-transformers (below). Of a type and a config that were proven to fold exactly
-            (docs/models.md), on the CPU or on one CUDA device. Give the outermost module that is called: of a module
-            further in, labels and pooling are out of sight (below).
+        model: a transformers model with any head, or what is wrapped around one: PEFT, DistributedDataParallel,
+            torch.compile, sentence-transformers (below). Its type and config must be proven to fold exactly
+            (docs/models.md), and it must be on the CPU or on one CUDA device. Give the outermost module that is called:
+            from a module further in, labels and pooling are out of sight (below).
         threshold: fold a batch where rows / real tokens is at most this; 1.0 folds always, 0 never. By default a batch
             is folded where that pays, by a rule that was measured: at most 95% of its padded positions have to be
-            computed, and what is saved is large enough beside the cost of folding, which depends on the model's width
-            and the device. Small models and batches run as before.
+            computed, and what is saved outweighs the cost of folding, which depends on the model's width and the
+            device. Small models and batches run as before.
         layout: that of `radix_ops.attention`.
         verify: "first" compares the first folded batch, and the first that is longer than a window of the config, with
-            the plain model, again when the config changed; "always" every one and "never" none. It costs a forward of
-            the plain model without gradients.
+            the plain model, again when the config changed; "always" compares every one and "never" none. A comparison
+            costs a forward of the plain model without gradients.
 
     The model takes the same arguments and returns the same output class and shapes, padded as the input: input_ids and
     attention_mask [B, T], padded on either side or both, last_hidden_state [B, T, D]. Values and gradients are equal
     up to rounding, gradient checkpointing included, but hidden states at masked positions are zeros where a batch was
-    folded (logits there are zeros, or the head's of zeros). A cache that only `config.use_cache` asked for is made by
-    the plain model, as it would have been in the call, when somebody looks inside; RuntimeError where the model has
-    changed since. Positions of a left-padded row are those that the plain model would have had, or, where only their
-    distances matter (RoPE), count from its first real token. Rows that hold several packed sequences are understood as
-    transformers does: from `position_ids`, without a mask and without a cache.
+    folded (logits there are zeros, or the head's of zeros). Positions of a left-padded row are those of the plain model
+    or, where only their distances matter (RoPE), count from its first real token. Rows that hold several packed
+    sequences are understood as transformers does: from `position_ids`, without a mask and without a cache.
 
-    These run as before, with one warning for each reason: an explicit `use_cache=True` or `past_key_values`,
+    Where only `config.use_cache` asks for a cache, the plain model makes it when somebody looks inside, as it would
+    have in the call. Looking inside raises RuntimeError where the model has changed since. Of changes to weights, one
+    goes unseen: an update in place through `.data` that misses all of the 8 values that are kept of each weight, and
+    moves 64 hidden states that are kept by less than `verify` allows.
+
+    These calls run as before, with one warning for each reason: an explicit `use_cache=True` or `past_key_values`,
     `output_attentions`, `output_hidden_states` with gradients (rows that sequences share have one together),
     `inputs_embeds`, a mask with holes or of another shape than input_ids, unknown arguments, active dropout or noise,
     hooks inside the decoder stack that aren't torch's or transformers' own (they would see rows, [1, num_rows, D]),
@@ -50,28 +53,28 @@ def enable(model: nn.Module, threshold: float | None = None, layout: str = "auto
     runs as before without a warning.
 
     A SentenceTransformer or CrossEncoder (sentence-transformers 5.0 or newer) trains as before, batch by batch.
-    `encode` and `predict`, and what calls those, return what they did, in the caller's order, up to rounding, but
-    tokenise all texts first and put those together that share prefixes, prompts included. Batches that pay are folded:
-    of at most as many rows as the largest of the library's would have positions, batch_size times the longest text in
-    tokens, and at most four times as many positions. All other texts run in the library's own batches, and so does
-    everything where results are those of tokens (`output_value`), where they depend on their batch's padding, where
-    inputs are no texts or pairs of texts, and on a model sharded by fully_shard. A pool's processes plan what they get,
-    which are neighbours of the sorted texts; they count in their own `radix_stats`. Where a module behind the
-    transformers model reads hidden states at masked positions, batches with such positions run as before. Of a Router
-    all routes are enabled. A SparseEncoder folds batch by batch; a MultiVectorEncoder is refused.
+    `encode` and `predict`, and whatever calls them, return what they did, in the caller's order, up to rounding. But
+    they tokenise all texts first and put those together that share prefixes, prompts included. Batches that pay are
+    folded: they have at most as many rows as the library's largest batch would have positions, batch_size times the
+    longest text in tokens, and at most four times as many positions. All other texts run in the library's own batches.
+    So does everything where results are those of tokens (`output_value`) or depend on their batch's padding, where
+    inputs are not texts or pairs of texts, and on a model sharded by fully_shard. A pool's processes plan what they
+    get, which are neighbours of the sorted texts; they count in their own `radix_stats`. Where a module behind the
+    transformers model reads hidden states at masked positions, batches with such positions run as before. All routes of
+    a Router are enabled. A SparseEncoder folds batch by batch; a MultiVectorEncoder is refused.
 
     torch.export gives the plain model's program; with strict=True, and torch.compile with fullgraph=True, it raises.
     Compiled models run uncompiled where they fold. Attention over rows is differentiable once: a second derivative
     raises RuntimeError.
 
     Enabling again sets the options anew. `model.radix_stats` counts what was done (`RadixStats`). Copies and pickles
-    of an enabled model are enabled, with counts of their own. What calls the decoder stack's submodules itself, past
-    its forward, is not folded. Where torch.distributed runs several processes, nothing is verified, with one warning: a
-    forward more on one of them could wait for the others forever.
+    of an enabled model are enabled, with counts of their own. Code that calls the decoder stack's submodules itself,
+    past its forward, is not folded. Where torch.distributed runs several processes, nothing is verified, with one
+    warning: a forward more on one of them could wait for the others forever.
 
-    Raises TypeError where there is no transformers model, ValueError for a type, class or config that folding isn't
-    known to be right for, for weights that are a subclass of Tensor (quantised ones), for a model on several devices
-    or on others than these, and for options out of range. A folded batch that verify finds to be wrong raises
+    Raises TypeError where there is no transformers model. Raises ValueError for a type, class or config that folding
+    isn't known to be right for, for weights that are a subclass of Tensor (quantised ones), for a model on several
+    devices or on other devices, and for options out of range. A folded batch that verify finds to be wrong raises
     RuntimeError, and the model is disabled.
     """
     options = _check_options(threshold, layout, verify)
@@ -94,7 +97,7 @@ def enable(model: nn.Module, threshold: float | None = None, layout: str = "auto
 
 
 def _foldable_stack(owner: PreTrainedModel) -> PreTrainedModel:
-    """The decoder stack of a transformers model. Raises ValueError where it can't be folded."""
+    """Return the decoder stack of a transformers model. Raises ValueError where it can't be folded."""
     stack = proofs.find_stack(owner)
     reason = guards.why_misplaced(owner, stack) or guards.why_unfoldable(stack)
     if reason is None and _state_of(stack) is None and "forward" in vars(stack):
@@ -105,10 +108,10 @@ def _foldable_stack(owner: PreTrainedModel) -> PreTrainedModel:
 
 
 def disable(model: nn.Module) -> None:
-    """Takes back `enable`, attribute by attribute; `model.radix_stats` goes too. Nothing happens if it isn't enabled.
+    """Take back `enable`, attribute by attribute, and `model.radix_stats`; do nothing to a model that isn't enabled.
 
-    Backward passes of folded forwards may still be run. Raises RuntimeError where a forward was replaced since by
-    another: put back the one that stood there, or delete the attribute, and disable again.
+    Backward passes of folded forwards may still be run. Raises RuntimeError where something else replaced a forward
+    since: put back the one that stood there, or delete the attribute, and disable again.
     """
     encoder = modules.find_encoder(proofs.check_module(model, "disable"))
     states = _states_in(model, encoder)
@@ -128,7 +131,7 @@ def disable(model: nn.Module) -> None:
 def folded(
     model: nn.Module, threshold: float | None = None, layout: str = "auto", verify: str = "first"
 ) -> Iterator[nn.Module]:
-    """`enable` on entry, and on exit the state before: disabled, or enabled with its former options."""
+    """Enable `model` on entry, and on exit put it back: disabled, or enabled with its former options."""
     encoder = modules.find_encoder(proofs.check_module(model, "folded"))
     before = [(state, state.options, state.verified, [*state.owners]) for state in _states_in(model, encoder)]
     was_installed = encoder is not None and modules.is_installed(encoder)
@@ -175,7 +178,7 @@ def _state_of(stack: nn.Module) -> StackForward | None:
 
 
 def _states_in(model: nn.Module, encoder: nn.Module | None) -> list[StackForward]:
-    """The states of the enabled stacks inside `model`: all those of an encoder, otherwise that of the first."""
+    """Return the states of the enabled stacks inside `model`: all of an encoder's, otherwise the first."""
     states = filter(None, map(_state_of, (model if encoder is None else encoder).modules()))
     return list(states if encoder is not None else itertools.islice(states, 1))
 

@@ -1,7 +1,7 @@
-"""Which transformers models fold exactly, and in which configs: what `make models` proved, held against a model.
+"""The transformers models that fold exactly, and their configs: what `make models` proved, held against a model.
 
-`models.json` is the allow-list. Of each model type it holds the classes that its decoder stack is made of and the
-values of its config that were run, folded against plain. What it does not hold is refused by name.
+`models.json` is the allow-list. It holds for each model type the classes that its decoder stack is made of and the
+values of its config with which folded and plain models were run and agreed. Anything else is refused by name.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules import activation
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
-# Their frequencies depend on the config alone; those of "dynamic" and "longrope" on the longest position of a batch,
-# which left padding moves.
+# Frequencies of these kinds depend on the config alone; those of "dynamic" and "longrope" on the longest position of a
+# batch, which left padding moves.
 FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
-# What else rope_parameters may hold; other keys, such as scales of the scores by position, have to be proven.
+# rope_parameters may hold these keys; others, such as scales of the scores by position, have to be proven.
 _ROPE_KEYS = frozenset(
     {
         "rope_type", "type", "rope_theta", "factor", "partial_rotary_factor", "low_freq_factor", "high_freq_factor",
@@ -34,7 +34,7 @@ _ROPE_KEYS = frozenset(
         "truncate",
     }
 )  # fmt: skip
-# Config fields that change neither what a row computes nor who attends to whom, or that are checked elsewhere.
+# These config fields change neither what a row computes nor who attends to whom, or are checked elsewhere.
 _HARMLESS_FIELDS = frozenset(
     {
         "use_cache", "output_hidden_states", "output_attentions", "return_dict", "tie_word_embeddings", "architectures",
@@ -44,19 +44,19 @@ _HARMLESS_FIELDS = frozenset(
         "base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "base_model_fsdp_plan", "quantization_config",
     }
 )  # fmt: skip
-# Values that no proof may allow, whatever it finds: by them the loss counts tokens, or attention is not causal.
+# No proof may allow these values, whatever it finds: with them the loss counts tokens, or attention is not causal.
 NEVER = {
     "is_causal": False, "output_router_logits": True, "use_bidirectional_attention": True, "is_encoder_decoder": True,
     "add_cross_attention": True,
 }  # fmt: skip
-# Numbers whose names say that they may decide who attends to whom, or scale by position: right only if they were run.
+# Numbers with such names may decide who attends to whom, or scale by position: they are right only if they were run.
 SUSPICIOUS = re.compile(
     r"chunk|block|index_|sparse|compress|floor|attn_scale|temperature|stride|local|global|window|memory|segment|every"
 )
 NUMBER = "a number"
-# What transformers' own masks read of a config, whether its class declares it or not.
+# transformers' own masks read these fields, whether the config's class declares them or not.
 _READ_OF_ALL = {"sliding_window", "attention_chunk_size"}
-# Modules of torch's that treat each token by itself, whatever a model was proven with.
+# torch's own modules that treat each token by itself, whatever a model was proven with.
 _TOKENWISE = frozenset(
     {
         nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity, nn.ModuleList, nn.ModuleDict,
@@ -68,24 +68,24 @@ _TOKENWISE = frozenset(
 
 @dataclass(frozen=True)
 class Proof:
-    """What `make models` found out about a model type: that its decoder stack folds exactly, and on which terms."""
+    """The terms on which the decoder stack of a model type folds exactly, as `make models` found them."""
 
-    module: str  # of the stack's class
+    module: str  # where the stack's class is defined
     stack: str  # the class that owns the embedding and the layers
     classes: list[str]  # of the modules inside
-    # Of each field of the config that may be a bool, a string or None, those that were run; NUMBER where a number was.
+    # The values that were run of each field of the config that may be a bool, a string or None; NUMBER is all numbers.
     values: Mapping[str, list]
     layer_types: list[str]
-    calls: int  # of attention, for each layer
+    calls: int  # of attention, in each layer
     positions: str  # a left-padded row counts from its first real token ("tokens") or column ("columns"), or "any"
-    packing: bool  # whether steps of the positions other than 1 part sequences
-    heads: list[str] = field(default_factory=list)  # classes whose outputs were compared, labels too
+    packing: bool  # whether a new sequence begins wherever positions don't go up by 1
+    heads: list[str] = field(default_factory=list)  # classes whose outputs and losses were compared
     head_on_rows: bool = False  # whether the causal LM's head may run on rows
-    since: str = "0"  # the oldest version of transformers that it holds for, and for all that were tried since
+    since: str = "0"  # the oldest version of transformers that it holds for, and for all later ones that were tried
 
     @functools.cached_property
     def stack_class(self) -> type | None:
-        """None where this version of transformers has none."""
+        """The class of the stack, None where this version of transformers lacks it."""
         return _found(f"{self.module}.{self.stack}")
 
     @functools.cached_property
@@ -94,7 +94,7 @@ class Proof:
 
 
 def _found(path: str) -> type | None:
-    """The class of that path_of, if there is one."""
+    """Return the class of that `path_of`, or None."""
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name, None)
@@ -104,7 +104,7 @@ def _found(path: str) -> type | None:
 
 @functools.cache
 def proofs() -> tuple[dict[str, Proof], dict[str, str]]:
-    """The proven types, and why others are not."""
+    """Return the proven types, and for others why they are not."""
     content = json.loads((Path(__file__).parent / "models.json").read_text(encoding="utf-8"))
     return {name: Proof(**proof) for name, proof in content["proven"].items()}, content["refused"]
 
@@ -120,7 +120,7 @@ def check_module(model: nn.Module, caller: str) -> nn.Module:
 
 
 def find_model(model: nn.Module) -> PreTrainedModel:
-    """The outermost model of transformers' in `model`, which may be wrapped by PEFT, DDP, torch.compile and others.
+    """Return the outermost transformers model in `model`, which may be wrapped by PEFT, DDP, torch.compile and others.
 
     Raises TypeError where there is none.
     """
@@ -132,7 +132,7 @@ def find_model(model: nn.Module) -> PreTrainedModel:
 
 
 def find_stack(model: PreTrainedModel) -> PreTrainedModel:
-    """The module that owns the embedding and the decoder layers, of a model that can be folded.
+    """Return the module of a model that owns the embedding and the decoder layers.
 
     Raises ValueError for a model that folding isn't known to be right for.
     """
@@ -143,7 +143,7 @@ def find_stack(model: PreTrainedModel) -> PreTrainedModel:
     if model_type not in proven or stack.config.model_type != model_type:
         raise ValueError(
             f"{name} is of model type {model_type!r}, which folding is not known to be right for"
-            f"{': ' + refused[model_type] if model_type in refused else ''}; docs/models.md lists those that it is"
+            f"{': ' + refused[model_type] if model_type in refused else ''}; docs/models.md lists the types that fold"
         )
     proof = proven[model_type]
     if Version(transformers.__version__) < Version(proof.since):
@@ -160,7 +160,7 @@ def find_stack(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def innermost_stack(model: PreTrainedModel) -> PreTrainedModel:
-    """The innermost module of transformers' that holds an embedding and a list of layers."""
+    """Return the innermost transformers model that holds an embedding and a list of layers."""
 
     def holds_all(module: nn.Module) -> bool:
         children = list(module.modules())
@@ -176,7 +176,7 @@ def innermost_stack(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def class_of(module: nn.Module) -> type:
-    """Its class, without the one that fully_shard derives."""
+    """Return the module's class, looking through the one that fully_shard derives."""
     return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
 
 
@@ -185,7 +185,7 @@ def path_of(cls: type) -> str:
 
 
 def is_tokenwise(cls: type) -> bool:
-    """Whether its modules are known to treat each token by itself: torch's own, and PEFT's around projections."""
+    """Return whether such modules are known to treat each token by itself: some of torch's, and PEFT's projections."""
     if cls in _TOKENWISE:
         return True
     if not cls.__module__.startswith("peft.tuners."):
@@ -196,9 +196,9 @@ def is_tokenwise(cls: type) -> bool:
 
 
 def _unknown_head(model: PreTrainedModel, stack: PreTrainedModel, proof: Proof) -> str | None:
-    """Of transformers' own heads those that were run; a user's are taken to read all that they can."""
+    """Return which of transformers' own heads was never run, or None. A user's head is taken to read everything."""
     cls = class_of(model)
-    is_base = cls is MODEL_MAPPING.get(type(model.config), None)  # whose hidden states are the stack's
+    is_base = cls is MODEL_MAPPING.get(type(model.config), None)  # its hidden states are the stack's
     if model is stack or is_base or not cls.__module__.startswith("transformers.") or cls.__name__ in proof.heads:
         return None
     return f"which hidden states a {cls.__name__} reads is not proven"
@@ -209,14 +209,14 @@ def is_proven_class(cls: type, proof: Proof) -> bool:
 
 
 def declared_fields(config, of_all: bool = True) -> set[str]:
-    """Those of its class, and those that transformers looks for `of_all` configs."""
+    """Return the fields that a config's class declares and, with `of_all`, those that transformers reads of any."""
     declared = set(getattr(type(config), "__dataclass_fields__", ()))
     declared |= set(inspect.signature(type(config).__init__).parameters)
     return declared | _READ_OF_ALL if of_all else declared
 
 
 def layer_overrides(config) -> Iterator[tuple[str, Any]]:
-    """Fields that single layers have values of their own of."""
+    """Yield the fields, and their values, that single layers override."""
     for overrides in getattr(vars(config).get("_heterogeneity_spec"), "per_layer_overrides", {}).values():
         yield from overrides.items()
 
@@ -226,10 +226,9 @@ def layer_types_of(config) -> list[str]:
 
 
 def leaves(config) -> Iterator[tuple[str, Any]]:
-    """All fields of a config that may matter to folding, by name; dicts, lists and configs inside by what they hold.
+    """Yield the name and value of each field of a config that may matter to folding, and of what fields hold inside.
 
-    Fields that the config's class does not declare, as files from a hub hold them, matter to nobody, but for those of
-    NEVER.
+    Fields that the config's class does not declare, as files from a hub have them, matter to nobody, but for NEVER.
     """
     declared = declared_fields(config)
 
@@ -259,25 +258,25 @@ def leaves(config) -> Iterator[tuple[str, Any]]:
 
 
 def _ropes(config) -> list[Mapping[str, Any]]:
-    """The parameters of its rotary embeddings, of which each type of layer may have its own."""
+    """Return the parameters of a config's rotary embeddings: one set, or one for each type of layer."""
     given = vars(config).get("rope_parameters") or {}
     nested = [value for value in given.values() if isinstance(value, Mapping)]
     return nested or ([given] if given else [])
 
 
 def kind_of(value: Any) -> Any:
-    """What a proof says of a value: a number stands for all numbers."""
+    """Return how a proof lists a value: a number stands for all numbers."""
     return NUMBER if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 def is_harmless(name: str) -> bool:
-    """Whether a field of a config changes nothing that folding depends on: activations, ids of tokens."""
+    """Return whether a config's field, such as an activation or a token's id, changes nothing that folding needs."""
     words = name.split("_")
     return name.startswith("_") or name in _HARMLESS_FIELDS or "act" in words or name.endswith(("token_id", "_ids"))
 
 
 def unproven_config(config, proof: Proof) -> str | None:
-    """A field of the config whose value the proof says nothing about."""
+    """Return which field of the config has a value that the proof doesn't allow, or None."""
     overrides = list(layer_overrides(config))
     for name, value in NEVER.items():
         own = vars(config).get(name, getattr(type(config), name, None))
@@ -300,5 +299,5 @@ def is_proven(name: str, value: Any, proof: Proof) -> bool:
     kind = kind_of(value)
     if name not in proof.values:
         return kind == NUMBER and not SUSPICIOUS.search(name)
-    # Equal in Python are also True and 1.
+    # In Python True equals 1.
     return any(type(one) is type(other) and one == other for one in (kind, value) for other in proof.values[name])

@@ -1,1 +1,1 @@
-"""What `radix_ops.hf.enable` does to models of sentence-transformers: their batches of texts share prefixes."""
+"""sentence-transformers' models under `radix_ops.hf.enable`: texts that share prefixes meet in a batch."""

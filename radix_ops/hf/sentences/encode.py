@@ -1,6 +1,6 @@
-"""Stand-ins for what sentence-transformers' models do with many texts, for `radix_ops.hf`: shared prefixes meet.
+"""Stand-ins for the methods by which sentence-transformers' models take many texts. For `radix_ops.hf`.
 
-The library's own code runs every batch. What is decided here is which texts go into which of its calls.
+The library's own code runs every batch. This module decides which texts go into which of its calls.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from . import modules
 from .modules import Method, library
 from .tokens import Tokenize, Tokens
 
-# A folded batch's positions over those of the library's largest. Hidden states are unfolded into positions for the
-# pooling; the layers, which take several times as much memory for each, see rows.
+# A folded batch has at most so many times the positions of the library's largest. Hidden states are unfolded into
+# positions for the pooling; the layers, which take several times as much memory for each, see rows.
 _MAX_POSITIONS = 4
-_TEXTS_AT_ONCE = 256  # to be tokenised
+_TEXTS_AT_ONCE = 256  # that are tokenised together
 _QUANTISED = ("int8", "uint8", "binary", "ubinary")
 _CALIBRATED = ("int8", "uint8")  # by all embeddings that are quantised together
 
 
 def install(encoder: nn.Module, states: list[StackForward]) -> None:
-    """Takes the place of those of an encoder's methods that run batches; `modules.remove` takes it back."""
+    """Replace the methods of an encoder that run batches; `modules.remove` takes that back."""
     modules.remove(encoder)
     forwards = modules.transformer_forwards(encoder)
     methods: list[Method] = [*forwards]
     has = functools.partial(hasattr, type(encoder))
-    call = "_inference" if has("_inference") else "predict" if _is_cross_encoder(encoder) else "encode"
+    call = "_inference" if has("_inference") else "predict" if modules.is_cross_encoder(encoder) else "encode"
     if _takes_texts(encoder) and getattr(type(encoder), call).__module__.startswith(f"{library().__name__}."):
         methods.append(PlannedCall(encoder, call, states, forwards))
         methods += [
@@ -49,20 +49,16 @@ def install(encoder: nn.Module, states: list[StackForward]) -> None:
         method.install()
 
 
-def _is_cross_encoder(encoder: nn.Module) -> bool:
-    return isinstance(encoder, library().CrossEncoder)
-
-
 def _takes_texts(encoder: nn.Module) -> bool:
-    """Whether it makes one result of each text or pair; SparseEncoder's are of other kinds."""
+    """Return whether it makes one result of each text or pair; a SparseEncoder's results are of other kinds."""
     is_dense = isinstance(encoder, library().SentenceTransformer) and not isinstance(encoder, library().SparseEncoder)
-    return is_dense or _is_cross_encoder(encoder)
+    return is_dense or modules.is_cross_encoder(encoder)
 
 
 class PlannedCall(Method):
     """Stands in for `encode` or `predict`, or for what those run in each process: folds inputs that share prefixes.
 
-    Results are those of the library's own method, called with one planned batch after the other, in the caller's order.
+    Results come from the library's own method, called with one planned batch after the other, in the caller's order.
     """
 
     def __init__(
@@ -93,7 +89,7 @@ class PlannedCall(Method):
                 some = [texts[i] for i in indices]
                 results.put(indices, call(some, batch_size=len(some), show_progress_bar=False, **call.unquantised))
         except Unfolded:
-            pass  # nor would those behind it be, and all that are left run as the library has it
+            pass  # the batches behind it would not fold either, so the library runs all that are left
         finally:
             must_fold.reset(token)
         rest = results.missing()
@@ -102,7 +98,7 @@ class PlannedCall(Method):
         return call.quantised(results.all)
 
     def _may_plan(self, call: _Call) -> bool:
-        """Whether results are the same in whatever batches, and the model would fold now."""
+        """Return whether results don't depend on how texts are batched, and the model would fold at this moment."""
         given, stacks = call.arguments, [state.module for state in self.states]
         batch_size = given.get("batch_size")
         if not isinstance(batch_size, int) or batch_size <= 0 or self.states[0].options.threshold == 0:
@@ -123,7 +119,7 @@ class PlannedCall(Method):
         return not any(guards.why_unfoldable(stack) or guards.why_disturbed(stack) for stack in stacks)
 
     def _batches(self, tokens: Tokens, call: _Call) -> list[np.ndarray]:
-        """The batches, of indices of texts, that it pays to fold."""
+        """Return the batches, as indices of texts, that it pays to fold."""
         lengths, sides = tokens.store.lengths, tokens.sides
         stacks = [state.module for state in self.states]
         counts_columns = any(proofs.proof_of(stack).positions == "columns" for stack in stacks)
@@ -147,7 +143,10 @@ class PlannedCall(Method):
 
 
 class MultiProcessCall(Method):
-    """Stands in for what deals inputs out to a pool's processes, which plan their share: neighbours share prefixes."""
+    """Stands in for the method that deals inputs out to a pool's processes: sorts them, so that neighbours share.
+
+    Each process plans its own share.
+    """
 
     def __call__(self, *args, **kwargs):
         call = _Call.of(self.__wrapped__, args, kwargs)
@@ -161,14 +160,14 @@ class MultiProcessCall(Method):
 
 
 def _texts_of(encoder: nn.Module, call: _Call) -> list | None:
-    """The inputs of the call, if they are several texts or, for a CrossEncoder, pairs of texts."""
+    """Return the inputs of the call if they are several texts or, for a CrossEncoder, pairs of texts; else None."""
     given = call.inputs
     if not isinstance(given, (Sequence, np.ndarray)) or isinstance(given, str):
         return None
     if hasattr(encoder, "is_singular_input") and encoder.is_singular_input(given):
         return None
     texts = given.tolist() if isinstance(given, np.ndarray) else list(given)
-    is_text = _is_pair if _is_cross_encoder(encoder) else _is_text
+    is_text = _is_pair if modules.is_cross_encoder(encoder) else _is_text
     return texts if isinstance(texts, list) and len(texts) > 1 and all(map(is_text, texts)) else None
 
 
@@ -181,7 +180,7 @@ def _is_pair(value) -> bool:
 
 
 class _Call:
-    """A call of a method of the library's with many inputs; arguments go by name."""
+    """A call of one of the library's methods with many inputs; arguments go by name."""
 
     def __init__(self, method: Callable, inputs_name: str, arguments: dict[str, Any], further: dict[str, Any]):
         self.method, self.inputs_name, self.further = method, inputs_name, further
@@ -190,13 +189,13 @@ class _Call:
 
     @classmethod
     def of(cls, method: Callable, args: tuple, kwargs: dict[str, Any]) -> _Call | None:
-        """None for arguments that don't fit, which the method itself has to say."""
+        """Return the call, or None for arguments that don't fit, about which the method itself complains."""
         signature = inspect.signature(method)
         parameters = list(signature.parameters.values())
         if not parameters or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
-            return None  # not the library's
+            return None  # not one of the library's methods
         name = given = parameters[0].name
-        if not args and name not in kwargs and "sentences" in kwargs:  # as the library called them, and still takes
+        if not args and name not in kwargs and "sentences" in kwargs:  # the library's former name, which it still takes
             given = "sentences"
             kwargs = {name: kwargs[given]} | {key: value for key, value in kwargs.items() if key != given}
         try:
@@ -214,11 +213,11 @@ class _Call:
         return self.method(**{self.inputs_name: inputs}, **{**self.arguments, **changes}, **self.further)
 
     def tokens(self, encoder: nn.Module, texts: list) -> Tokens | None:
-        """Those of the texts as the call will see them, prompt included; None where that can't be told."""
+        """Return the tokens of texts as the call will see them, prompt included, or None where that can't be told."""
         try:
             prompt = self._prompt(encoder)
         except KeyError:
-            return None  # which the library says better
+            return None  # the library has the better message
         starts = self.progress(range(0, len(texts), _TEXTS_AT_ONCE), "Tokenizing")
         if hasattr(type(encoder), "preprocess"):
             batches = (texts[start : start + _TEXTS_AT_ONCE] for start in starts)
@@ -231,7 +230,7 @@ class _Call:
         return Tokens.of(encoder, batches, encoder.tokenizer, arguments)
 
     def _prompt(self, encoder: nn.Module) -> str | None:
-        """Raises KeyError for a name that the encoder has no prompt of."""
+        """Return the prompt that the call puts first. Raises KeyError for a prompt_name that the encoder lacks."""
         prompt, name = self.arguments.get("prompt"), self.arguments.get("prompt_name")
         if prompt is not None or "prompt_name" not in self.arguments:
             return prompt
@@ -240,16 +239,16 @@ class _Call:
         return encoder.prompts.get(encoder.default_prompt_name)
 
     def device(self, encoder: nn.Module) -> torch.device | None:
-        """Where the call computes; None where nothing folds."""
+        """Return the device that the call computes on, or None for one on which nothing folds."""
         given = self.arguments.get("device")
         try:
             device = torch.device(encoder.device if given is None else given)
         except (RuntimeError, TypeError):
             return None
-        return device if device.type in ("cpu", "cuda") else None
+        return device if device.type in guards.DEVICES else None
 
     def progress(self, steps: Iterable, description: str) -> Iterable:
-        """The steps, with a progress bar where the caller asked for one or the library would show one."""
+        """Return the steps, with a progress bar where the caller asked for one or the library would show one."""
         from tqdm.autonotebook import tqdm  # which sentence-transformers depends on
 
         show = self.arguments.get("show_progress_bar")
@@ -259,7 +258,7 @@ class _Call:
 
     @property
     def unquantised(self) -> dict[str, Any]:
-        """Changes of arguments, for a part of the inputs: what is calibrated by all embeddings comes last."""
+        """The changes of arguments with which parts of the inputs run: quantising needs all embeddings together."""
         if self.arguments.get("precision") not in _QUANTISED:
             return {}
         return {"precision": "float32", "convert_to_numpy": True, "convert_to_tensor": False}
@@ -274,7 +273,7 @@ class _Call:
 
 
 class _Results:
-    """The results of inputs, of parts of them at a time: a tensor, an array or a list, as the parts are."""
+    """Collects the results of inputs part by part, in a tensor, an array or a list, as the parts are."""
 
     def __init__(self, num_inputs: int):
         self.all: Tensor | np.ndarray | list | None = None

@@ -1,6 +1,6 @@
-"""What sentence-transformers puts around transformers models, for `radix_ops.hf`: which modules, and what they read.
+"""The modules that sentence-transformers puts around transformers models, and what they read. For `radix_ops.hf`.
 
-sentence-transformers is never imported here; who has one of its models has imported it.
+sentence-transformers is never imported here: whoever has one of its models has imported it.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from ..proofs import class_of
 
 _ENCODERS = ("SentenceTransformer", "CrossEncoder", "SparseEncoder", "MultiVectorEncoder")
 _OLDEST = "5.0.0"
-# Features that hold something of every position; what stands at masked ones may be read or not.
+# Features that hold something for every position; modules may read masked positions or not.
 _OF_POSITIONS = ("token_embeddings", "causal_logits")
-SIDES = {"left": 0, "right": -1}  # and the outermost column of each
+SIDES = {"left": 0, "right": -1}  # of a batch, and their outermost columns
 
 
 class Method:
     """Stands in for a method of one module. An object and not a closure, so that it copies and pickles with the module.
 
-    In a module's own attributes it goes before the method of its class.
+    It is an attribute of the module itself, which goes before the method of its class.
     """
 
     def __init__(self, module: nn.Module, name: str):
@@ -38,7 +38,7 @@ class Method:
 
     @property
     def __wrapped__(self):
-        """What stood here before, where inspect.signature finds the arguments."""
+        """The method that stood here before, where inspect.signature finds the arguments."""
         return self.previous or types.MethodType(getattr(class_of(self.module), self.name), self.module)
 
     def install(self) -> None:
@@ -52,20 +52,20 @@ class Method:
 
 
 def library():
-    """The package, if somebody has imported it."""
+    """Return sentence-transformers if somebody has imported it, else None."""
     return sys.modules.get("sentence_transformers")
 
 
 def find_encoder(model: nn.Module) -> nn.Module | None:
-    """The SentenceTransformer or CrossEncoder (or other of that library's models) in `model`, None if there is none."""
+    """Return the SentenceTransformer, CrossEncoder or other model of that library in `model`, or None."""
     classes = tuple(getattr(library(), name) for name in _ENCODERS if hasattr(library(), name))
     return next((module for module in model.modules() if isinstance(module, classes)), None)
 
 
 def owners_to_fold(encoder: nn.Module) -> list[PreTrainedModel]:
-    """The outermost models of transformers' in an encoder; several where it routes its inputs to one or another.
+    """Return the outermost transformers models in an encoder: several where it routes inputs to one or another.
 
-    Raises ValueError for an encoder that can't be folded, TypeError for one without any.
+    Raises ValueError for an encoder that can't be folded, and TypeError for one that holds none.
     """
     name, version = type(encoder).__name__, library().__version__
     if Version(version) < Version(_OLDEST):
@@ -89,12 +89,12 @@ def _outermost(module: nn.Module) -> list[PreTrainedModel]:
 
 
 def _stages(encoder: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
-    """Each module of an encoder that holds a transformers model, and the modules that its features then go through.
+    """Yield each module of an encoder that holds a transformers model, and the modules that its features go on to.
 
-    A module that several routes lead through comes once for each.
+    A module comes once for each route that leads through it.
     """
     if not isinstance(encoder, nn.Sequential):
-        return  # CrossEncoder up to 5.3, which is a transformers model and nothing behind it
+        return  # CrossEncoder up to 5.3 is a transformers model with nothing behind it
     for path in _paths(list(encoder._modules.values())):
         for place, module in enumerate(path):
             if any(isinstance(part, PreTrainedModel) for part in module.modules()):
@@ -102,7 +102,7 @@ def _stages(encoder: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
 
 
 def _paths(modules: list[nn.Module]) -> Iterator[list[nn.Module]]:
-    """All ways through modules of which some (Router, Asym) have several routes."""
+    """Yield all ways through modules, of which some (Router, Asym) have several routes."""
     for place, module in enumerate(modules):
         routes = getattr(module, "sub_modules", None)
         if isinstance(routes, nn.ModuleDict):
@@ -113,17 +113,17 @@ def _paths(modules: list[nn.Module]) -> Iterator[list[nn.Module]]:
 
 
 class Reading(NamedTuple):
-    """What the modules behind a transformers model make of padding, by the sides that it stands on."""
+    """The sides on which padding matters to the modules behind a transformers model."""
 
-    states: frozenset[str] = frozenset()  # where they read hidden states at masked positions
-    width: frozenset[str] = frozenset()  # where their result changes with the number of masked positions
+    states: frozenset[str] = frozenset()  # they read hidden states at masked positions
+    width: frozenset[str] = frozenset()  # their result changes with the number of masked positions
 
 
 _UNKNOWN = Reading(frozenset(SIDES), frozenset(SIDES))
 
 
 class TransformerForward(Method):
-    """Stands in for the forward of a module that holds a transformers model, and knows who reads its hidden states."""
+    """Stands in for the forward of a module that holds a transformers model: knows who reads its hidden states."""
 
     def __init__(self, module: nn.Module, encoder: nn.Module):
         super().__init__(module, "forward")
@@ -150,7 +150,7 @@ class TransformerForward(Method):
         return None
 
     def reading(self) -> Reading:
-        """As the modules are at this moment."""
+        """Return what is read by the modules as they are at this moment."""
         tails = [following for module, following in _stages(self.encoder) if module is self.module]
         settings = [[(part, _settings(part)) for module in tail for part in module.modules()] for tail in tails]
         if self._known is None or self._known[0] != settings:
@@ -160,7 +160,7 @@ class TransformerForward(Method):
 
     def _try(self, following: list[nn.Module]) -> Reading:
         if not type(self.module).forward.__module__.startswith(f"{library().__name__}."):
-            return _UNKNOWN  # nobody knows what a forward of others reads
+            return _UNKNOWN  # another package's forward may read anything
         name = getattr(self.module, "module_output_name", None) or "token_embeddings"
         if name not in _OF_POSITIONS or not following:
             return Reading()
@@ -176,17 +176,20 @@ class TransformerForward(Method):
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """What may decide how a module computes: its plain values, which users may change."""
+    """Return the plain values of a module, which may decide how it computes and which users may change."""
     plain = (str, int, float, tuple, type(None))
     return {name: value for name, value in vars(module).items() if isinstance(value, plain) and name != "training"}
 
 
-_LENGTHS = (5, 3, 4)  # of the sequences that `_try` pads
+_LENGTHS = (5, 3, 4)  # of the sequences with which `_try` runs modules
 
 
 @torch.no_grad()
 def _try(modules: list[nn.Module], name: str, states: Tensor) -> Reading:
-    """What the modules make of the same sequences with other padding. Of modules that fail anything is to be feared."""
+    """Return what modules read, found by running them on the same sequences with other padding.
+
+    Modules that fail may read anything.
+    """
     training = {part: part.training for module in modules for part in module.modules()}
     read, width = set(), set()
     try:
@@ -198,7 +201,7 @@ def _try(modules: list[nn.Module], name: str, states: Tensor) -> Reading:
                     _result(modules, name, *_padded(states, side, padding, fill))
                     for padding, fill in ((0, 0.0), (3, 0.0), (3, 50.0))
                 )
-            except Exception:  # of whatever kind: these are users' modules, called with less than they may need
+            except Exception:  # users' modules, called with less than they may need, may raise anything
                 return _UNKNOWN
             read |= {side} if _differ(wide, filled) else set()
             width |= {side} if _differ(wide, short) or _differ(wide, filled) else set()
@@ -209,7 +212,7 @@ def _try(modules: list[nn.Module], name: str, states: Tensor) -> Reading:
 
 
 def _padded(states: Tensor, side: str, padding: int, fill: float) -> tuple[Tensor, Tensor]:
-    """Sequences of _LENGTHS, the longest with `padding` masked positions on that side, and their mask [B, T]."""
+    """Return sequences of _LENGTHS, the longest with `padding` masked positions on that side, and their mask [B, T]."""
     mask = torch.zeros(len(_LENGTHS), max(_LENGTHS) + padding, dtype=torch.int64, device=states.device)
     padded = torch.full((*mask.shape, states.shape[2]), fill, device=states.device, dtype=states.dtype)
     for row, length in enumerate(_LENGTHS):
@@ -243,7 +246,7 @@ def is_cross_encoder(encoder: nn.Module) -> bool:
 
 
 def transformer_forwards(encoder: nn.Module) -> list[TransformerForward]:
-    """One for each module of an encoder that holds a transformers model; not in place yet."""
+    """Return one for each module of an encoder that holds a transformers model; none is in place yet."""
     return [TransformerForward(module, encoder) for module in {module: None for module, _ in _stages(encoder)}]
 
 
@@ -252,7 +255,7 @@ def is_installed(encoder: nn.Module) -> bool:
 
 
 def remove(encoder: nn.Module) -> None:
-    """Takes all stand-ins away, from the encoder and from its modules."""
+    """Take all stand-ins away, from the encoder and from its modules."""
     for method in _installed(encoder):
         method.remove()
 

@@ -1,4 +1,4 @@
-"""The tokens of all texts of a call of sentence-transformers', for `radix_ops.hf`: tokenised once and used twice."""
+"""The tokens of all texts of a call to sentence-transformers, made once and used twice. For `radix_ops.hf`."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ _PLAIN = (str, int, float, type(None))
 
 
 class Tokens:
-    """The tokens of many texts, in `store`, and of some of them the features that the tokenizer would make.
+    """Holds the tokens of many texts in `store`, and makes the features that the tokenizer would make of some of them.
 
-    constants: what else there is in the features, the same for all texts.
+    constants: whatever else features hold, the same for all texts.
     """
 
     def __init__(self, encoder: nn.Module, arguments: dict[str, Any]):
         self.encoder, self.arguments = encoder, arguments
         self.store = TokenStore()
         self.constants: dict[str, Any] = {}
-        self._index: dict[Any, int] = {}  # of a text in the store
+        self._index: dict[Any, int] = {}  # places of texts in the store
         self._zeros: set[str] = set()  # names of features that are 0 everywhere
-        self._sides: set[str] = set()  # that padding was seen on
-        self._pad_ids: set[int] = set()  # that were seen there
+        self._sides: set[str] = set()  # where padding was seen
+        self._pad_ids: set[int] = set()  # tokens that were seen there
         self._is_reusable = True
 
     @classmethod
     def of(
         cls, encoder: nn.Module, batches: Iterable[list], tokenize: Callable, arguments: dict[str, Any]
     ) -> Tokens | None:
-        """Those of all texts of `batches`; None where `tokenize(texts, **arguments)` makes something else of them."""
+        """Return the tokens of all texts of `batches`, or None where `tokenize(texts, **arguments)` makes none."""
         tokens = cls(encoder, arguments)
         for texts in batches:
             features = dict(tokenize(texts, **arguments))
@@ -75,7 +75,7 @@ class Tokens:
 
     @contextlib.contextmanager
     def at_hand(self) -> Iterator[None]:
-        """For as long, `Tokenize` of the encoder takes tokens from here."""
+        """Let `Tokenize` of the encoder take tokens from here meanwhile."""
         token = _at_hand.set(self)
         try:
             yield
@@ -83,7 +83,7 @@ class Tokens:
             _at_hand.reset(token)
 
     def features(self, texts: list) -> dict[str, Any] | None:
-        """What the tokenizer makes of the texts together, padded to the longest; None if that isn't known."""
+        """Return what the tokenizer makes of the texts together, padded to the longest, or None if that isn't known."""
         if not self._is_reusable or len(self.sides) > 1 or len(self._pad_ids) > 1:
             return None
         indices = [self._index.get(_key(text)) for text in texts]
@@ -100,7 +100,7 @@ class Tokens:
         return {_IDS: torch.from_numpy(ids), _MASK: torch.from_numpy(mask), **zeros, **self.constants}
 
 
-# Those of the call of the encoder's that runs.
+# The tokens of the call that an encoder is running.
 _at_hand: contextvars.ContextVar[Tokens | None] = contextvars.ContextVar("radix_tokens", default=None)
 
 
@@ -109,7 +109,7 @@ def _key(text):
 
 
 def _are_tokens(ids, mask, num_texts: int, further: Iterable) -> bool:
-    """Whether the features are padded tokens [num_texts, T] and the like."""
+    """Return whether the features are padded tokens [num_texts, T], and all others of the same shape."""
     if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or ids.dim() != 2 or ids.shape != mask.shape:
         return False
     if len(ids) != num_texts or any(isinstance(value, Tensor) and value.shape != ids.shape for value in further):
@@ -119,7 +119,7 @@ def _are_tokens(ids, mask, num_texts: int, further: Iterable) -> bool:
 
 
 class Tokenize(Method):
-    """Stands in for the method of an encoder that tokenises: while a call of `encode` runs, its tokens are at hand."""
+    """Stands in for an encoder's method that tokenises: takes the tokens of the running call of `encode`."""
 
     def __call__(self, *args, **kwargs):
         tokens = _at_hand.get()
