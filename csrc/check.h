@@ -118,6 +118,13 @@ inline int64_t claimed_bytes(const Tensor& tensor) {
   return overflows ? std::numeric_limits<int64_t>::max() : bytes;
 }
 
+// The elements from one index of a dimension to the next, 0 where there is none: its stride may then be any number, and
+// so may all strides of a tensor without elements. Of a tensor whose storage was checked, times its element's size it
+// fits int64.
+inline int64_t step_of(const Tensor& tensor, int64_t dim) {
+  return tensor.size(dim) > 1 && tensor.numel() > 0 ? tensor.stride(dim) : 0;
+}
+
 // A storage may have been resized below its tensors, as FSDP does with parameters that it has put away.
 inline void check_storage(const char* op, const char* name, const Tensor& tensor) {
   int64_t held = 0;

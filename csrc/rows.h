@@ -51,8 +51,7 @@ inline Rows rows_of(const char* op, const char* name, const Tensor& tensor, cons
   const int64_t element_bytes = static_cast<int64_t>(tensor.element_size());
   rows.data = static_cast<const char*>(rows.held.const_data_ptr());
   rows.row_bytes = product(rows.width, element_bytes);
-  // A single row may claim any distance to the next.
-  rows.stride_bytes = rows.count > 1 ? rows.held.stride(0) * element_bytes : 0;
+  rows.stride_bytes = step_of(rows.held, 0) * element_bytes;
   return rows;
 }
 

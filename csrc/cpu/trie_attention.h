@@ -52,8 +52,8 @@ inline Heads heads_of(const Tensor& tensor) {
   return Heads{
       held,
       static_cast<const char*>(held.const_data_ptr()),
-      held.stride(0) * bytes,
-      held.stride(1) * bytes,
+      step_of(held, 0) * bytes,
+      step_of(held, 1) * bytes,
       held.size(1),
       held.size(2)};
 }

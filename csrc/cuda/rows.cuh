@@ -58,7 +58,7 @@ inline int64_t unit_bytes_of(const std::array<Rows, kCount>& tensors) {
   uint64_t bits = 16;
   for (const Rows& rows : tensors) {
     bits |= reinterpret_cast<uintptr_t>(rows.data) | static_cast<uint64_t>(rows.row_bytes) |
-            (rows.count > 1 ? static_cast<uint64_t>(rows.stride_bytes) : 0);
+            static_cast<uint64_t>(rows.stride_bytes);
   }
   return static_cast<int64_t>(bits & (~bits + 1));
 }

@@ -197,6 +197,30 @@ def test_the_gradient_may_have_any_strides():
         assert all(map(torch.equal, gradients_of(batch, tensors, 0.25, grad_out), want))
 
 
+def loose(x):
+    """The same numbers, with a stride that no address may be made of wherever it leads to nothing."""
+    sizes = zip(x.shape, x.stride(), strict=True)
+    return x.as_strided(x.shape, [2**62 if size <= 1 or not x.numel() else stride for size, stride in sizes])
+
+
+@pytest.mark.parametrize(
+    ("sequences", "shape"),
+    [([[7]], (4, 2, 8, 8)), ([[1, 2, 3], [1, 2]], (1, 1, 8, 1)), ([], (4, 2, 8, 8)), ([[1, 2], [1, 3]], (4, 2, 8, 0))],
+    ids=["one row", "one head", "no rows", "empty values"],
+)
+def test_a_stride_that_leads_to_nothing_may_be_any_number(sequences, shape):
+    """So that its product with the size of an element overflows, which UBSan sees and `make sanitize` shows."""
+    batch = FoldedBatch.from_sequences(sequences)
+    tensors = inputs_of(batch, shape, torch.float32)
+    outputs = attend(batch, tensors, 0.25)
+    grad_out = grad_of(batch, outputs[0])
+    wants = *outputs, *attend_backward(batch, tensors, 0.25, 0, grad_out, outputs)
+    loose_tensors, loose_outputs = ([loose(x) for x in some] for some in (tensors, outputs))
+    gots = attend(batch, loose_tensors, 0.25)
+    gots = *gots, *attend_backward(batch, loose_tensors, 0.25, 0, loose(grad_out), loose_outputs)
+    assert all(map(torch.equal, gots, wants))
+
+
 def test_index_tensors_may_be_int64():
     batch = FoldedBatch.from_sequences(LONG)
     tensors = inputs_of(batch, (4, 2, 16, 16), torch.float32)
