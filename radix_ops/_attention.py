@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +12,10 @@ from .batch import FoldedBatch
 from .ops import flash, trie
 from .ops.checks import ATTENTION_DTYPES
 
-LAYOUTS = ("auto", "compact", "trie", "unfold")
+Layout: TypeAlias = Literal["auto", "compact", "trie", "unfold"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+# "packed" is "compact" where the keys of every sequence stand as they are needed.
+_Way: TypeAlias = Literal["compact", "packed", "trie", "unfold"]
 # Where attention runs and autocast works. To ask torch.amp instead would break graphs compiled by torch 2.11.
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 # How often unfolding must repeat keys on average for "auto" to take "trie" on the CPU in half precision.
@@ -27,9 +30,9 @@ def attention(
     *,
     scale: float | None = None,
     sliding_window: int | None = None,
-    layout: str = "auto",
+    layout: Layout = "auto",
 ) -> Tensor:
-    """Each row attends to the rows on its path from the start of its sequence.
+    """Let each row attend to the rows on its path from the start of its sequence.
 
     Args:
         q: [num_rows, H, D], float32, float64, bfloat16 or float16.
@@ -51,7 +54,9 @@ def attention(
             float64, and in bfloat16 and float16 where unfolding would repeat keys 16 times or more on average;
             "compact" elsewhere. In compiled code it does not look at the batch, so that one graph serves all.
 
-    With and without gradients it is computed in one way, to the same bits.
+    With and without gradients it is computed in one way, to the same bits. On the CPU those of "trie" are the same for
+    any number of threads; "compact" and "unfold" multiply by torch's scaled_dot_product_attention and bmm, whose last
+    bits may change with it.
 
     On CUDA in bfloat16 and float16, compute capability 8.0 or more, head_dim up to 256, kernels do it (torch's flash
     attention, and ours for "trie", in Triton, which are compiled in a second or two on the first call of a kind: dtype,
@@ -61,7 +66,7 @@ def attention(
 
     Returns [num_rows, H, D_v]; padding rows are exactly zero, and so are their gradients. Differentiable once; the
     backward may need the result as it was returned, so don't change it in place.
-    Raises ValueError for shapes, devices and values, TypeError for dtypes.
+    Raises ValueError for shapes, devices and values, TypeError for dtypes, RuntimeError for a batch altered by hand.
     """
     q, k, v = map(cast_for_autocast, (q, k, v))
     check_attention(q, k, v, batch, sliding_window)
@@ -69,7 +74,7 @@ def attention(
 
 
 def cast_for_autocast(x: Tensor) -> Tensor:
-    """x as torch's autocast hands it to scaled_dot_product_attention: in autocast's dtype, float64 as it is."""
+    """Return x as torch's autocast hands it to scaled_dot_product_attention: in autocast's dtype, float64 as it is."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
         return x
     device = x.device.type
@@ -79,36 +84,39 @@ def cast_for_autocast(x: Tensor) -> Tensor:
 
 
 class AttentionPlan(NamedTuple):
-    """What the attention of every layer of a forward needs beside its batch, made once."""
+    """One way to attend for every layer of a forward, made once: all that attention needs beside its batch."""
 
-    layout: str  # no longer "auto"; "packed" for "compact" where the keys of every sequence stand as they are needed
-    order: tuple[Tensor, ...] | None  # of radix::trie_order, for "trie"
-    otherwise: str | None = None  # of "auto": the layout for tensors that "trie" is not faster for
-    has_padding: bool = False  # whether num_rows > num_nodes; known for "packed"
+    layout: _Way
+    order: tuple[Tensor, ...] = ()  # of radix::trie_order, for "trie"
+    otherwise: _Way | None = None  # for "auto": the way for tensors that "trie" is not faster for
+    has_padding: bool = False  # num_rows > num_nodes; known for "packed"
     repeats: float = 0.0  # how often unfolding would repeat a key, where that is known
 
 
-def plan_attention(batch: FoldedBatch, layout: str) -> AttentionPlan:
-    """The plan for all layers; nothing waits for the host.
+def plan_attention(batch: FoldedBatch, layout: Layout) -> AttentionPlan:
+    """Choose how all layers attend, without waiting for the device.
 
-    Raises ValueError for a layout that there is not.
+    Raises ValueError for a layout that does not exist; on the CPU, RuntimeError for a batch altered by hand.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
+    is_compiling = torch.compiler.is_compiling()
+    if batch.cu_seqlens_q.device.type == "cpu" and not is_compiling:
+        batch.check_num_nodes()
     is_choice = layout == "auto"
-    layout = "compact" if is_choice else layout
+    way: _Way = "compact" if layout == "auto" else layout
     has_padding, repeats = False, 0.0
     # Compiled code has one graph for all batches.
-    if layout == "compact" and not torch.compiler.is_compiling():
+    if way == "compact" and not is_compiling:
         # Rows of runs that share nothing need no unfolding.
         if batch.kv_index.shape[0] == batch.num_nodes:
-            layout, has_padding = "packed", batch.num_rows > batch.num_nodes
+            way, has_padding = "packed", batch.num_rows > batch.num_nodes
         repeats = batch.kv_index.shape[0] / max(batch.num_nodes, 1)
-    if layout == "trie" or (is_choice and not (layout == "packed" and batch.kv_index.is_cuda)):
+    if way == "trie" or (is_choice and not (way == "packed" and batch.kv_index.is_cuda)):
         runs = batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index
         order = tuple(torch.ops.radix.trie_order(*runs, batch.num_rows))
-        return AttentionPlan("trie", order, layout if is_choice else None, has_padding, repeats)
-    return AttentionPlan(layout, None, None, has_padding)
+        return AttentionPlan("trie", order, way if is_choice else None, has_padding, repeats)
+    return AttentionPlan(way, has_padding=has_padding)
 
 
 def attend(
@@ -120,38 +128,46 @@ def attend(
     scale: float | None = None,
     sliding_window: int | None = None,
 ) -> Tensor:
-    """`attention` by a plan, with arguments that are known to be right."""
+    """Attend by a plan, with arguments that are known to be right."""
     window = sliding_window or 0
     factor = 1.0 / math.sqrt(q.shape[2]) if scale is None else float(scale)
-    layout = plan.layout
+    way = plan.layout
     if plan.otherwise is not None and not _trie_is_faster(q, v, plan):
-        layout = plan.otherwise
-    if layout == "trie":
+        way = plan.otherwise
+    if way == "trie":
         tables = trie.TrieTables(*plan.order, batch.kv_index, batch.cu_seqlens_q, batch.num_nodes)
         return torch.ops.radix.trie_attention(q, k, v, *tables, factor, window)[0]
-    if layout == "unfold":
-        packed = [batch.unfold(x) for x in (q, k, v)]
-        ends, longest = batch.cu_seqlens, batch.max_seqlen_k
-        out = _varlen(*packed, ends, ends, batch.num_tokens, longest, longest, factor, window)
+    if way == "unfold":
+        queries, keys, values = (batch.unfold(x) for x in (q, k, v))
+        lengths = batch.num_tokens, batch.max_seqlen_k, batch.max_seqlen_k
+        out = _varlen(queries, keys, values, batch.cu_seqlens, batch.cu_seqlens, lengths, factor, window)
         return _zero_padding_rows(batch.fold(out), batch)
     # Inductor must see no relation of num_rows and num_nodes, of which it then loses one: neither comparison nor cut.
-    if layout == "packed" and not (plan.has_padding and torch.compiler.is_compiling()):
+    if way == "packed" and not (plan.has_padding and torch.compiler.is_compiling()):
         keys, values = (x[: batch.num_nodes] if plan.has_padding else x for x in (k, v))
     else:
         keys, values = torch.ops.radix.gather_kv.csr(k, v, batch.kv_index, batch.kv_indptr, batch.kv_members)
-    ends = batch.cu_seqlens_q, batch.cu_seqlens_k
-    return _varlen(q, keys, values, *ends, batch.num_nodes, batch.max_seqlen_q, batch.max_seqlen_k, factor, window)
+    lengths = batch.num_nodes, batch.max_seqlen_q, batch.max_seqlen_k
+    return _varlen(q, keys, values, batch.cu_seqlens_q, batch.cu_seqlens_k, lengths, factor, window)
 
 
-def _varlen(q, k, v, ends_q, ends_k, num_queries, max_seqlen_q, max_seqlen_k, scale, window) -> Tensor:
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends_q: Tensor,
+    ends_k: Tensor,
+    lengths: tuple[int, int, int],  # queries in all, the longest run, the longest sequence
+    scale: float,
+    window: int,
+) -> Tensor:
     if flash.has_kernels(q, v):
-        lengths = num_queries, max_seqlen_q, max_seqlen_k
         return torch.ops.radix.flash_attention(q, k, v, ends_q, ends_k, *lengths, scale, window)[0]
     return torch.ops.radix.varlen_attention(q, k, v, ends_q, ends_k, scale, window)
 
 
 def _trie_is_faster(q: Tensor, v: Tensor, plan: AttentionPlan) -> bool:
-    """Whether "auto" takes "trie" for these tensors.
+    """Tell whether "auto" takes "trie" for these tensors.
 
     On an H200 it was 1.0 to 1.3 times as fast as "compact" in whole models, and 0.96 to 1.26 in training. On CPUs of 2
     cores it was faster in float32, forward and backward (benchmarks/bench_attention_cpu.py); its forward in bfloat16
@@ -171,7 +187,7 @@ def _zero_padding_rows(rows: Tensor, batch: FoldedBatch) -> Tensor:
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, batch: FoldedBatch, sliding_window: int | None) -> None:
-    """Raises what `attention` does for arguments that are wrong."""
+    """Raise what `attention` does for arguments that are wrong."""
     if not isinstance(batch, FoldedBatch):
         raise TypeError(f"batch must be a FoldedBatch, got {type(batch).__name__}")
     if sliding_window is not None and (isinstance(sliding_window, bool) or not isinstance(sliding_window, int)):

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
+from typing import Any, SupportsIndex, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .ops.checks import INDEX_DTYPES
 
+Integers: TypeAlias = Tensor | npt.NDArray[np.integer[Any]]
+TokenIds: TypeAlias = Sequence[SupportsIndex] | Integers
+Mask: TypeAlias = Tensor | npt.NDArray[np.bool_ | np.integer[Any] | np.floating[Any]]
+
 # torch stores and converts these, and computes little with them.
-STORED_ONLY = (torch.uint16, torch.uint32, torch.uint64)
-_WIDENED = (torch.uint8, torch.int8, torch.int16, *STORED_ONLY)
+_STORED_ONLY = (torch.uint16, torch.uint32, torch.uint64)
+_WIDENED = (torch.uint8, torch.int8, torch.int16, *_STORED_ONLY)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INT64 = np.iinfo(np.int64)
 
 
 def as_tensor(name: str, values: object) -> Tensor:
-    """A tensor as it is, or an array of NumPy or of its interfaces, in any order of bytes, as a tensor."""
+    """Return a dense tensor as it is, an array of NumPy or of its interfaces, in any order of bytes, as a tensor."""
     if isinstance(values, Tensor):
-        return values
+        return _dense(name, values)
     if hasattr(values, "__cuda_array_interface__"):
         return torch.as_tensor(values)
     if not hasattr(values, "__array__") and not hasattr(values, "__array_interface__"):
@@ -27,8 +35,18 @@ def as_tensor(name: str, values: object) -> Tensor:
     return _from_array(name, values)
 
 
+def as_mask(name: str, values: object) -> Tensor:
+    """Return a tensor or an array of bools, integers or floats as a tensor that torch computes with."""
+    tensor = as_tensor(name, values)
+    if tensor.dtype in _STORED_ONLY:
+        return tensor.to(torch.int64)
+    if tensor.dtype not in (torch.bool, *INDEX_DTYPES, *_WIDENED, *_FLOATS):
+        raise TypeError(f"{name} must hold bools, integers or floats, got {tensor.dtype}")
+    return tensor
+
+
 def as_integers(name: str, tensor: Tensor) -> Tensor:
-    """int32 and int64 as they are, other integers in int64.
+    """Return int32 and int64 as they are, other integers in int64.
 
     Raises TypeError for other dtypes and bool, ValueError for a value of uint64 that int64 does not hold; to find one
     on CUDA, the host waits.
@@ -48,7 +66,7 @@ def as_integers(name: str, tensor: Tensor) -> Tensor:
 
 
 def as_flat_integers(name: str, values: object) -> Tensor:
-    """A list, array or tensor of one dimension in int64, on the device where it is.
+    """Return a list, array or tensor of one dimension in int64, on the device where it is.
 
     Raises TypeError for other types, floats and bools, also among integers; ValueError for other shapes and for values
     that int64 does not hold.
@@ -64,8 +82,8 @@ def as_flat_integers(name: str, values: object) -> Tensor:
     return as_integers(name, tensor).to(torch.int64) if len(tensor) else tensor.to(torch.int64)
 
 
-def as_integer_list(name: str, values: list | tuple) -> list[int] | tuple[int, ...]:
-    """The values as Python's integers: NumPy would make int64 and float64 of those that stand beside True and uint64.
+def as_integer_list(name: str, values: Sequence[Any]) -> Sequence[int]:
+    """Return the values as Python's integers: beside True and np.uint64(3) NumPy makes int64 and float64 of them.
 
     Raises as `as_flat_integers` does, but takes values of any size.
     """
@@ -74,7 +92,14 @@ def as_integer_list(name: str, values: list | tuple) -> list[int] | tuple[int, .
     return [_index(name, values, x) for x in values]
 
 
-def _from_array(name: str, values: object) -> Tensor:
+def _dense(name: str, tensor: Tensor) -> Tensor:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} must be a dense tensor, got one that is {kind}")
+    return tensor
+
+
+def _from_array(name: str, values: Any) -> Tensor:
     if np.ma.is_masked(values):
         raise TypeError(f"{name} must hold integers, got an array with masked values")
     array = np.asarray(values)
@@ -84,14 +109,14 @@ def _from_array(name: str, values: object) -> Tensor:
         got = type(values).__name__ if array.ndim == 0 else array.dtype
         raise TypeError(f"{name} must hold integers, got {got}")
     # torch takes neither strange strides and byte orders nor, without a warning, arrays that can't be written to.
-    usable = np.require(array, array.dtype.newbyteorder("="), "CAWE")
+    usable = np.require(array, array.dtype.newbyteorder("="), ["C", "A", "W", "E"])
     try:
         return torch.from_numpy(usable)
     except TypeError:  # floats wider than its own
         raise TypeError(f"{name} must hold integers, got {array.dtype}") from None
 
 
-def _from_list(name: str, values: list | tuple) -> Tensor:
+def _from_list(name: str, values: Sequence[Any]) -> Tensor:
     values = as_integer_list(name, values)
     try:
         return torch.from_numpy(np.array(values, np.int64))
@@ -99,14 +124,15 @@ def _from_list(name: str, values: list | tuple) -> Tensor:
         raise _too_large(name, next(x for x in values if not _INT64.min <= x <= _INT64.max)) from None
 
 
-def _index(name: str, values: list | tuple, value: object) -> int:
+def _index(name: str, values: Sequence[Any], value: Any) -> int:
+    if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0):
+        raise _not_flat(name, [len(values), len(value)])
     is_bool = isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) in (torch.bool, np.bool_)
     try:
         if not is_bool:
             return operator.index(value)
     except TypeError:
-        if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0):
-            raise _not_flat(name, [len(values), len(value)]) from None
+        pass
     raise TypeError(f"{name} must hold integers, got {value!r}")
 
 

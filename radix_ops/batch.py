@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ._integers import STORED_ONLY, as_flat_integers, as_integers, as_tensor
+from ._integers import Integers, Mask, TokenIds, as_flat_integers, as_integers, as_tensor
+from ._padded import shorten, unpad
 from ._transfer import copy_together, pin_together, to_device
+
+Side: TypeAlias = Literal["right", "left"]
 
 
 @dataclasses.dataclass(eq=False)
 class FoldedBatch:
-    """What a model needs to know of a batch. Make one with `fold`, `pack`, `from_sequences` or `from_padded`.
+    """All that a model needs to know of a batch. Make one with `fold`, `pack`, `from_sequences` or `from_padded`.
 
     N tokens of B sequences stand packed, one sequence after another; the trie's M nodes, and padding behind them, are
     the num_rows compact rows. A model computes on rows; attention unfolds the keys and values it needs. Tensors are
     on one device; index tensors are int32. It is a pytree and can be an argument of compiled and exported functions,
     and `torch.load` reads a saved one with `weights_only`, where radix_ops is imported.
+
+    The fields belong together. Where one was altered by hand and does not fit the others, `to_padded`, `last_rows` and
+    attention raise on the CPU rather than cut. On CUDA the first two are device asserts, and attention trusts them.
     """
 
     input_ids: Tensor  # [num_rows]
@@ -45,9 +51,13 @@ class FoldedBatch:
 
     @classmethod
     def from_sequences(
-        cls, sequences: Sequence[Sequence[int]], *, device: torch.device | str | None = None, pad_multiple_of: int = 1
+        cls,
+        sequences: Sequence[TokenIds] | Integers,
+        *,
+        device: torch.device | str | None = None,
+        pad_multiple_of: int = 1,
     ) -> FoldedBatch:
-        """Folds token ids whose positions count from 0: lists, NumPy arrays or tensors [T] of any integer dtype.
+        """Fold token ids whose positions count from 0: lists, NumPy arrays or tensors [T] of any integer dtype.
 
         Ids on the CPU are folded there, and the batch then travels to `device` without blocking the host; tensors on
         a CUDA device are folded there. Ids become int64. Raises TypeError for anything but integers (bools and floats
@@ -68,60 +78,29 @@ class FoldedBatch:
     @classmethod
     def from_padded(
         cls,
-        input_ids: Tensor | np.ndarray,
-        attention_mask: Tensor | np.ndarray,
-        position_ids: Tensor | np.ndarray | None = None,
+        input_ids: Integers,
+        attention_mask: Mask,
+        position_ids: Integers | None = None,
         *,
         device: torch.device | str | None = None,
         pad_multiple_of: int = 1,
     ) -> FoldedBatch:
-        """Folds the real tokens of a padded batch, input_ids [B, T], where attention_mask [B, T] is 1 (else 0).
+        """Fold the real tokens of a padded batch, input_ids [B, T], where attention_mask [B, T] is 1 (else 0).
 
         Padding may stand on either side of a row or on both; a row of padding alone is an empty sequence. Positions
         count from 0 at each row's first real token unless `position_ids` [B, T] gives them. Ids and positions are
-        tensors or NumPy arrays as `fold` takes them, the mask is one of any dtype. The fold runs where the tensors
-        are; the batch then travels to `device`, if one is given, without blocking the host. On CUDA the host waits
-        once, as in any fold, and B * T may be 2^31 - 1 at most. Raises TypeError for anything but tensors and arrays,
-        ValueError for shapes or devices that differ, a mask with other values than 0 and 1, and a mask with a hole.
+        tensors or NumPy arrays as `fold` takes them, the mask is one of bools, integers or floats. The fold runs where
+        the tensors are; the batch then travels to `device`, if one is given, without blocking the host. On CUDA the
+        host waits once, as in any fold, and B * T may be 2^31 - 1 at most. Raises TypeError for anything but tensors
+        and arrays and for other dtypes, ValueError for shapes or devices that differ, a mask with other values than 0
+        and 1, and a mask with a hole.
         """
-        input_ids = as_integers("input_ids", as_tensor("input_ids", input_ids))
-        attention_mask = as_tensor("attention_mask", attention_mask)
-        if attention_mask.dtype in STORED_ONLY:
-            attention_mask = attention_mask.to(torch.int64)
-        given = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if position_ids is not None:
-            given["position_ids"] = position_ids = as_integers("position_ids", as_tensor("position_ids", position_ids))
-        for name, tensor in given.items():
-            if tensor.dim() != 2 or tensor.shape != input_ids.shape:
-                raise ValueError(
-                    "input_ids, attention_mask and position_ids must have one shape [B, T], "
-                    f"got {list(input_ids.shape)} for input_ids and {list(tensor.shape)} for {name}"
-                )
-            if tensor.device != input_ids.device:
-                raise ValueError(f"{name} is on {tensor.device}, but input_ids is on {input_ids.device}")
-        mask = attention_mask.bool()
-        lengths = mask.sum(1)
-        # A row without holes changes at most twice between padding and tokens, counting both ends as padding.
-        changes = torch.diff(mask.to(torch.int8), prepend=_zeros_like_column(mask), append=_zeros_like_column(mask))
-        is_bad = (changes.abs().sum(1) > 2) | (attention_mask != mask).any(1)
-        if mask.is_cuda:
-            # The host learns of a bad row as it learns of all else, by the fold: no cu_seqlens starts below 0.
-            cu_seqlens = torch.cat([-is_bad.sum()[None], lengths.cumsum(0)])
-            # The first place up to which i + 1 tokens stand; behind the last token any place.
-            counts = torch.arange(1, mask.numel() + 1, device=mask.device)
-            tokens = torch.searchsorted(mask.flatten().cumsum(0), counts).clamp_(max=mask.numel() - 1)
-            make = _fold_front
-        else:
-            _check_rows(attention_mask, is_bad)
-            cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-            tokens = mask.flatten().nonzero()[:, 0]
-            make = fold
-        if position_ids is not None:
-            position_ids = position_ids.flatten()[tokens]
+        tokens = unpad(input_ids, attention_mask, position_ids)
+        op = "fold_plan_front" if tokens.input_ids.is_cuda else "fold_plan"
         try:
-            batch = make(input_ids.flatten()[tokens], cu_seqlens, position_ids, pad_multiple_of)
+            batch = _fold_by(op, tokens.input_ids, tokens.cu_seqlens, tokens.position_ids, pad_multiple_of)
         except ValueError:
-            _check_rows(attention_mask, is_bad)
+            tokens.check_rows()
             raise
         return batch if device is None else batch.to(device, non_blocking=True)
 
@@ -157,6 +136,7 @@ class FoldedBatch:
             torch._check(self.min_seqlen > 0, lambda: "last_rows: a sequence of the batch is empty")
         elif self.num_sequences and self.min_seqlen == 0:
             raise ValueError("last_rows: a sequence of the batch is empty, so it has no last row")
+        _require((self._lengths_of_all_tokens() > 0).all(), "min_seqlen must be 0 where a sequence is empty")
         return self.unfold_index[self.cu_seqlens[1:] - 1]
 
     def fold(self, x: Tensor) -> Tensor:
@@ -172,19 +152,20 @@ class FoldedBatch:
         self._check_length("unfold", x, self.num_rows, "num_rows")
         return torch.ops.radix.gather.csr(x, self.unfold_index, self.unfold_indptr, self.unfold_members)
 
-    def to_padded(self, x: Tensor, side: str = "right", fill: float = 0) -> Tensor:
+    def to_padded(self, x: Tensor, side: Side = "right", fill: float = 0) -> Tensor:
         """x [num_rows, ...] of rows -> [B, max_seqlen_k, ...] with `fill` on the given side, "right" or "left"."""
-        if side not in ("right", "left"):
+        if side not in get_args(Side):
             raise ValueError(f'side must be "right" or "left", got {side!r}')
         tokens = self.unfold(x)
+        lengths = self._lengths_of_all_tokens()[:, None]
+        _require((lengths <= self.max_seqlen_k).all(), "max_seqlen_k must be at least the longest sequence")
         columns = torch.arange(self.max_seqlen_k, device=tokens.device)
-        lengths = self.lengths[:, None]
         mask = columns < lengths if side == "right" else columns >= self.max_seqlen_k - lengths
         padded = tokens.new_full((self.num_sequences, self.max_seqlen_k, *x.shape[1:]), fill)
         return padded.masked_scatter(mask.view(*mask.shape, *[1] * (x.dim() - 1)), tokens)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> FoldedBatch:
-        """The batch with its tensors on `device`.
+        """Return the batch with its tensors on `device`.
 
         From the CPU to CUDA with `non_blocking` all tensors travel in one copy through pinned memory. Towards the CPU
         `non_blocking` is not followed: the host would read what is not there yet.
@@ -196,7 +177,7 @@ class FoldedBatch:
         return self._moved(lambda tensors: [x.to(device, non_blocking=non_blocking) for x in tensors])
 
     def pin_memory(self) -> FoldedBatch:
-        """The batch, which must be on the CPU, with its tensors side by side in pinned memory.
+        """Return the batch, which must be on the CPU, with its tensors side by side in pinned memory.
 
         `to(device, non_blocking=True)` then copies nothing on the host. A DataLoader with `pin_memory` calls it.
         Raises ValueError for a batch on another device, RuntimeError as torch does where there is no accelerator.
@@ -208,14 +189,14 @@ class FoldedBatch:
         return self._moved(pin_together)
 
     def _moved(self, move: Callable[[list[Tensor]], list[Tensor]]) -> FoldedBatch:
-        """A batch of the tensors that `move` makes of this one's; what is one tensor stays one."""
+        """Return a batch of the tensors that `move` makes of this one's; what is one tensor stays one."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         tensors = {id(value): value for value in fields.values() if isinstance(value, Tensor)}
         moved = dict(zip(tensors, move(list(tensors.values())), strict=True))
         return FoldedBatch(**{name: moved.get(id(value), value) for name, value in fields.items()})
 
-    def __setstate__(self, state: dict) -> None:
-        """Of a pickle or a copy. Raises ValueError where a field is missing or of another kind."""
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Fill a batch that was copied or pickled. Raises ValueError where a field is missing or of another kind."""
         for field in dataclasses.fields(self):
             kinds, named = ((Tensor,), "a tensor") if field.type == "Tensor" else ((int, torch.SymInt), "an integer")
             if not isinstance(state.get(field.name), kinds):
@@ -226,25 +207,44 @@ class FoldedBatch:
         if x.dim() < 1 or x.shape[0] != wanted:
             raise ValueError(f"{method}: x must have {name}={wanted} rows in dim 0, got shape {list(x.shape)}")
 
+    def _lengths_of_all_tokens(self) -> Tensor:
+        """`lengths`, which must be those of the packed tokens."""
+        lengths = self.lengths
+        fits = (lengths >= 0).all() & (lengths.sum() == self.num_tokens) & (self.cu_seqlens[:1] == 0).all()
+        _require(fits, "cu_seqlens must start at 0, not decrease and end at the number of packed tokens")
+        return lengths
+
+    def check_num_nodes(self) -> None:
+        """Raise RuntimeError unless the runs end at num_nodes: attention takes the rows behind them for padding."""
+        _require((self.cu_seqlens_q[-1:] == self.num_nodes).all(), "num_nodes must be where cu_seqlens_q ends")
+
     def __repr__(self) -> str:
+        """Sizes, the share of tokens that is computed, and the device; read without a look at any tensor's values."""
+        if not all(
+            isinstance(x, Tensor) for x in (self.input_ids, self.unfold_index, self.fold_index, self.cu_seqlens)
+        ):
+            return super().__repr__()  # a pytree of something else
+        # Sizes that a tracer doesn't know can be shown, but not compared.
+        is_known = isinstance(self.num_nodes, int) and isinstance(self.num_tokens, int)
+        ratio = f"{self.compact_ratio:.3g}" if is_known else f"{self.num_nodes}/{self.num_tokens}"
         return (
             f"FoldedBatch(num_sequences={self.num_sequences}, num_tokens={self.num_tokens}, num_rows={self.num_rows}, "
-            f"num_nodes={self.num_nodes}, device={self.input_ids.device})"
+            f"num_nodes={self.num_nodes}, compact_ratio={ratio}, device={self.input_ids.device})"
         )
 
 
 torch.export.register_dataclass(FoldedBatch, serialized_type_name="radix_ops.FoldedBatch")
-# Making one runs no code of the file's: torch.load may do it with weights_only, its default.
+# Loading one runs no code of the file's, so torch.load may do it with weights_only, its default.
 torch.serialization.add_safe_globals([FoldedBatch])
 
 
 def fold(
-    input_ids: Tensor | np.ndarray,
-    cu_seqlens: Tensor | np.ndarray,
-    position_ids: Tensor | np.ndarray | None = None,
+    input_ids: Integers,
+    cu_seqlens: Integers,
+    position_ids: Integers | None = None,
     pad_multiple_of: int = 1,
 ) -> FoldedBatch:
-    """Merges B packed sequences into their prefix trie.
+    """Merge B packed sequences into their prefix trie.
 
     Args:
         input_ids: [N] integers, the sequences' tokens end to end.
@@ -260,37 +260,35 @@ def fold(
 
 
 def pack(
-    input_ids: Tensor | np.ndarray,
-    cu_seqlens: Tensor | np.ndarray,
-    position_ids: Tensor | np.ndarray | None = None,
+    input_ids: Integers,
+    cu_seqlens: Integers,
+    position_ids: Integers | None = None,
     pad_multiple_of: int = 1,
 ) -> FoldedBatch:
-    """The same batch with nothing folded: row i is packed token i. A model's baseline, through the same code.
+    """Make the same batch with nothing folded: row i is packed token i. A model's baseline, through the same code.
 
     Arguments and errors are those of `fold`.
     """
-    input_ids, cu_seqlens, position_ids = _check(input_ids, cu_seqlens, position_ids, pad_multiple_of)
+    ids, cu_seqlens, positions = _check(input_ids, cu_seqlens, position_ids, pad_multiple_of)
     ends = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(ends)]
-    num_tokens = input_ids.shape[0]
+    num_tokens = ids.shape[0]
     if not ends or ends[0] != 0 or ends[-1] != num_tokens or min(lengths, default=0) < 0:
-        raise ValueError(
-            f"cu_seqlens must start at 0, not decrease and end at {num_tokens}, got {_shorten(cu_seqlens)}"
-        )
+        raise ValueError(f"cu_seqlens must start at 0, not decrease and end at {num_tokens}, got {shorten(cu_seqlens)}")
     padding = -num_tokens % pad_multiple_of
 
     def padded(x: Tensor) -> Tensor:
         return torch.nn.functional.pad(x, (0, padding))
 
-    device = input_ids.device
+    device = ids.device
     tokens = torch.arange(num_tokens, dtype=torch.int32, device=device)
     indptr = torch.arange(num_tokens + padding + 1, dtype=torch.int32, device=device).clamp_(max=num_tokens)
     runs = [s for s, length in enumerate(lengths) if length]
     run_sequences = to_device(torch.tensor(runs, dtype=torch.int32, device="cpu"), device)
     run_ends = to_device(torch.tensor([0] + [ends[s + 1] for s in runs], dtype=torch.int32, device="cpu"), device)
     return FoldedBatch(
-        input_ids=padded(input_ids),
-        position_ids=padded(position_ids),
+        input_ids=padded(ids),
+        position_ids=padded(positions),
         unfold_index=tokens,
         fold_index=padded(tokens),
         unfold_indptr=indptr,
@@ -309,33 +307,30 @@ def pack(
     )
 
 
-def _fold_by(op: str, input_ids, cu_seqlens, position_ids, pad_multiple_of) -> FoldedBatch:
-    input_ids, cu_seqlens, position_ids = _check(input_ids, cu_seqlens, position_ids, pad_multiple_of)
+def _fold_by(
+    op: str, input_ids: Integers, cu_seqlens: Integers, position_ids: Integers | None, pad_multiple_of: int
+) -> FoldedBatch:
+    """Fold by radix::fold_plan, or by radix::fold_plan_front, which leaves out tokens behind the end of cu_seqlens."""
+    ids, ends, positions = _check(input_ids, cu_seqlens, position_ids, pad_multiple_of)
     try:
-        *tensors, counts = getattr(torch.ops.radix, op)(input_ids, position_ids, cu_seqlens, pad_multiple_of)
+        *tensors, counts = getattr(torch.ops.radix, op)(ids, positions, ends, pad_multiple_of)
     except RuntimeError as error:
         if not str(error).startswith(f"radix::{op}: "):
             raise
         raise ValueError(str(error).removeprefix(f"radix::{op}: ")) from None
-    return FoldedBatch(*tensors, cu_seqlens.to(torch.int32), *counts.tolist())
+    return FoldedBatch(*tensors, ends.to(torch.int32), *counts.tolist())
 
 
-# Of the tokens up to the end of cu_seqlens, behind which others may stand.
-_fold_front = functools.partial(_fold_by, "fold_plan_front")
+def _require(is_right: Tensor, message: str) -> None:
+    """Raise RuntimeError on the CPU; on CUDA, where the host would wait, and in compiled code assert on the device."""
+    torch._assert_async(is_right, f"{message}: this batch was altered by hand")
 
 
-def _check_rows(attention_mask: Tensor, is_bad: Tensor) -> None:
-    if is_bad.any():
-        row = int(is_bad.nonzero()[0])
-        raise ValueError(
-            f"attention_mask[{row}] must be one unbroken stretch of 1s with 0s around it (a row with holes "
-            f"cannot be folded), got {_shorten(attention_mask[row])}"
-        )
-
-
-def _check(input_ids, cu_seqlens, position_ids, pad_multiple_of) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids, cu_seqlens and position_ids for the op, after the checks that need no look at values."""
-    given = {"input_ids": input_ids, "cu_seqlens": cu_seqlens}
+def _check(
+    input_ids: Integers, cu_seqlens: Integers, position_ids: Integers | None, pad_multiple_of: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return input_ids, cu_seqlens and position_ids for the op, after the checks that need no look at values."""
+    given: dict[str, Any] = {"input_ids": input_ids, "cu_seqlens": cu_seqlens}
     given |= {} if position_ids is None else {"position_ids": position_ids}
     for name, values in given.items():
         given[name] = tensor = as_integers(name, as_tensor(name, values))
@@ -343,23 +338,22 @@ def _check(input_ids, cu_seqlens, position_ids, pad_multiple_of) -> tuple[Tensor
             raise ValueError(f"{name} must have 1 dimension, got shape {list(tensor.shape)}")
         if tensor.device != given["input_ids"].device:
             raise ValueError(f"{name} is on {tensor.device}, but input_ids is on {given['input_ids'].device}")
-    input_ids, cu_seqlens, position_ids = given["input_ids"], given["cu_seqlens"], given.get("position_ids")
+    ids, ends, positions = given["input_ids"], given["cu_seqlens"], given.get("position_ids")
     if isinstance(pad_multiple_of, bool) or not isinstance(pad_multiple_of, (int, torch.SymInt)):
         raise TypeError(f"pad_multiple_of must be an int, got {type(pad_multiple_of).__name__}")
     if not 1 <= pad_multiple_of < 2**31:
         raise ValueError(f"pad_multiple_of must be from 1 to {2**31 - 1}, got {pad_multiple_of}")
-    if position_ids is None:
-        return input_ids, cu_seqlens, _positions_from_zero(input_ids, cu_seqlens)
-    if position_ids.shape != input_ids.shape:
+    if positions is None:
+        return ids, ends, _positions_from_zero(ids, ends)
+    if positions.shape != ids.shape:
         raise ValueError(
-            f"position_ids must be as long as input_ids, got {position_ids.shape[0]} positions for "
-            f"{input_ids.shape[0]} tokens"
+            f"position_ids must be as long as input_ids, got {positions.shape[0]} positions for {ids.shape[0]} tokens"
         )
-    return input_ids, cu_seqlens, position_ids
+    return ids, ends, positions
 
 
 def _positions_from_zero(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[N] the distance of each token to the start of its sequence, for any cu_seqlens: the fold judges its values."""
+    """Return each token's distance [N] to the start of its sequence, for any cu_seqlens: the fold judges its values."""
     num_tokens = input_ids.shape[0]
     tokens = torch.arange(num_tokens, dtype=torch.int64, device=input_ids.device)
     if cu_seqlens.shape[0] == 0:
@@ -367,12 +361,3 @@ def _positions_from_zero(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
     # The last sequence start at or before each token; malformed cu_seqlens give some index in range.
     sequence = torch.searchsorted(cu_seqlens, tokens.to(cu_seqlens.dtype), right=True) - 1
     return tokens - cu_seqlens[sequence.clamp_(min=0)]
-
-
-def _zeros_like_column(mask: Tensor) -> Tensor:
-    return mask.new_zeros(mask.shape[0], 1, dtype=torch.int8)
-
-
-def _shorten(values: Tensor) -> str:
-    shown = values[:8].tolist()
-    return f"[{', '.join(map(str, shown))}{', ...' if len(values) > 8 else ''}]"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map
 
 import radix_ops
 from helpers import processes
@@ -233,7 +236,37 @@ def test_other_types_are_refused(call, message):
 
 def test_repr():
     batch = FoldedBatch.from_sequences([[1, 2], [1, 3]], pad_multiple_of=4)
-    assert repr(batch) == "FoldedBatch(num_sequences=2, num_tokens=4, num_rows=4, num_nodes=3, device=cpu)"
+    assert repr(batch) == (
+        "FoldedBatch(num_sequences=2, num_tokens=4, num_rows=4, num_nodes=3, compact_ratio=0.75, device=cpu)"
+    )
+    assert "num_tokens=0, num_rows=0, num_nodes=0, compact_ratio=1," in repr(FoldedBatch.from_sequences([]))
+
+
+def test_repr_looks_at_no_value():
+    """So it neither waits for a device nor fails where there are no values, or where sizes are symbols."""
+    batch = FoldedBatch.from_sequences([[1, 2], [1, 3]])
+    assert repr(batch.to("meta")) == repr(batch).replace("device=cpu", "device=meta")
+    assert repr(tree_map(type, batch)).startswith("<radix_ops.batch.FoldedBatch object")
+    shown = []
+
+    def pool(ids, cu_seqlens):
+        batch = radix_ops.fold(ids, cu_seqlens)
+        shown.append(repr(batch))
+        return batch.unfold(batch.input_ids)
+
+    ids, _, cu_seqlens = pack(NAMED["nested"])
+    make_fx(pool, tracing_mode="symbolic")(ids, cu_seqlens)
+    sizes = r"num_tokens=(\w+), num_rows=\w+, num_nodes=(\w+), compact_ratio=\2/\1, device=cpu"
+    assert re.fullmatch(rf"FoldedBatch\(num_sequences=.+, {sizes}\)", shown[0])
+
+
+def test_repr_in_compiled_code_costs_a_graph_break_at_most():
+    torch.compiler.reset()
+    batch = FoldedBatch.from_sequences([[1, 2], [1, 3]])
+    compiled = torch.compile(lambda batch, x: (f"{batch}", batch.unfold(x) + 1), backend="eager")
+    text, tokens = compiled(batch, batch.input_ids)
+    assert text == repr(batch)
+    assert tokens.tolist() == [2, 3, 2, 4]
 
 
 READ = """

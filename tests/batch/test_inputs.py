@@ -205,12 +205,48 @@ def test_what_int64_does_not_hold_is_refused(values, error, message):
         (b"12", TypeError, "must hold integers, got bytes"),
         (None, TypeError, "must hold integers, got NoneType"),
         ([[1], [2]], ValueError, r"must be a flat list of token ids, got shape \[2, 1\]"),
+        ([torch.tensor([1]), torch.tensor([2])], ValueError, r"must be a flat list .*, got shape \[2, 1\]"),
+        ([np.array([1]), np.array([2])], ValueError, r"must be a flat list .*, got shape \[2, 1\]"),
+        (torch.tensor([1, 2]).to_sparse(), TypeError, "must be a dense tensor, got one that is torch.sparse_coo"),
         (np.array([[1, 2]]), ValueError, r"must be a flat list of token ids, got shape \[1, 2\]"),
     ],
 )
 def test_sequences_that_are_no_lists_of_integers_are_refused(sequence, error, message):
     with pytest.raises(error, match=r"^sequences\[1\] " + message):
         FoldedBatch.from_sequences([[1, 2], sequence])
+
+
+MASKS = [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64, *TORCH_DTYPES]
+
+
+@pytest.mark.parametrize("dtype", MASKS)
+def test_masks_of_bools_integers_and_floats(dtype, device):
+    ids = torch.tensor([[0, 7, 8], [7, 9, 0]], device=device)
+    batch = FoldedBatch.from_padded(ids, torch.tensor([[0, 1, 1], [1, 1, 0]], device=device).to(dtype))
+    assert batch.unfold(batch.input_ids).tolist() == [7, 8, 7, 9]
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.bits8])
+def test_masks_of_other_dtypes_are_refused(dtype):
+    mask = torch.empty(1, 2, dtype=dtype)
+    with pytest.raises(TypeError, match=f"^attention_mask must hold bools, integers or floats, got {dtype}$"):
+        FoldedBatch.from_padded(torch.ones(1, 2, dtype=torch.int64), mask)
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.to_sparse, lambda x: torch.nested.as_nested_tensor([x[0], x[0]])])
+def test_tensors_that_are_not_dense_are_refused(convert):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about nested tensors
+        odd = convert(torch.tensor([[1, 2]]))
+    ids = torch.tensor([[1, 2]])
+    with pytest.raises(
+        TypeError, match="^input_ids must be a dense tensor, got one that is (nested|torch.sparse_coo)$"
+    ):
+        FoldedBatch.from_padded(odd, ids)
+    with pytest.raises(TypeError, match="^attention_mask must be a dense tensor"):
+        FoldedBatch.from_padded(ids, odd)
+    with pytest.raises(TypeError, match="^cu_seqlens must be a dense tensor"):
+        radix_ops.fold(ids[0], odd)
 
 
 def test_other_dtypes_compile():
