@@ -24,14 +24,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 from . import guards, verify
-from .calls import size_of
+from .calls import CACHES, size_of
 from .fold import PaddedBatch
 from .modes import is_plain, read_arguments, why_unreadable
 from .proofs import class_of
 from .stats import RadixStats
 
-# The output's field has the first name up to transformers 5.23, and the second since.
-_FIELD = next(x.name for x in dataclasses.fields(BaseModelOutputWithPast) if x.name in ("past_key_values", "cache"))
+_FIELD = next(x.name for x in dataclasses.fields(BaseModelOutputWithPast) if x.name in CACHES)
 _ATTRIBUTES = frozenset(vars(DynamicCache()))
 _NUM_WITNESSES = 64  # rows of the batch by which a model is known again
 _NUM_SAMPLES = 8  # values of each weight by which it is known again

@@ -15,7 +15,7 @@ from .guards import DEVICES
 from .modes import READ, why_unreadable
 
 _INTEGERS = (torch.int32, torch.int64)
-_CACHES = {"past_key_values", "cache"}  # the argument's name up to transformers 5.23, and since
+CACHES = frozenset({"past_key_values", "cache"})  # a cache's name up to transformers 5.23, and since
 _FOLDABLE_ARGUMENTS = HARMLESS_ARGUMENTS | {"self", *READ, "use_cache", "output_attentions"}
 # Heads pass these on to the stack in every call; with these values they ask for nothing.
 _ASKING_NOTHING = {"output_router_logits": False, "logits_to_keep": 0}
@@ -38,7 +38,7 @@ def obstacle_of(stack: PreTrainedModel, arguments: dict[str, Any]) -> Obstacle |
     if reason is not None:
         return Obstacle(reason)
     given = _given(arguments)
-    if given & _CACHES and arguments.get("use_cache"):
+    if given & CACHES and arguments.get("use_cache"):
         return Obstacle("it goes on from a cache", is_silent=True)
     reason = _wanted_outputs(stack, arguments, given) or _unknown_argument(stack, arguments, given)
     if reason is not None:
@@ -65,7 +65,7 @@ def _wanted_outputs(stack: PreTrainedModel, arguments: dict[str, Any], given: se
     """Return which output that a folded batch doesn't have the call asks for, or None."""
     if arguments.get("use_cache"):
         return "use_cache=True was given"
-    if given & _CACHES:
+    if given & CACHES:
         return "a cache was given"
     if arguments.get("output_attentions", getattr(stack.config, "output_attentions", False)):
         return "attention weights are asked for"

@@ -322,5 +322,5 @@ def _chain(forward) -> Iterator[Any]:
 
 def _windows_at_work(config, longest: int) -> int:
     """Return how many of the config's windows are shorter than the longest sequence of a batch."""
-    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    windows = (getattr(config, name, None) for name in proofs.WINDOWS)
     return sum(isinstance(window, int) and window < longest for window in windows)

@@ -33,7 +33,7 @@ _next_version = itertools.count(1).__next__
 # Fields of a config that make training of a decoder stack random where they are above 0; a head's own don't matter.
 RANDOM = re.compile(r"^(?!classifier|summary).*(drop|jitter|noise)")
 # Types whose attention has sinks, which no config tells, and the kind of layer that has them, None for all layers.
-# transformers 5.24 has these; those that don't fold are here because plain runs need a budget, too.
+# transformers 5.24 has these; some don't fold, but the memory of their unfolded batches is estimated, too.
 _SINKS = {
     "deepseek_v4": None, "flint": None, "gpt_oss": None, "granite_swa": None, "granitemoe_swa": None, "hy_v4": None,
     "mimo_v2_flash": "sliding_attention",

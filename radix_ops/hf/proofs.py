@@ -55,7 +55,7 @@ SUSPICIOUS = re.compile(
 )
 NUMBER = "a number"
 # transformers' own masks read these fields, whether the config's class declares them or not.
-_READ_OF_ALL = {"sliding_window", "attention_chunk_size"}
+WINDOWS = frozenset({"sliding_window", "attention_chunk_size"})
 # torch's own modules that treat each token by itself, whatever a model was proven with.
 _TOKENWISE = frozenset(
     {
@@ -212,7 +212,7 @@ def declared_fields(config, of_all: bool = True) -> set[str]:
     """Return the fields that a config's class declares and, with `of_all`, those that transformers reads of any."""
     declared = set(getattr(type(config), "__dataclass_fields__", ()))
     declared |= set(inspect.signature(type(config).__init__).parameters)
-    return declared | _READ_OF_ALL if of_all else declared
+    return declared | WINDOWS if of_all else declared
 
 
 def layer_overrides(config) -> Iterator[tuple[str, Any]]:
