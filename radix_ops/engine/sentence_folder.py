@@ -201,7 +201,8 @@ def find_model_settings(model: str, command: str, model_type: str) -> ModelSetti
     # Files of sentence-transformers before 3 have no such key; null is none of its names.
     found = settings.text("model_type") if settings.has("model_type") else "SentenceTransformer"
     if found != model_type:
-        raise UserError(f"--model {model} is a {found}; radix-ops {command} computes a {model_type}")
+        kind = f"a {found}" if found else "of no model_type"
+        raise UserError(f"--model {model} is {kind}; radix-ops {command} computes a {model_type}")
     prompts = settings.take("prompts", "an object of strings", _are_prompts, {})
     # A SentenceTransformer has these two, empty where the file doesn't say.
     known = {"query": "", "document": ""} if model_type == "SentenceTransformer" else {}

@@ -77,7 +77,7 @@ def test_fields_that_are_wrong_or_not_known_are_refused_by_name(refusal):
         ("embed", MODEL, {"prompts": {"a": "\ud800"}, "default_prompt_name": "a"}, "holds half of a surrogate pair"),
         ("embed", MODEL, {"similarity_fn_name": 3}, "sets similarity_fn_name to 3; it must be a string"),
         ("embed", MODEL, {"model_type": "SparseEncoder"}, "is a SparseEncoder; radix-ops embed computes a Sentence"),
-        ("embed", MODEL, {"model_type": None}, "is a None; radix-ops embed computes a SentenceTransformer"),
+        ("embed", MODEL, {"model_type": None}, "is of no model_type; radix-ops embed computes a SentenceTransformer"),
         ("embed", MODEL, {"scale": 2}, f'{MODEL} sets "scale", which radix-ops embed does not know'),
         ("rerank", MODEL, {"model_type": "SentenceTransformer"}, "is a SentenceTransformer; radix-ops rerank computes"),
         ("rerank", MODEL, {"activation_fn": "torch.nn.Tanh"}, "sets activation_fn to 'torch.nn.Tanh'; radix-ops"),
