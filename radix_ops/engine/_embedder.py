@@ -28,8 +28,10 @@ class Embedder(Engine[Text]):
     a modules.json) says itself how to pool, whether to normalise and which prompts it knows; arguments go before that.
     Any other model, and a loaded one, pools the last token and normalises.
 
+    `model`, `tokenizer`, `device`, `dtype`, `token_budget`, `layout`, `plain`, `trust_remote_code` and `lazy` are those
+    of `Scorer`.
+
     Args:
-        model, tokenizer, device, dtype, token_budget, layout, plain, trust_remote_code, lazy: as for `Scorer`.
         pooling: "last" or "mean".
         prompt: stands before each text, or is the system's message where the folder has a chat template render texts;
             "" for none. By default the folder's own.

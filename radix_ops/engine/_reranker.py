@@ -32,8 +32,10 @@ class Reranker(Engine[Query]):
     tokenizer makes, or as its tokenizer's chat template renders them; its score is the sigmoid of its logit, or what a
     folder that sentence-transformers saved says.
 
+    `model`, `tokenizer`, `device`, `dtype`, `token_budget`, `layout`, `plain`, `trust_remote_code` and `lazy` are those
+    of `Scorer`.
+
     Args:
-        model, tokenizer, device, dtype, token_budget, layout, plain, trust_remote_code, lazy: as for `Scorer`.
         template: "qwen3-reranker", the default for Qwen3 language models; a `Template`, or a JSON file of its fields
             (docs/engine.md); of a cross-encoder also "pairs" or "chat".
         max_length: tokens of a query with its document at most, special tokens included. By default as the model and
