@@ -18,7 +18,7 @@ from . import cache, guards, heads, loss, proofs, verify
 from .calls import Obstacle, makes_cache, may_return_cache, obstacle_of, size_of
 from .fold import HARMLESS_ARGUMENTS, PaddedBatch, run_folded
 from .loss import RowLoss
-from .modes import read_arguments
+from .modes import READ, read_arguments
 from .payoff import may_pay, pays_for
 from .stats import RadixStats
 
@@ -159,14 +159,7 @@ class StackForward(_Forward):
         request = _requested.get()
         if request is None or request.state is not self:
             request = _Request(self)
-        obstacle = request.obstacle or obstacle_outside.get() or obstacle_of(stack, arguments)
-        padded = self._fold(arguments) if obstacle is None else None
-        if padded is not None:
-            obstacle = self._obstacle_inside()  # last, since it looks at every module
-        if obstacle is not None:
-            padded = None
-            if not obstacle.is_silent:
-                self._warn(f"a batch runs unfolded because {obstacle.reason}")
+        padded = self._fold(arguments, request.obstacle)
         if padded is not None:
             return self._run(arguments, padded, request)
         if must_fold.get():
@@ -174,17 +167,29 @@ class StackForward(_Forward):
         self.stats._add(*size_of(arguments), folded=False)
         return None
 
-    def _fold(self, arguments: dict[str, Any]) -> PaddedBatch | None:
-        """Return the batch in rows, or None where folding doesn't pay."""
-        stack, threshold, input_ids = self.module, self.options.threshold, arguments["input_ids"]
+    def _fold(self, arguments: dict[str, Any], obstacle: Obstacle | None) -> PaddedBatch | None:
+        """Return the batch in rows, or None, with a warning where one is due, where it runs as before."""
+        stack, threshold = self.module, self.options.threshold
+        obstacle = obstacle or obstacle_outside.get() or obstacle_of(stack, arguments)
+        if obstacle is not None:
+            return self._leave(obstacle)
+        input_ids, mask, positions = (arguments.get(name) for name in READ)
         if threshold == 0 or not may_pay(input_ids.numel(), threshold, stack, input_ids.device):
             return None
-        proof, positions = proofs.proof_of(stack), arguments.get("position_ids")
+        proof = proofs.proof_of(stack)
         if positions is None and proof.positions == "columns":
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         sees_packing = proof.packing and not makes_cache(stack, arguments)
-        padded = PaddedBatch.fold(input_ids, arguments.get("attention_mask"), positions, sees_packing=sees_packing)
-        return padded if pays_for(padded, threshold, stack) else None
+        padded = PaddedBatch.fold(input_ids, mask, positions, sees_packing=sees_packing)
+        if not pays_for(padded, threshold, stack):
+            return None
+        obstacle = self._obstacle_inside()  # last, since it looks at every module
+        return padded if obstacle is None else self._leave(obstacle)
+
+    def _leave(self, obstacle: Obstacle) -> None:
+        """Warn that a batch is left as it came, where that is due."""
+        if not obstacle.is_silent:
+            self._warn(f"a batch runs unfolded because {obstacle.reason}")
 
     def _obstacle_inside(self) -> Obstacle | None:
         """Return what in the model, as it is at this moment, forbids to fold, or None."""

@@ -1,4 +1,4 @@
-"""For the tests of radix_ops.hf: tiny transformers models with peaked attention, padded batches, judges of outputs."""
+"""Tiny transformers models with peaked attention, padded batches and judges of outputs, for tests of radix_ops.hf."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ proven_gpt2 = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.10.4"), reason="gpt2 folds from transformers 5.10.4 on"
 )
 
-# Sharing, a duplicate, a strict prefix and a stranger.
+# Sequences that share, a duplicate, a strict prefix and a stranger.
 TREE = [[5, 6, 7, 8, 9, 1], [5, 6, 7, 8, 2], [5, 6, 7, 8, 9, 1], [5, 6, 3], [5, 6], [4]]
 
 
@@ -52,12 +52,12 @@ def _built(name: str, head: str, attention: str):
 
 
 def build(name: str = "llama", head: str = "ForCausalLM", attention: str = "sdpa"):
-    """A model of its own in eval mode; equal arguments, equal weights."""
+    """Return a model of its own in eval mode; equal arguments give equal weights."""
     return copy.deepcopy(_built(name, head, attention))
 
 
 def build_from(config):
-    """A language model of the config in eval mode, with peaked attention."""
+    """Return a language model of the config in eval mode, with peaked attention."""
     torch.manual_seed(3)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
@@ -67,13 +67,13 @@ def build_from(config):
 
 
 def gpt2():
-    """Its positions are learnt, and those of columns."""
+    """Return a model whose positions are learnt, and count columns."""
     sizes = {"vocab_size": 60, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
     return build_from(transformers.GPT2Config(**sizes, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0))
 
 
 def pad(sequences: list[list[int]], side: str):
-    """input_ids and attention_mask [B, T], T three past the longest sequence, with any tokens at the padding."""
+    """Return input_ids and attention_mask [B, T], T three past the longest sequence, with any tokens at the padding."""
     width = max(map(len, sequences)) + 3
     ids = torch.randint(1, 60, (len(sequences), width), generator=torch.Generator().manual_seed(2))
     mask = torch.zeros_like(ids)
@@ -86,7 +86,7 @@ def pad(sequences: list[list[int]], side: str):
 
 
 def alone(model, sequences: list[list[int]]) -> torch.Tensor:
-    """[N, V] the logits of all tokens, each sequence computed without padding, mask or neighbours."""
+    """Return the logits [N, V] of all tokens, each sequence computed without padding, mask or neighbours."""
     return torch.cat([model(torch.tensor([s]), use_cache=False).logits[0] for s in sequences if s])
 
 
@@ -96,7 +96,7 @@ def error(x: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def assert_within_budget(got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
-    """`got` may be twice as far from `exact` as plain PyTorch in the same dtype, and two rounding steps."""
+    """Allow `got` to be twice as far from `exact` as plain PyTorch in the same dtype, and two rounding steps."""
     assert (got.dtype, got.shape) == (plain.dtype, plain.shape)
     # Norms compute in float32 even in a float64 model, so no dtype is more exact than that.
     step = max(torch.finfo(got.dtype).eps, torch.finfo(torch.float32).eps)
@@ -104,7 +104,7 @@ def assert_within_budget(got: torch.Tensor, plain: torch.Tensor, exact: torch.Te
 
 
 def assert_same(got, plain) -> None:
-    """Equal bit for bit."""
+    """Check that both are equal bit for bit."""
     assert type(got) is type(plain)
     if isinstance(plain, DynamicCache):
         got, plain = ([x for layer in cache.layers for x in (layer.keys, layer.values)] for cache in (got, plain))
@@ -123,7 +123,7 @@ def assert_same(got, plain) -> None:
 
 
 class Witness(TorchDispatchMode):
-    """What a model does inside, seen from outside radix_ops."""
+    """Sees what a model does inside, from outside radix_ops."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""For the tests of radix_ops.hf on sentence-transformers: tiny causal models in folders, texts that share prefixes."""
+"""Tiny causal models in folders and texts that share prefixes, for tests of radix_ops.hf on sentence-transformers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TEMPLATE = (
 
 
 def tokenizer(padding_side: str = "right", **options):
-    """Words of one token each, and an end of each text; a pair's texts end by themselves."""
+    """Return a tokenizer of words that ends each text with a token, both texts of a pair too."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *WORDS])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -53,7 +53,7 @@ def tokenizer(padding_side: str = "right", **options):
 
 
 def save(path: Path, kind: str = "Qwen3", head: str = "Model", padding_side: str = "right", **changes) -> str:
-    """A folder with a transformers model of random weights and its tokenizer."""
+    """Save a transformers model of random weights and its tokenizer in a folder, and return its path."""
     sizes = {
         "vocab_size": 90, "hidden_size": SIZE, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 128,
@@ -67,24 +67,24 @@ def save(path: Path, kind: str = "Qwen3", head: str = "Model", padding_side: str
 
 
 def encoder(path: str, pooling: str = "lasttoken", *behind, **options):
-    """A SentenceTransformer of the folder's model."""
+    """Return a SentenceTransformer of the folder's model."""
     modules = [Transformer(path), Pooling(SIZE, pooling), *behind]
     return sentence_transformers.SentenceTransformer(modules=modules, device="cpu", **options)
 
 
 def texts(count: int = 40, seed: int = 0) -> list[str]:
-    """Shuffled texts of three groups, which start alike, and some strangers, all of different lengths."""
+    """Return shuffled texts of three groups that start alike, and strangers, all of different lengths."""
     chosen = random.Random(seed)
     heads = [" ".join(chosen.choices(WORDS, k=length)) for length in (25, 17, 12)] + [""]
     return [f"{chosen.choice(heads)} {' '.join(chosen.choices(WORDS, k=chosen.randint(1, 9)))}" for _ in range(count)]
 
 
 def pairs(count: int = 40) -> list[tuple[str, str]]:
-    """Three queries, each with documents of its own, shuffled."""
+    """Return three queries, each with documents of its own, shuffled."""
     documents = texts(count, seed=1)
     return [(texts(3, seed=2)[index % 3], document) for index, document in enumerate(documents)]
 
 
 def enable(model, **options):
-    """Enabled so that all batches fold, sharing or not."""
+    """Enable a model so that all batches fold, sharing or not."""
     return hf.enable(model, **{"threshold": 1.0, "verify": "always", **options})

@@ -1,4 +1,4 @@
-"""For tests of training: both roads to folded batches as modules, and plain transformers as the oracle."""
+"""Both roads to folded batches as modules, and plain transformers as the oracle, for tests of training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WINDOWS = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers":
 
 
 def plain_model(seed: int = 1, **changes) -> transformers.Qwen3ForCausalLM:
-    """transformers' Qwen3, tiny and with peaked attention; equal arguments, equal weights."""
+    """Return transformers' Qwen3, tiny and with peaked attention; equal arguments give equal weights."""
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{**SIZES, **WINDOWS, **changes}))
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -30,19 +30,19 @@ def plain_model(seed: int = 1, **changes) -> transformers.Qwen3ForCausalLM:
 
 
 def labels_of(sequences: Sequences) -> Tensor:
-    """[N]: the first half of each sequence, as a prompt, is no target; nor is anything of what starts with 59."""
+    """Return labels [N]: the first half of a sequence, its prompt, has no targets, nor has one that starts with 59."""
     return torch.tensor(
         [t if 2 * i >= len(s) and s[0] != 59 else -100 for s in sequences for i, t in enumerate(s)], dtype=torch.int64
     )
 
 
 def num_targets(batches: Sequence[Sequences]) -> int:
-    # The first token of a sequence of one is none.
+    # The first token of a sequence is no target.
     return sum(int((labels_of([s])[1:] != -100).sum()) for sequences in batches for s in sequences if s)
 
 
 def plain_logprobs(model, sequences: Sequences) -> Tensor:
-    """[N], each sequence computed without padding, mask or neighbours."""
+    """Return log-probabilities [N], each sequence computed without padding, mask or neighbours."""
     found = []
     for sequence in sequences:
         logits = model(torch.tensor([sequence], device=model.device), use_cache=False).logits[0, :-1]

@@ -1,4 +1,4 @@
-"""For the tests of trainers: small runs of TRL's and transformers' trainers, and judges of them.
+"""Small trainers of TRL and transformers, and judges of what they do, for tests of training.
 
 Importing it skips a module where TRL is missing.
 """
@@ -114,7 +114,7 @@ def sft(folder, tmp_path, **changes):
 
 
 class Rollouts:
-    """GROUP answers to each prompt, from a file: both runs train on the same, whatever the models would say."""
+    """Gives GROUP answers to each prompt: both trainers see the same, whatever their models would say."""
 
     def __init__(self, tmp_path):
         rng = random.Random(2)
@@ -175,7 +175,7 @@ def lora(**options):
 
 
 def train(trainer):
-    """(what it logged, how each parameter changed)."""
+    """Train, and return what was logged and how each parameter changed."""
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     transformers.set_seed(5)
     trainer.train()
@@ -198,7 +198,7 @@ def assert_same_run(got, want, abs_logged=2e-6) -> None:
 
 @pytest.fixture(name="quiet")
 def no_warnings_of_ours():
-    """Nothing of ours to say."""
+    """Turn warnings of radix_ops into errors."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="radix_ops")
         yield

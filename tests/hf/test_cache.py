@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from helpers.hf_models import SIZES, TREE, Witness, assert_same, build, build_from, gpt2, no_warnings, pad, proven_gpt2
 from radix_ops import hf
 
-# The argument's name up to transformers 5.23, and since; of the output's field, too.
+# The name of the argument and of the output's field, which changed in transformers 5.24.
 CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
 IDS, MASK = pad(TREE, "left")
 ROWS = 9
@@ -45,7 +45,7 @@ pytestmark = [
 
 
 def decode(model, ids, mask, steps: int = 4, keeps_first: bool = False):
-    """The tokens and logits of a greedy loop and its cache; with `keeps_first`, the first output's, grown in place."""
+    """Return tokens, logits and cache of a greedy loop; `keeps_first` lets the first output's cache grow in place."""
     out = model(ids, attention_mask=mask)
     cache, logits = out[CACHE], [out.logits[:, -1:]]
     for _ in range(steps):
@@ -99,7 +99,7 @@ def test_cache_that_nobody_uses_costs_no_forward():
             assert isinstance(given[1], DynamicCache)
             assert not hasattr(given[1], "to")
             repr(given)
-        # What accelerate, a Trainer and DDP do with outputs.
+        # accelerate, a Trainer and DDP do this with outputs.
         converted = accelerate.utils.convert_outputs_to_fp32(lambda: out)()
         accelerate.utils.send_to_device(converted, "cpu")
         tree_map(lambda x: x, out)
@@ -168,7 +168,7 @@ def test_cache_is_used_after_disable():
 def test_cache_has_the_gradients_of_the_plain_model():
     def gradients(model):
         out = model(IDS, MASK)
-        with torch.no_grad():  # where it is looked at does not matter
+        with torch.no_grad():  # which does not matter where somebody looks
             out[CACHE].get_seq_length()
         step = model(IDS[:, :1], torch.nn.functional.pad(MASK, (0, 1), value=1), **{CACHE: out[CACHE]})
         step.logits.square().sum().backward()

@@ -24,7 +24,7 @@ needs_modules = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Of a model by its head, the padding side of its tokenizer and its number of labels."""
+    """Find the folder of a model by its head, its tokenizer's padding side and its number of labels."""
     saved = {}
 
     def find(head: str = "ForSequenceClassification", side: str = "right", labels: int = 1) -> str:
@@ -47,7 +47,7 @@ def scores_of(model, inputs=PAIRS, **options):
 
 
 def exact_of(model, **options):
-    """Scores in float64, by the model as it came, each pair by itself."""
+    """Return scores in float64, by the model as it came, each pair by itself."""
     model = copy.deepcopy(model)
     model.model.double()
     return torch.stack([scores_of(model, [pair], **options)[0] for pair in PAIRS])
@@ -137,7 +137,7 @@ def test_rank(plain):
 def test_a_head_that_reads_padding_gets_it_as_it_was(plain):
     model = copy.deepcopy(plain)
     for changed in (plain, model):
-        changed.model.config.pad_token_id = 3  # and the tokenizer's is 0
+        changed.model.config.pad_token_id = 3  # the tokenizer's is 0
     hf.enable(model, threshold=1.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -59,7 +59,7 @@ def test_output_and_gradients(name, dtype, side):
     real = mask.bool()
     original = make(name)
     plain, model, exact = (copy.deepcopy(original).cuda() for _ in range(3))
-    has_experts = name in ("gpt_oss", "mixtral")  # whose products know no float64
+    has_experts = name in ("gpt_oss", "mixtral")  # their products know no float64
     plain, model, exact = plain.to(dtype), model.to(dtype), exact.to(dtype).to(EXACT[has_experts])
     hf.enable(model, threshold=1.0, verify="always")
     with no_warnings():
@@ -67,7 +67,7 @@ def test_output_and_gradients(name, dtype, side):
     assert model.radix_stats.folded == 1
     assert model.radix_stats.rows < model.radix_stats.tokens
     want = plain(input_ids=ids, attention_mask=mask, use_cache=False).logits[real]
-    if name == "gpt2":  # whose learned positions count padding
+    if name == "gpt2":  # its learned positions count padding
         best = exact(input_ids=ids, attention_mask=mask, use_cache=False).logits[real]
     else:
         best = torch.cat([exact(torch.tensor([s], device=ids.device), use_cache=False).logits[0] for s in TREE])
@@ -81,7 +81,7 @@ def test_output_and_gradients(name, dtype, side):
     ours, base, exactly = gradients(model, got), gradients(plain, want), gradients(exact, best)
     largest = max(float(g.norm()) for g in exactly.values())
     for key, gradient in exactly.items():
-        # What is nothing but rounding, such as the gradient of a key's bias, has no relative error.
+        # A gradient that is nothing but rounding, such as that of a key's bias, has no relative error.
         if float(gradient.norm()) > 1e-3 * largest:
             allowed = 1e-5 if has_experts else 3 * error(base[key], gradient) + 4 * torch.finfo(dtype).eps
             assert error(ours[key], gradient.double()) <= allowed, key
@@ -162,7 +162,7 @@ def test_cache_is_that_of_the_plain_model(name, dtype):
 def test_captured_graphs_are_the_plain_models():
     ids = torch.randint(1, 60, (4, 6), device="cuda")
     model = hf.enable(build().cuda(), threshold=0, verify="never")
-    model(ids, use_cache=False)  # what libraries set up in a first call can't be captured
+    model(ids, use_cache=False)  # libraries set things up in a first call, which can't be captured
     hf.enable(model, threshold=1.0, verify="never")
     graph = torch.cuda.CUDAGraph()
     with pytest.warns(UserWarning, match="a CUDA graph is captured"), torch.cuda.graph(graph):

@@ -38,7 +38,7 @@ def shard(model):
 
 
 def check_fully_sharded(rank: int, enabled_first: bool, checkpointing: bool):
-    """Rank 0 has something to fold, rank 1 has not; three steps, of which each needs both ranks' parameters."""
+    """Take three steps, each of which needs both ranks' parameters; rank 0 has something to fold, rank 1 has not."""
     plain, model = build("qwen3_sliding").train(), build("qwen3_sliding").train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""radix_ops.hf.enable and disable: what is refused, what is restored, and what else can be done to an enabled model."""
+"""radix_ops.hf.enable and disable: refusals, what disable restores, and copies, pickles and saves of enabled models."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def tiny_qwen3(**further):
 
 
 def refusal(model, change=lambda model: None) -> str:
-    """The kind of error that enable gives after `change`, and its text without its opening and this module's name."""
+    """Return the kind and text of enable's error after `change`, without its opening and this module's name."""
     change(model)
     before = dict(vars(model))
     with pytest.raises((ValueError, TypeError)) as caught:
@@ -125,7 +125,7 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def snapshot(model):
-    """All attributes of all modules, by identity, and what the config holds."""
+    """Return all attributes of all modules, by identity, and a copy of the config's."""
     return [
         {name: value if name == "config" else id(value) for name, value in vars(module).items()}
         for module in model.modules()

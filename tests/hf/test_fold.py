@@ -154,7 +154,7 @@ def test_gradient_of_every_parameter(name, side):
     base = gradients(plain, plain(input_ids=ids, attention_mask=mask, use_cache=False).logits[real])
     got = gradients(ours, ours(input_ids=ids, attention_mask=mask).logits[real])
     assert got.keys() == base.keys()
-    # A short gradient of the plain model's may be exact by luck, so the largest of its errors is the budget of all.
+    # A short gradient of the plain model may be exact by luck, so the largest of its errors is the budget of all.
     budget = 2 * max(error(base[key], want[key]) for key in base) + 2 * torch.finfo(torch.float32).eps
     for key in got:
         assert got[key].shape == base[key].shape
@@ -328,7 +328,7 @@ def test_threads_do_not_mix():
 
 
 class HeadWitness(TorchDispatchMode):
-    """How many rows a head with 60 outputs computes."""
+    """Count the rows that a head with 60 outputs computes."""
 
     def __init__(self):
         super().__init__()

@@ -60,7 +60,7 @@ def test_hidden_states_without_gradients_fold():
     [("Model", "last_hidden_state"), ("ForCausalLM", "logits"), ("ForTokenClassification", "logits")],
 )
 def test_outputs_of_a_folded_batch_have_the_gradients_of_the_plain_model(head, output):
-    """Of each output, whatever is computed from it, the loss too, and of what a hook on the stack sees."""
+    """The gradient of each output holds, whatever is computed from it, and so does that of what a stack's hook sees."""
 
     def gradients(model):
         seen = []
@@ -129,7 +129,7 @@ def test_jacobians_by_batched_gradients(attention):
 @pytest.mark.parametrize("layout", ["auto", "compact", "trie"])
 @pytest.mark.parametrize("name", ["llama", "qwen3_sliding"])
 def test_forward_is_the_same_with_and_without_gradients(name, layout, wanted):
-    """Bit for bit, so that a policy and its reference agree where their weights do."""
+    """They are equal bit for bit, so that a policy and its reference agree where their weights do."""
     model = hf.enable(build(name), threshold=1.0, layout=layout)
     ids, mask = pad(TREE, "right")
     labels = None if wanted == "logits" else ids.masked_fill(mask == 0, -100)

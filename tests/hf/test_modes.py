@@ -1,4 +1,4 @@
-"""radix_ops.hf under what torch can do to a model's computation: tracing, transforms, modes, other parameters."""
+"""radix_ops.hf while torch traces or transforms a computation, under its modes and with other parameters."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def models():
 
 
 class Logits(torch.nn.Module):
-    """A model from one tensor to another, as tracers want it."""
+    """Leads from one tensor to another, as tracers want it."""
 
     def __init__(self, model):
         super().__init__()
@@ -109,7 +109,7 @@ def test_model_of_fake_tensors_is_refused():
 
 
 class Named(torch.Tensor):
-    """A subclass that does nothing of its own."""
+    """Does nothing of its own."""
 
 
 @torch.no_grad()
@@ -154,7 +154,7 @@ def deterministic():
         Witness,
         PassOn,
         deterministic,
-        lambda: torch.device("meta"),  # where tensors are made that say no device
+        lambda: torch.device("meta"),  # tensors are made there by default
         torch.autograd.detect_anomaly,
         torch.autograd.graph.save_on_cpu,
     ],
@@ -187,7 +187,7 @@ def called(model, parameters, *arguments):
 
 
 def _stacked(model):
-    """Of three models at once."""
+    """Return the logits of three models at once."""
     members = [build(attention="eager") for _ in range(3)]
     for factor, member in enumerate(members):
         member.requires_grad_(False)
@@ -248,7 +248,7 @@ def test_transforms_over_parameters_run_unfolded(models, transform):
 
 def test_functional_call_folds_with_the_parameters_that_it_is_given(models):
     plain, model = models
-    model(IDS, MASK)  # which is verified, with the model's own
+    model(IDS, MASK)  # it is verified, with the model's own parameters
     results = []
     for each in (plain, model):
         parameters = {name: (1.5 * p.detach()).requires_grad_() for name, p in plain.named_parameters()}

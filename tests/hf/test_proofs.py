@@ -41,7 +41,7 @@ WRONG_TYPES = (
     "bamba", "bert", "bloom", "deepseek_v32", "falcon_h1", "jamba", "kimi_linear", "lfm2", "mamba", "nemotron_h",
     "qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "zamba",
 )  # fmt: skip
-# What configs of well-known checkpoints say besides sizes.
+# Configs of well-known checkpoints say this besides sizes.
 CHECKPOINTS = {
     "gemma2-9b": ("gemma2", {"query_pre_attn_scalar": 256, "cache_implementation": "hybrid"}),
     "gpt-oss-20b": (
@@ -172,7 +172,7 @@ def test_proof_of_a_wrong_type_is_refused_with_a_reason(model_type):
 
 
 def test_proof_does_not_rest_on_names():
-    """Were qwen3_next let through to be run, the layers that are not attention would be noticed."""
+    """If qwen3_next were let through and run, its layers other than attention would be noticed."""
     model = build("qwen3_next", layer_types=["linear_attention", "full_attention"])
     with pytest.raises(fold_checks.Refused, match="its attention is called 1 times and not 2"):
         fold_checks.positions_that_fit(model, 1)
@@ -257,7 +257,7 @@ def test_stack_is_found(model_type, path):
 
 
 def variants(model_type: str):
-    """Small models of a proven type: as by default, with a cap on scores and without, of each kind of layer alone."""
+    """Yield small models of a type: the default, with a cap on scores and without, of each kind of layer alone."""
     arguments, model = prove_models.first_model(model_type)
     yield model
     changes = [{"layer_types": [kind] * 2, "num_hidden_layers": 2} for kind in set(proofs.layer_types_of(model.config))]
@@ -299,9 +299,9 @@ def test_config_of_a_type_with_sinks_that_does_not_fold_tells_it(model_type):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss", "mimo_v2_flash"])
 def test_caps_and_sinks_in_half_precision(model_type, dtype):
-    """Through the model's own attention: within twice the error of the same model in the same dtype.
+    """The model's own attention computes them, within twice the error of the same model in the same dtype.
 
-    All experts see all tokens: rounding may choose others.
+    All experts see all tokens, since rounding may choose others.
     """
     model = build(model_type, **({} if model_type == "gemma2" else {"num_experts_per_tok": 4}))
     ids, mask = fold_checks.pad("both")

@@ -22,7 +22,7 @@ PROMPTS = {"query": "w70 w71 w72 w73 w74 w75", "document": "w60"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Of a model by its kind and the padding side of its tokenizer."""
+    """Find the folder of a model by its kind and the padding side of its tokenizer."""
     saved = {}
 
     def find(kind: str = "Qwen3", side: str = "right") -> str:
@@ -43,7 +43,7 @@ def tokens_of(model, inputs=TEXTS):
 
 
 def exact_of(model, inputs=TEXTS, **options):
-    """Embeddings in float64, by the model as it came, each text by itself."""
+    """Return embeddings in float64, by the model as it came, each text by itself."""
     model = copy.deepcopy(model).double()
     return torch.stack([model.encode(text, convert_to_tensor=True, **options) for text in inputs]).clone()
 
@@ -205,7 +205,7 @@ def test_a_batch_takes_no_more_rows_than_the_library_s_largest_has_positions(pla
         del shapes[:]
         with Witness() as witness:
             model.encode(TEXTS, batch_size=batch_size)
-        rows = witness.rows[2::4]  # of the first of two layers, behind those of the plain model that verify runs
+        rows = witness.rows[2::4]  # in the first of two layers, behind those of the plain model that verify runs
         assert len(shapes) == len(rows)
         assert max(rows) <= batch_size * longest
         assert max(shape.numel() for shape in shapes) <= 4 * batch_size * longest

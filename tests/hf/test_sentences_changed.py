@@ -1,4 +1,4 @@
-"""An enabled SentenceTransformer together with what users do to it: routes, copies, adapters, pools, training."""
+"""An enabled SentenceTransformer that users route, copy, adapt, put into pools and train."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_compiled_models(plain, enabled_first):
 
 
 def encode_by_pool(model, workers, **options):
-    """What `model` makes of the texts with a pool of threads for processes, one for each of the workers."""
+    """Encode the texts with a pool of threads in place of processes, one for each of the workers."""
     pool = {"input": queue.Queue(), "output": queue.Queue(), "processes": []}
     name = "_multi_process_worker" if hasattr(model, "_multi_process_worker") else "_encode_multi_process_worker"
     for worker in workers:

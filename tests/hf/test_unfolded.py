@@ -16,7 +16,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from helpers.hf_models import TREE, assert_same, build, no_warnings, pad
 from radix_ops import hf
 
-# The argument's name up to transformers 5.23, and since.
+# The argument's name, which changed in transformers 5.24.
 CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
 IDS, MASK = pad(TREE, "right")
 SQUARE_IDS = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]])
@@ -46,7 +46,7 @@ OBSTACLES = [
 
 
 def check_unfolded(plain, model, reason, arguments, enabled=False):
-    """Two equal calls of both models: equal bit for bit, skipped, one warning."""
+    """Call both models twice: results are equal bit for bit, the batches were skipped, with one warning."""
 
     def outputs(model):
         torch.manual_seed(5)
@@ -76,7 +76,7 @@ def _add_attention_dropout(model):
 
 
 def _add_dropout(model):
-    # As an adapter does: around one projection, deep in the stack.
+    # An adapter does so: around one projection, deep in the stack.
     attention = model.model.layers[1].self_attn
     attention.q_proj = torch.nn.Sequential(attention.q_proj, torch.nn.Dropout(0.5))
 
@@ -282,7 +282,7 @@ def test_malformed_input_gets_the_error_it_had(arguments):
 
 
 def _sharing(saved: int) -> torch.Tensor:
-    """[51, 1300] of which 50 rows have the `saved` tokens / 50 of the first, and no more."""
+    """Return rows [51, 1300] of which 50 share `saved` / 50 tokens with the first, and no more."""
     ids = torch.arange(51)[:, None].expand(51, 1300).clone()
     ids[:, : saved // 50] = 55
     return ids
@@ -382,7 +382,7 @@ def test_global_hooks_run_unfolded():
 
 @torch.no_grad()
 def test_generate_without_a_cache_from_right_padded_rows():
-    """It reads the logits of the last column, which are those of padding."""
+    """generate() reads the logits of the last column, which are those of padding."""
     model = build()
     options = {"attention_mask": MASK, "max_new_tokens": 3, "use_cache": False, "do_sample": False}
     plain = model.generate(IDS, **options)

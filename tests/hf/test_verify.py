@@ -17,7 +17,7 @@ ROWS = 9
 
 @pytest.fixture
 def mixing_mlp(monkeypatch):
-    """MLPs that look at all positions: what no check of classes, hooks or configs sees."""
+    """Let MLPs look at all positions, which no check of classes, hooks or configs sees."""
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, x - x.mean(-2, keepdim=True)))
 
@@ -53,7 +53,7 @@ def test_forwards_of_the_plain_model(verify, plain_forwards):
             model(IDS, MASK)
     assert witness.rows.count(ROWS) == 2 * 3
     assert witness.rows.count(IDS.numel()) == 2 * plain_forwards
-    hf.enable(model, threshold=1.0)  # which verifies again
+    hf.enable(model, threshold=1.0)  # it verifies again
     with Witness() as witness:
         model(IDS, MASK)
     assert witness.rows.count(IDS.numel()) == 2
@@ -96,13 +96,13 @@ def test_difference():
     noisy = want * (1 + 1e-5 * torch.randn_like(want))
     assert verification.difference(noisy, want, real, True) is None
     padding, one, bad = want.clone(), want.clone(), want.clone()
-    padding[1, 0] = 9  # which is not compared
+    padding[1, 0] = 9  # it is not compared
     assert verification.difference(padding, want, real, True) is None
     one[0, 7] += 0.1
     assert "at most, where rounding makes at most 0.001 and 0.01" in verification.difference(one, want, real, True)
     bad[0, 7] = torch.nan
     assert "inf at most" in verification.difference(bad, want, real, True)
-    # What the plain model has as NaN or infinity can't be compared.
+    # NaNs and infinities of the plain model can't be compared.
     assert verification.difference(want, bad, real, True) is None
     half = [x.to(torch.bfloat16) for x in (want, want * 1.02, want.roll(1, 1))]
     assert verification.difference(half[1], half[0], real, False) is None

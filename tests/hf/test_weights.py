@@ -74,7 +74,7 @@ def test_weights_quantised_after_enable_run_unfolded(place):
     model(IDS, MASK)
     for each in (plain, model):
         _int8(each.get_submodule(place))
-    # Whatever the stand-in rounds by depends on the whole batch, padding too.
+    # The stand-in rounds by a number that depends on the whole batch, padding too.
     want = plain(IDS, MASK).logits
     assert error(plain(IDS[:1], MASK[:1]).logits, want[:1].double()) > 1e-6
     with pytest.warns(UserWarning, match=f"{place}.weight is a {__name__}.Int8Weight"):

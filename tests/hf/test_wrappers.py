@@ -1,4 +1,4 @@
-"""radix_ops.hf together with what others do to a model: PEFT, torch.compile, accelerate's hooks, DDP."""
+"""radix_ops.hf on models that others change or wrap: PEFT, torch.compile, accelerate's hooks, DDP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ORDERS = pytest.mark.parametrize("enabled_first", [True, False])
 
 
 def wrap(model, wrapper, enabled_first: bool):
-    """`wrapper(model)`, enabled before or after."""
+    """Return `wrapper(model)`, enabled before or after."""
     if enabled_first:
         hf.enable(model, threshold=1.0)
     wrapped = wrapper(model)
@@ -73,7 +73,7 @@ def test_peft_with_dropout_runs_unfolded_in_training_alone(enabled_first):
 
 @ORDERS
 def test_peft_prompts_run_unfolded(enabled_first):
-    """They are embeddings, or a cache, before the tokens."""
+    """Prompts are embeddings, or a cache, before the tokens."""
 
     def wrapper(model):
         torch.manual_seed(4)
@@ -112,7 +112,7 @@ def test_compiled_model(in_place, enabled_first):
     plain = build()
     model = wrapper(build())
     if not enabled_first:
-        model(IDS, MASK)  # which compiles the plain forward
+        model(IDS, MASK)  # it compiles the plain forward
         hf.enable(model, threshold=1.0)
     else:
         model = wrapper(hf.enable(build(), threshold=1.0))

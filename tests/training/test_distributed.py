@@ -31,7 +31,7 @@ from helpers.training import ROADS, Ours, num_targets, plain_logprobs, plain_mod
 from radix_ops import FoldedBatch, hf
 from radix_ops.models.qwen3 import Qwen3Layer
 
-# Of each step and each rank, the micro-batches: all differ in tokens, in rows, and in what their sequences share.
+# Micro-batches by step and rank. All differ in tokens, in rows, and in what their sequences share.
 STEPS = [
     [
         [[[5, 6, 7, 8, 9, 1], [5, 6, 7, 8, 2], [5, 6, 7, 8, 9, 1], [5, 6, 3]], [[4, 4, 4]] * 3],
@@ -46,13 +46,13 @@ SHARING = [STEPS[0][0][0], STEPS[1][1][0]]
 CHOSEN = [[[5, 6, 7, 8, 9], [5, 6, 7, 8, 2]], [[1, 2, 3], [1, 2, 4, 5]]]
 REJECTED = [[[5, 6, 7, 1], [5, 6, 7, 8, 3]], [[1, 2, 9, 9, 9, 9], [1, 2, 8]]]
 LAYERS = (Qwen3Layer, Qwen3DecoderLayer)
-# Before, the reentrant checkpointing of transformers' own ran the hooks of fully_shard again in backward, and what the
-# first of two forwards gave to the gradients was lost.
+# Reentrant checkpointing of older versions runs the hooks of fully_shard again in backward, and loses what the first of
+# two forwards gave to the gradients.
 PLAIN_IS_RIGHT = Version(transformers.__version__) >= Version("5.23")
 
 
 def shard(module: nn.Module, **options) -> nn.Module:
-    """fully_shard on the device that the module is on; by itself it would take a GPU where there is one."""
+    """Shard the module on the device that it is on; by itself fully_shard would take a GPU where there is one."""
     mesh = init_device_mesh(next(module.parameters()).device.type, (2,))
     inner = module.model if hasattr(module.model, "layers") else module.model.model
     for layer in inner.layers:
@@ -99,7 +99,7 @@ def accumulating(module: nn.Module, is_last: bool):
 
 
 def train_step(module: nn.Module, inputs, optimizer, micro_batches, count: int) -> tuple[Tensor, Tensor]:
-    """The loss, a mean over the `count` targets of all ranks, and the norm of its gradient."""
+    """Return the loss, a mean over the `count` targets of all ranks, and the norm of its gradient."""
     optimizer.zero_grad()
     total = torch.zeros((), device=next(module.parameters()).device)
     for i, sequences in enumerate(micro_batches):
@@ -137,7 +137,7 @@ def check_training(rank: int, road: str, parallel: str, checkpointing: str | Non
 
 
 def check_two_forwards_before_one_backward(rank: int, road: str, checkpointing: str, **changes):
-    """A preference loss over chosen and rejected answers, each a batch of its own.
+    """Compare a preference loss over chosen and rejected answers, each a batch of its own.
 
     Where plain transformers gets this wrong, sharded and checkpointed alike, folded batches have plain's gradient.
     """
@@ -179,7 +179,7 @@ def check_idle_rank(rank: int, road: str):
 
 
 def check_mixed_precision(rank: int, road: str, device: str = "cpu"):
-    """As far from float64 as plain transformers in bfloat16, within a factor of 2."""
+    """Gradients are as far from float64 as plain transformers' in bfloat16, within a factor of 2."""
     size = {"head_dim": 16}  # flash attention takes no 12
     exact, plain = plain_model(**size).to(device).double(), plain_model(**size).to(device).bfloat16()
     for model in (exact, plain):
@@ -244,7 +244,7 @@ def check_embeddings(rank: int):
 
 
 def check_compiled_layers(rank: int):
-    """Layers that are compiled before they are sharded; one graph for all of them and for batches of all sizes."""
+    """Layers that are compiled before they are sharded have one graph together, for batches of all sizes."""
     graphs = CompileCounterWithBackend("eager")
     plain, module = plain_model(use_sliding_window=False), Ours(use_sliding_window=False)
     for layer in module.model.model.layers:

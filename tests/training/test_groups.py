@@ -14,14 +14,14 @@ pytestmark = MARKS
 
 
 def rows_of(batch) -> list[list[int]]:
-    """The tokens of a micro-batch's rows."""
+    """Return the tokens of a micro-batch's rows."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
 
 
 def micro_batches(trainer) -> list[dict]:
-    """Those that it trains on."""
+    """Return the micro-batches that it trains on."""
     seen = []
     compute_loss = trainer.compute_loss
     trainer.compute_loss = lambda model, inputs, *args, **kwargs: (
@@ -43,7 +43,7 @@ def test_micro_batches_hold_whole_groups(folder, tmp_path, kind, rows, steps, qu
     grouped = micro_batches(trainer)
     assert len(grouped) == len(shuffled) == 2 * steps
 
-    # The same rows with the same advantages, as many in each micro-batch, in an order that is no longer the data set's.
+    # Rows and advantages are the same, as many in each micro-batch, and no longer in the data set's order.
     for begin in (0, steps):
         pairs = [
             sorted(
@@ -66,7 +66,7 @@ def test_micro_batches_hold_whole_groups(folder, tmp_path, kind, rows, steps, qu
     assert all(order[i] == order[i + 1] for i in range(len(order) - 1) if (i + 1) % GROUP)
     assert all(len(set(prompts(batch))) == -(-rows // GROUP) for batch in grouped)
 
-    # Each prompt once, so the rows of a micro-batch are those of its prompts and those that answers add.
+    # Each prompt is there once, so the rows of a micro-batch are those of its prompts and those that answers add.
     ratios = []
     for part in (grouped, shuffled):
         sequences = [rows_of(batch) for batch in part]

@@ -26,7 +26,7 @@ PADDED = {"input_ids": IDS, "attention_mask": MASK}
 
 
 class Products(TorchDispatchMode):
-    """The most rows that a matrix with the vocabulary for its columns had."""
+    """Counts the most rows that a matrix with the vocabulary for its columns had."""
 
     most = 0
 
@@ -45,7 +45,7 @@ def outputs_and_gradients(model, arguments):
 
 
 def assert_same_loss(model, plain, arguments, expected_logits=None):
-    """The same loss and gradients; by the logits that are returned, whether it came from rows is up to the caller."""
+    """Loss and gradients are the same; the caller says by `expected_logits` whether the loss comes from rows."""
     want, want_gradients = outputs_and_gradients(plain, arguments)
     with trainers.loss_on_rows():
         got, gradients = outputs_and_gradients(model, arguments)
@@ -76,7 +76,7 @@ def test_logits_exist_in_blocks_alone():
     with rows, trainers.loss_on_rows():
         model(**PADDED, labels=LABELS).loss.backward()
     assert plain.most == IDS.numel()
-    assert rows.most == 0  # blocks of them, inside an op
+    assert rows.most == 0  # an op makes blocks of them inside
 
 
 def test_packed_rows():
@@ -89,8 +89,8 @@ def test_packed_rows():
 @pytest.mark.parametrize(
     "arguments",
     [
-        PACKED | {"labels": PACKED_IDS},  # the first token of a sequence is a target of the one before
-        PADDED | {"labels": IDS},  # masked positions behind tokens are
+        PACKED | {"labels": PACKED_IDS},  # a sequence's first token is a target of the sequence before
+        PADDED | {"labels": IDS},  # masked positions behind tokens are targets
     ],
     ids=["packed", "padded"],
 )
@@ -177,7 +177,7 @@ def test_autocast():
 
 @pytest.fixture
 def unset_accelerate():
-    """Its state, which all of a process share, as at the start."""
+    """Set its state, which a whole process shares, back to the start."""
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     yield
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -185,7 +185,7 @@ def unset_accelerate():
 
 @pytest.mark.usefixtures("unset_accelerate")
 def test_unwrapped_by_accelerate():
-    """Its unwrap_model takes the forward under autocast for a function, and binds it."""
+    """unwrap_model takes the forward under autocast for a function, and binds it."""
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     model = accelerator.unwrap_model(accelerator.prepare(hf.enable(build(), threshold=1.0)), keep_fp32_wrapper=False)
     plain = build()
@@ -280,7 +280,7 @@ def test_group_sampler():
 
 @pytest.mark.usefixtures("unset_accelerate")
 def test_group_sampler_in_a_loader_of_accelerate():
-    """Which tells its sampler the epoch."""
+    """The loader tells its sampler the epoch."""
     sampler = trainers.GroupSampler([i // 4 for i in range(16)], seed=1)
     loader = accelerate.Accelerator(cpu=True).prepare(DataLoader(torch.arange(16), batch_size=4, sampler=sampler))
     epochs = []

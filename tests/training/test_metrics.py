@@ -35,7 +35,7 @@ pytestmark = MARKS
 
 
 def rows(kind: str) -> datasets.Dataset:
-    """Examples whose prompts come twice, of lengths that differ, so that batches share and pad."""
+    """Return examples whose prompts come twice and whose lengths differ, so that batches share and pad."""
     rng = random.Random(3)
     found = []
     for i in range(8):
@@ -66,7 +66,7 @@ def is_long(completions, **kwargs):
 GENERATES = {"max_completion_length": 20}
 ANSWERS = GENERATES | {"num_generations": 2}
 MESSAGES = {"max_length": 64, "lmbda": 0.0}
-# What a trainer takes beside a model, the columns that it trains on, and its options.
+# By trainer: the models and functions that it takes beside its model, the columns that it trains on, its options.
 EQUAL = {
     "trl.KTO": ({"ref_model"}, "labelled", {}),
     "trl.RLOO": ({"reward_funcs"}, "prompts", ANSWERS | {"beta": 0.1}),
@@ -81,7 +81,7 @@ EQUAL = {
     "trl.experimental.sdpo.SDPO": ({"reward_funcs"}, "hints", ANSWERS),
     "trl.experimental.tpo.TPO": ((), "triples", {}),
 }
-# And the numbers that they make of logits at padding.
+# By trainer the same, and the numbers that it makes of logits at padding.
 READ_PADDING = {
     "trl.experimental.cpo.CPO": ((), "pairs", {}, {"logits/chosen", "logits/rejected"}),
     "trl.experimental.orpo.ORPO": ((), "pairs", {}, {"logits/chosen", "logits/rejected"}),
@@ -92,12 +92,12 @@ READ_PADDING = {
         {"objective/kl", "objective/entropy", "objective/non_score_reward", "objective/rlhf_reward"},
     ),
 }
-# The batches of these never fold: their trainer hands the decoder stack arguments of the head's.
+# Batches of these trainers never fold, since they hand the decoder stack arguments of the head.
 UNFOLDED = {"trl.Distillation": "logits_to_keep was given"}
 
 
 def byte_tokenizer():
-    """One token a letter: GOLD takes no other tokenizers than those of bytes."""
+    """Return a tokenizer of one token a letter: GOLD takes tokenizers of bytes alone."""
     names = ["<pad>", "<eos>", "<unk>", *sorted({*"w0123456789", "\u0120"})]
     inner = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>"))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -137,7 +137,7 @@ def make(folder, tmp_path, name, further, columns, options):
 
 
 def watch_padding(trainer) -> list[bool]:
-    """Of each batch that its model will be trained on, whether there is padding."""
+    """Return a list that will say of each batch that the model is trained on whether it has padding."""
     seen = []
 
     def look(module, args, given):
@@ -170,7 +170,7 @@ def test_every_number_is_that_of_the_plain_trainer(folder, tmp_path, name):
 
 @pytest.mark.parametrize("name", READ_PADDING)
 def test_trainers_that_log_numbers_of_padding_are_refused(folder, tmp_path, name):
-    """Enabled in spite of that, all their other numbers are those of the plain trainer."""
+    """All their other numbers are those of the plain trainer, where the model is enabled in spite of that."""
     *arguments, numbers = READ_PADDING[name]
     plain, trainer = (make(folder, tmp_path, name, *arguments) for _ in range(2))
     with pytest.raises(ValueError, match="radix_ops.hf.enable") as refusal:

@@ -58,7 +58,7 @@ def test_model_and_loss_compile_as_one_graph_for_batches_never_seen(compiler):
 
 @pytest.mark.parametrize("compiler", ["eager"], indirect=True)
 def test_a_compiled_step_around_an_enabled_model_compiles_nothing_anew(compiler):
-    """Its decoder stack runs uncompiled; what lies around is compiled once, and again for other sizes."""
+    """The decoder stack runs uncompiled; the code around it is compiled once, and again for other sizes."""
     plain, module = plain_model(), Theirs()
     compiled = torch.compile(module, backend=compiler, dynamic=True)
     counts = []
@@ -72,7 +72,7 @@ def test_a_compiled_step_around_an_enabled_model_compiles_nothing_anew(compiler)
 
 @pytest.mark.parametrize("road", ROADS)
 def test_autocast_is_as_exact_as_that_of_transformers(road):
-    """Gradients against float64: at most twice as far as those of plain transformers under the same autocast."""
+    """Gradients are at most twice as far from float64 as plain transformers' under the same autocast."""
     sequences = BATCHES[0]
     exact, plain, module = plain_model().double(), plain_model(), ROADS[road]()
     with torch.autocast("cpu", torch.bfloat16):
@@ -84,7 +84,7 @@ def test_autocast_is_as_exact_as_that_of_transformers(road):
 
 
 def test_the_example_prints_the_losses_of_one_process():
-    """By torchrun, two processes; plain transformers take the same two steps on the same sequences."""
+    """torchrun starts two processes; plain transformers take the same two steps on the same sequences."""
     spec = importlib.util.spec_from_file_location("train_fsdp", EXAMPLE)
     spec.loader.exec_module(example := importlib.util.module_from_spec(spec))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

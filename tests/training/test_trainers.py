@@ -69,7 +69,7 @@ def test_folded_run_is_the_plain_run(folder, tmp_path, run, quiet):
 
 
 def test_fifty_steps_stay_as_close_to_float64_as_those_of_the_plain_run(folder, tmp_path):
-    """Rounding is all that folding changes, and it adds up as that of the plain run does."""
+    """Folding changes nothing but rounding, which adds up as that of the plain run does."""
 
     def run(folds, exact=False):
         trainer = grpo(folder, tmp_path, max_steps=50, gradient_checkpointing=False)
@@ -145,13 +145,13 @@ def test_dropout_of_adapters_runs_unfolded(folder, tmp_path):
     with pytest.warns(UserWarning, match="lora_dropout.default drops out"):
         trainer.train()
     assert trainer.model.radix_stats.folded == 0
-    trainer = trainers.enable(dpo(folder, tmp_path, **options), threshold=1.0)  # whose config disables dropout
+    trainer = trainers.enable(dpo(folder, tmp_path, **options), threshold=1.0)  # its config disables dropout
     trainer.train()
     assert trainer.model.radix_stats.skipped == 0
 
 
 def test_load_balancing_of_experts_counts_tokens_and_not_rows(folder, tmp_path):
-    """So no batch folds, the reference's neither; and without that loss both fold.
+    """No batch folds, nor one of the reference, and without that loss both do.
 
     Before the first step model and reference are equal, and their rewards are 0 where both are computed one way.
     """
