@@ -61,34 +61,29 @@ for _name in ("flash_attention", "flash_attention_backward"):
     _library.impl(_name, getattr(flash, _name), "CUDA")
 
 
-def _no_cuda_kernel(name: str):
-    def kernel(*args):
-        raise RuntimeError(
-            f"radix::{name}: a tensor is on a CUDA device, and this build of radix_ops has no CUDA kernel for the op; "
-            "move the tensors to the CPU, or build from source where nvcc is found"
-        )
-
-    return kernel
-
-
-def _on_cuda_only(name: str):
-    def kernel(*args):
-        raise RuntimeError(f"radix::{name}: tensors must be on a CUDA device; radix::varlen_attention takes others")
-
-    return kernel
+# Why an op's kernel for a dispatch key refuses, by both.
+REFUSALS: dict[tuple[str, str], str] = {}
+_ON_CUDA_ONLY = "tensors must be on a CUDA device; radix::varlen_attention takes others"
+_ON_CPU_ONLY = "tensors must be on the CPU; batches are planned there"
+_BUILT_WITHOUT = (
+    "a tensor is on a CUDA device, and this build of radix_ops has no CUDA kernel for the op; "
+    "move the tensors to the CPU, or build from source where nvcc is found"
+)
 
 
-def _on_cpu_only(name: str):
-    def kernel(*args):
-        raise RuntimeError(f"radix::{name}: tensors must be on the CPU; batches are planned there")
+def _refuse(name: str, key: str, reason: str) -> None:
+    def kernel(*arguments):
+        raise RuntimeError(f"radix::{name}: {reason}")
 
-    return kernel
+    REFUSALS[f"radix::{name}", key] = reason
+    _library.impl(name, kernel, key)
 
 
 for _name in ("flash_attention", "flash_attention_backward"):
-    _library.impl(_name, _on_cuda_only(_name), "CPU")
+    _refuse(_name, "CPU", _ON_CUDA_ONLY)
 for _name in ("lexicographic_order", "common_prefix_lengths", "cut_batches"):
-    _library.impl(_name, _on_cpu_only(_name), "CUDA")
-for _op in _ALL_OPS:
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"radix::{_op}", "CUDA"):
-        _library.impl(_op, _no_cuda_kernel(_op), "CUDA")
+    _refuse(_name, "CUDA", _ON_CPU_ONLY)
+for _name in _ALL_OPS:
+    _op, _, _overload = _name.partition(".")
+    if not getattr(getattr(torch.ops.radix, _op), _overload or "default").has_kernel_for_dispatch_key("CUDA"):
+        _refuse(_name, "CUDA", _BUILT_WITHOUT)
