@@ -1,0 +1,157 @@
+"""How an op's gradient is registered: by kernels of our own where torch has what they need, else by torch.library."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+@dataclasses.dataclass(frozen=True)
+class Formula:
+    """The gradient of `op` for its first `num_inputs` arguments.
+
+    `save(*arguments)` is (tensors, rest), what `backward((*tensors,), rest, *grads)` and `jvp` likewise need. With
+    `saves_outputs` the op's outputs stand before the tensors, and only the first of them has a gradient.
+    """
+
+    op: torch._ops.OpOverload
+    num_inputs: int
+    save: Callable
+    backward: Callable
+    jvp: Callable | None = None
+    saves_outputs: bool = False
+
+    def save_for_backward(self, ctx, arguments: tuple, outputs) -> tuple[Tensor, ...]:
+        tensors, ctx.rest = self.save(*arguments)
+        if self.saves_outputs:
+            tensors = (*outputs, *tensors)
+            ctx.mark_non_differentiable(*outputs[1:])
+        ctx.save_for_backward(*tensors)
+        return tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class _SingleLevel:
+    """What torch keeps to itself that an Autograd kernel needs to run at one level of function transforms."""
+
+    function: type  # torch.autograd.Function would start from the top level
+    enabled: Callable[[], AbstractContextManager]
+    below_autograd: Callable[[], AbstractContextManager]
+    keys: Callable[[int], torch._C.DispatchKeySet]  # from a dispatch key set's bits
+    keys_below_autograd: torch._C.DispatchKeySet
+
+    @classmethod
+    def find(cls) -> _SingleLevel | None:
+        """Return what this torch has; None where a part is gone, as each may with a release."""
+        try:
+            from torch._functorch.utils import enable_single_level_autograd_function
+            from torch.autograd.function import _SingleLevelFunction
+
+            forward_ad._current_level  # noqa: B018  (read by the kernels)
+            return cls(
+                _SingleLevelFunction,
+                enable_single_level_autograd_function,
+                torch._C._AutoDispatchBelowAutograd,
+                torch._C.DispatchKeySet.from_raw_repr,
+                torch._C._after_autograd_keyset,
+            )
+        except (ImportError, AttributeError):
+            return None
+
+
+class _KeysBelowAutograd(dict):
+    """A dispatch key set's bits -> the key set of the kernels below autograd; computing it each time costs 0.3 us."""
+
+    def __missing__(self, bits: int) -> torch._C.DispatchKeySet:
+        keys = self[bits] = _single_level.keys(bits) & _single_level.keys_below_autograd
+        return keys
+
+
+_keys_below_autograd = _KeysBelowAutograd()
+
+
+def _register_single_level(formula: Formula) -> None:
+    op, num_inputs = formula.op, formula.num_inputs
+
+    class Function(_single_level.function):
+        @staticmethod
+        def forward(ctx, keyset, *arguments):
+            with _single_level.below_autograd():
+                outputs = op.redispatch(_keys_below_autograd[keyset.raw_repr()], *arguments)
+            ctx.save_for_forward(*formula.save_for_backward(ctx, arguments, outputs))
+            return outputs
+
+        @staticmethod
+        def backward(ctx, *grads):
+            grad_inputs = formula.backward(ctx.saved_tensors, ctx.rest, *grads)
+            return (None, *grad_inputs, *[None] * (len(ctx.needs_input_grad) - 1 - num_inputs))
+
+        @staticmethod
+        def jvp(ctx, _, *tangents):
+            if formula.jvp is None:
+                raise RuntimeError(f"{op.name()} has no forward-mode gradient; use backward mode")
+            return formula.jvp(ctx.saved_tensors, ctx.rest, *tangents[:num_inputs])
+
+    Function.__name__ = Function.__qualname__ = op.name().replace("::", "_").replace(".", "_")
+    redispatch = op._handle.redispatch_boxed if hasattr(op, "_handle") else op.redispatch
+    grad_enabled, enabled = torch.is_grad_enabled, _single_level.enabled
+
+    def autograd_kernel(keyset, first, *others):
+        # None, which the kernel refuses, arrives here too.
+        needs_gradient = (first is not None and first.requires_grad) or (
+            num_inputs > 1 and any(x is not None and x.requires_grad for x in others[: num_inputs - 1])
+        )
+        # Inside a dual level, any tensor may carry a tangent.
+        if (needs_gradient and grad_enabled()) or forward_ad._current_level >= 0:
+            with enabled():
+                return Function.apply(keyset, first, *others)
+        return redispatch(_keys_below_autograd[keyset.raw_repr()], first, *others)
+
+    _library.impl(op, autograd_kernel, "Autograd", with_keyset=True)
+
+
+class _RefusingTangents(torch.library.Library):
+    """Registers kernels of torch.library, which drop forward-mode tangents without a word, so that they refuse them."""
+
+    def impl(self, op_name, fn, *arguments, **options):
+        def kernel(*inputs):
+            if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+                raise RuntimeError(
+                    f"radix::{op_name} has no forward-mode gradient with torch {torch.__version__}; use backward mode"
+                )
+            return fn(*inputs)
+
+        super().impl(op_name, kernel, *arguments, **options)
+
+
+def _register_with_library(formula: Formula) -> None:
+    def setup_context(ctx, inputs, output):
+        formula.save_for_backward(ctx, inputs, output)
+
+    def backward(ctx, *grads):
+        grad_inputs = formula.backward(ctx.saved_tensors, ctx.rest, *grads)
+        return (*grad_inputs, *[None] * (len(ctx.needs_input_grad) - formula.num_inputs))
+
+    torch.library.register_autograd(formula.op.name(), backward, setup_context=setup_context, lib=_library)
+
+
+_single_level = _SingleLevel.find()
+_library = (_RefusingTangents if _single_level is None else torch.library.Library)("radix", "IMPL")
+
+
+def register(formula: Formula) -> None:
+    """Gives an op its gradient.
+
+    `torch.library.register_autograd` takes three times as long on a call that needs no gradient, which is more than a
+    small gather itself takes, and knows neither forward mode nor torch.func's transforms: it serves a torch that lacks
+    what kernels of our own need.
+    """
+    if _single_level is None:
+        _register_with_library(formula)
+    else:
+        _register_single_level(formula)
