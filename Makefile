@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
+OLDEST_TORCH ?= 2.11.0
 # Tests run in so many processes.
 TEST_JOBS ?= 2
 # How long `make sanitize` calls ops with mutated arguments.
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: build test coverage test-elsewhere test-oldest sanitize demo lint docs wheel check-wheel bench models clean help
+.PHONY: build test coverage test-elsewhere test-oldest test-oldest-torch oldest-torch sanitize demo lint docs wheel check-wheel bench models clean help
 build: $(VENV)/.built  ## build the extension, in a virtual environment of its own
 test: $(VENV)/.built $(VENV)/.deps  ## run the tests
 	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
@@ -29,6 +30,13 @@ test-elsewhere: $(VENV)/.built $(VENV)/.deps  ## run the tests as other machines
 test-oldest: $(VENV)/.built $(VENV)/.oldest  ## run the tests of transformers models on the oldest transformers
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS) \
 	  tests/hf tests/engine/test_scoring.py tests/cli/test_score.py tests/training/test_distributed.py tests/training/test_step.py
+
+# By the binary that was built beside the other torch. Fails where no index gives a CPU build, as `make oldest-torch` does.
+test-oldest-torch: $(VENV)/.built $(VENV)/.oldest-torch  ## run the tests of ops, batches, attention and losses on the oldest torch
+	PYTHONPATH=$(VENV)/oldest-torch $(BIN)/python -c 'import torch; assert torch.__version__ == "$(OLDEST_TORCH)+cpu"'
+	PYTHONPATH=$(VENV)/oldest-torch $(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS) \
+	  tests/ops tests/batch tests/attention tests/losses
+oldest-torch: $(VENV)/.oldest-torch
 
 # The ops' CPU kernels under ASan and UBSan: their tests, and FUZZ_SECONDS of mutated calls.
 sanitize: $(VENV)/.built $(VENV)/.deps  ## run the CPU kernels under sanitizers, on tests and on mutated calls
@@ -73,7 +81,7 @@ clean:  ## delete all that was built and installed
 	rm -rf build dist *.egg-info radix_ops/*.so $(VENV)
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 
 $(VENV)/.venv:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "radix_ops needs Python 3.10 or newer"'
@@ -99,6 +107,14 @@ $(VENV)/.deps: $(VENV)/.constraints pyproject.toml
 
 $(VENV)/.oldest: $(VENV)/.deps
 	$(PIP) install --quiet --target $(VENV)/oldest transformers==$(lastword $(OLDER_TRANSFORMERS))
+	@touch $@
+
+$(VENV)/.oldest-torch: $(VENV)/.deps
+	@$(PIP) install --quiet --no-deps --target $(VENV)/oldest-torch "torch==$(OLDEST_TORCH)+cpu" 2>/dev/null \
+	  || $(PIP) install --quiet --no-deps --target $(VENV)/oldest-torch --retries 1 \
+	    --index-url https://download.pytorch.org/whl/cpu "torch==$(OLDEST_TORCH)+cpu" 2>/dev/null \
+	  || { echo "torch $(OLDEST_TORCH) can't be tested: neither the configured package index nor PyTorch's own gives" \
+	    "a CPU build of it for this Python and machine" >&2; exit 1; }
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
