@@ -21,7 +21,7 @@ of what is done to logits is that of transformers' models, of samplers and of TR
 
 `labels` [N] int32 or int64 stand where their tokens do, unshifted and packed; the batch's own tokens by default. Each
 packed token keeps its own, also where tokens share a row and their labels differ. Targets are the tokens that are not
-the first of their sequence and whose label is not -100. Of a padded batch, `labels[attention_mask.bool()]` packs
+the first of their sequence and whose label is not -100. For a padded batch, `labels[attention_mask.bool()]` packs
 labels [B, T], and `x.new_zeros(B, T).masked_scatter(attention_mask.bool(), x)` puts values [N] back.
 
 Each function is deterministic, and differentiable once in hidden, weight and bias; what needs no gradient costs none.
@@ -67,7 +67,7 @@ def token_logprobs(
     softcap: float | None = None,
     rows_per_chunk: int | None = None,
 ) -> Tensor:
-    """[N]: log p(labels[i] | the tokens before i in its sequence); 0, without a gradient, where i is no target.
+    """Return log p(labels[i] | the tokens before i in its sequence) [N]; 0, without a gradient, where i is no target.
 
     Args, dtypes and errors are those of the module. The result is in fp32 (fp64 for float64), in packed order.
     """
@@ -87,7 +87,7 @@ def token_logprobs_and_entropy(
     softcap: float | None = None,
     rows_per_chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`token_logprobs` and `token_entropy`, both [N], for one run of the head."""
+    """Return `token_logprobs` and `token_entropy`, both [N], for one run of the head."""
     head = _Head(weight, bias, temperature, logit_scale, softcap, rows_per_chunk)
     result = _run_head(hidden, batch, labels, head, extra="entropy")
     return result.logprobs, result.extras
@@ -105,10 +105,10 @@ def token_entropy(
     softcap: float | None = None,
     rows_per_chunk: int | None = None,
 ) -> Tensor:
-    """[N]: the entropy, in nats, of the distribution that predicts token i; 0, without a gradient, for no target.
+    """Return the entropy, in nats, of the distribution that predicts token i [N]; 0, without a gradient, for no target.
 
     It stands where the log-probability of token i does, so that one mask serves both, and a mean over tokens counts a
-    row as often as it predicts a token of the batch. Of labels, only which are targets matters.
+    row as often as it predicts a token of the batch. The labels only say which tokens are targets.
     """
     head = _Head(weight, bias, temperature, logit_scale, softcap, rows_per_chunk)
     return _run_head(hidden, batch, labels, head, extra="entropy").extras
@@ -127,7 +127,7 @@ def sequence_logprobs(
     reduction: str = "sum",
     rows_per_chunk: int | None = None,
 ) -> Tensor:
-    """[B]: the sum or, with reduction "mean", the mean of each sequence's targets' log-probabilities.
+    """Return the sum or, with reduction "mean", the mean of each sequence's targets' log-probabilities [B].
 
     0 for a sequence without a target.
     """
@@ -155,7 +155,7 @@ def causal_lm_loss(
     reduction: str = "mean",
     rows_per_chunk: int | None = None,
 ) -> Tensor:
-    """The cross entropy of next tokens, as `torch.nn.functional.cross_entropy` has it of the packed batch.
+    """Return the cross entropy of next tokens, as `torch.nn.functional.cross_entropy` has it of the packed batch.
 
     Args:
         ignore_index: the label of tokens that are no targets, in place of -100.
@@ -191,7 +191,7 @@ class _Head:
     rows_per_chunk: int | None
 
     def check(self) -> None:
-        """Raises ValueError or TypeError for a number that is not allowed."""
+        """Raise ValueError or TypeError for a number that is not allowed."""
         numbers = {"temperature": self.temperature, "logit_scale": self.logit_scale}
         if self.softcap is not None:
             numbers["softcap"] = self.softcap
@@ -238,7 +238,7 @@ def _run_head(hidden, batch, labels, head: _Head, extra="none", ignore_index=IGN
 
 
 def _sum_sequences(values: Tensor, batch: FoldedBatch) -> Tensor:
-    """[N] -> [B], deterministic and differentiable."""
+    """Sum [N] by sequence to [B], deterministic and differentiable."""
     tokens = torch.arange(batch.num_tokens, device=values.device)
     sequences = torch.arange(batch.num_sequences, device=values.device)
     sequence = torch.repeat_interleave(sequences, batch.lengths, output_size=batch.num_tokens)
@@ -246,7 +246,7 @@ def _sum_sequences(values: Tensor, batch: FoldedBatch) -> Tensor:
 
 
 def _check_tensors(hidden, batch, labels, weight, bias) -> torch.dtype:
-    """The dtype of the products."""
+    """Return the dtype of the products; raise ValueError or TypeError for tensors that do not fit."""
     if not isinstance(batch, FoldedBatch):
         raise TypeError(f"batch must be a FoldedBatch, got {type(batch).__name__}")
     given = {"hidden": hidden, "weight": weight}

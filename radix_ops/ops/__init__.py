@@ -1,4 +1,4 @@
-"""The Python face of torch.ops.radix: what each op computes, its fake kernel and its gradient.
+"""The ops of torch.ops.radix: each one's arguments, results, gradient and guarantees.
 
 N packed tokens of B sequences make M trie nodes; with padding they are num_rows compact rows.
 
@@ -22,7 +22,7 @@ N packed tokens of B sequences make M trie nodes; with padding they are num_rows
         -> the same, with the inverse of index at hand, so that neither scatter_add nor the backward of gather sorts:
         members[indptr[j]:indptr[j + 1]] are the i with index[i] == j.
 
-What `radix_ops.attention` calls (sliding_window 0: none; logsumexp is for the backward, and has no gradient):
+The ops that `radix_ops.attention` calls (sliding_window 0: none; logsumexp is for the backward, and has no gradient):
 
     varlen_attention(q [num_rows, H, D], k [K, H_kv, D], v [K, H_kv, D_v], cu_seqlens_q, cu_seqlens_k, scale,
                      sliding_window=0)
@@ -47,7 +47,7 @@ What `radix_ops.attention` calls (sliding_window 0: none; logsumexp is for the b
         for the host and is slow. The index tensors must be a fold's and trie_order's, which is checked on the CPU
         alone: on CUDA others give wrong results, and lead to no memory outside the arguments.
 
-What `radix_ops.plan` calls, on the CPU (sequence i is input_ids[starts[i]:starts[i] + lengths[i]], ids not negative):
+The ops that `radix_ops.plan` calls, on the CPU (sequence i is input_ids[starts[i]:starts[i] + lengths[i]], ids from 0):
 
     lexicographic_order(input_ids [N], starts [B], lengths [B])
         -> int64 [B], the sequences sorted by their tokens, a prefix before what goes on from it, equal ones in their

@@ -10,7 +10,7 @@ _radix = torch.ops.radix
 
 
 def _register_linear(gather, scatter_add, num_inputs: int) -> None:
-    """Gradients of a gather and a scatter_add of `num_inputs` tensors, each the other's transpose.
+    """Register the gradients of a gather and a scatter_add of `num_inputs` tensors, each the other's transpose.
 
     Between the tensors and num_rows stand index and, in the .csr overloads, its inverse.
     """
@@ -45,7 +45,7 @@ _register_linear(_radix.gather_kv.csr, _radix.scatter_add_kv.csr, 2)
 
 
 def _register_attention(name: str, backward_name: str, num_tensors: int, saves_outputs: bool) -> None:
-    """Gradients of q, k and v, the first of `num_tensors` tensor arguments, and none of the backward's own."""
+    """Register the gradients of q, k and v, the first of `num_tensors` tensors; the backward gets one that raises."""
     op, backward_op = getattr(_radix, name).default, getattr(_radix, backward_name).default
 
     def backward(saved, rest, grad_out, *_):

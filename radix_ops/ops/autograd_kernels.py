@@ -1,4 +1,4 @@
-"""How an op's gradient is registered: by kernels of our own where torch has what they need, else by torch.library."""
+"""Registers an op's gradient: by kernels of our own where torch has what they need, else by torch.library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 class Formula:
     """The gradient of `op` for its first `num_inputs` arguments.
 
-    `save(*arguments)` is (tensors, rest), what `backward((*tensors,), rest, *grads)` and `jvp` likewise need. With
+    `save(*arguments)` returns (tensors, rest), for `backward((*tensors,), rest, *grads)` and `jvp` likewise. With
     `saves_outputs` the op's outputs stand before the tensors, and only the first of them has a gradient.
     """
 
@@ -37,7 +37,7 @@ class Formula:
 
 @dataclasses.dataclass(frozen=True)
 class _SingleLevel:
-    """What torch keeps to itself that an Autograd kernel needs to run at one level of function transforms."""
+    """Private parts of torch, which an Autograd kernel needs to run at one level of function transforms."""
 
     function: type  # torch.autograd.Function would start from the top level
     enabled: Callable[[], AbstractContextManager]
@@ -47,7 +47,7 @@ class _SingleLevel:
 
     @classmethod
     def find(cls) -> _SingleLevel | None:
-        """Return what this torch has; None where a part is gone, as each may with a release."""
+        """Return the parts of this torch; None where one is gone, as each may with a release."""
         try:
             from torch._functorch.utils import enable_single_level_autograd_function
             from torch.autograd.function import _SingleLevelFunction
@@ -65,7 +65,7 @@ class _SingleLevel:
 
 
 class _KeysBelowAutograd(dict):
-    """A dispatch key set's bits -> the key set of the kernels below autograd; computing it each time costs 0.3 us."""
+    """Maps a dispatch key set's bits to the key set of the kernels below autograd; to compute it costs 0.3 us."""
 
     def __missing__(self, bits: int) -> torch._C.DispatchKeySet:
         keys = self[bits] = _single_level.keys(bits) & _single_level.keys_below_autograd
@@ -116,7 +116,7 @@ def _register_single_level(formula: Formula) -> None:
 
 
 class _RefusingTangents(torch.library.Library):
-    """Registers kernels of torch.library, which drop forward-mode tangents without a word, so that they refuse them."""
+    """Makes kernels of torch.library, which drop forward-mode tangents without a word, refuse them."""
 
     def impl(self, op_name, fn, *arguments, **options):
         def kernel(*inputs):
@@ -145,7 +145,7 @@ _library = (_RefusingTangents if _single_level is None else torch.library.Librar
 
 
 def register(formula: Formula) -> None:
-    """Gives an op its gradient.
+    """Give an op its gradient.
 
     `torch.library.register_autograd` takes three times as long on a call that needs no gradient, which is more than a
     small gather itself takes, and knows neither forward mode nor torch.func's transforms: it serves a torch that lacks

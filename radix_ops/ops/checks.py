@@ -14,7 +14,7 @@ ATTENTION_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_index_like(op: str, device: torch.device, **tensors: Tensor) -> None:
-    """Raises RuntimeError unless each tensor is 1-D, int32 or int64, as ids and indices are, and on `device`."""
+    """Raise RuntimeError unless each tensor is 1-D, int32 or int64, as ids and indices are, and on `device`."""
     for name, tensor in tensors.items():
         if tensor.dim() != 1:
             raise RuntimeError(f"radix::{op}: {name} must have 1 dimension, got shape {list(tensor.shape)}")
@@ -24,7 +24,7 @@ def check_index_like(op: str, device: torch.device, **tensors: Tensor) -> None:
 
 
 def check_devices(op: str, device: torch.device, **tensors: Tensor) -> None:
-    """Raises RuntimeError unless each tensor is on `device`."""
+    """Raise RuntimeError unless each tensor is on `device`."""
     for name, tensor in tensors.items():
         if tensor.device != device:
             raise RuntimeError(
@@ -33,7 +33,7 @@ def check_devices(op: str, device: torch.device, **tensors: Tensor) -> None:
 
 
 def check_storages(op: str, **tensors: Tensor) -> None:
-    """Raises RuntimeError unless each tensor's storage holds what its sizes and strides claim.
+    """Raise RuntimeError unless each tensor's storage holds what its sizes and strides claim.
 
     A storage may have been resized below its tensors, as FSDP does with parameters that it has put away, and kernels of
     torch's read past its end. For kernels alone: a fake tensor has no storage.
@@ -50,7 +50,7 @@ def check_storages(op: str, **tensors: Tensor) -> None:
 
 
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, sliding_window: int) -> None:
-    """Raises RuntimeError unless q [rows, H, D], k [keys, H_kv, D] and v [keys, H_kv, D_v] can attend."""
+    """Raise RuntimeError unless q [rows, H, D], k [keys, H_kv, D] and v [keys, H_kv, D_v] can attend."""
 
     def fail(message: str):
         raise RuntimeError(f"radix::{op}: {message}")
@@ -77,7 +77,7 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, sliding_window: int) -> 
 
 
 def check_gradient(op: str, grad_out: Tensor, q: Tensor, v: Tensor) -> None:
-    """Raises RuntimeError unless grad_out is a gradient of attention: [rows, H, D_v], of q's dtype and device."""
+    """Raise RuntimeError unless grad_out is a gradient of attention: [rows, H, D_v], of q's dtype and device."""
     shape = [*q.shape[:2], v.shape[2]]
     if list(grad_out.shape) != shape or grad_out.dtype != q.dtype:
         raise RuntimeError(
@@ -88,7 +88,7 @@ def check_gradient(op: str, grad_out: Tensor, q: Tensor, v: Tensor) -> None:
 
 
 def check_saved(op: str, q: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor) -> None:
-    """Raises RuntimeError unless out and logsumexp are what the forward of attention returned for q and v."""
+    """Raise RuntimeError unless out and logsumexp are what the forward of attention returned for q and v."""
     sums_dtype = torch.promote_types(q.dtype, torch.float32)
     shape, sums_shape = [*q.shape[:2], v.shape[2]], [q.shape[1], q.shape[0]]
     for name, x, dtype, sizes in (("out", out, q.dtype, shape), ("logsumexp", logsumexp, sums_dtype, sums_shape)):
@@ -101,5 +101,5 @@ def check_saved(op: str, q: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor) -
 
 
 def is_finite(*tensors: Tensor) -> bool:
-    """False wherever a value is not finite; also where a sum is too large for its type, which costs time alone."""
+    """Return False where a value is not finite, and where a sum is too large for its type, which costs time alone."""
     return all(math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))) for x in tensors)

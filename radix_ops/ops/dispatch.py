@@ -1,4 +1,4 @@
-"""Which kernel runs each op of torch.ops.radix where, beside those that csrc registers."""
+"""Registers the Python kernels of torch.ops.radix, and errors for devices on which an op has none."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _library = torch.library.Library("radix", "IMPL")
 
 
 def _apart_from_autocast(kernel):
-    """The kernel in its arguments' dtypes, where autocast would cast its products: a backward pass may run under it."""
+    """Keep a kernel in its arguments' dtypes: a backward pass may run under autocast, which would cast its products."""
 
     @functools.wraps(kernel)
     def run(first, *others):
@@ -61,7 +61,7 @@ for _name in ("flash_attention", "flash_attention_backward"):
     _library.impl(_name, getattr(flash, _name), "CUDA")
 
 
-# Why an op's kernel for a dispatch key refuses, by both.
+# (op, dispatch key) -> why the op refuses tensors there.
 REFUSALS: dict[tuple[str, str], str] = {}
 _ON_CUDA_ONLY = "tensors must be on a CUDA device; radix::varlen_attention takes others"
 _ON_CPU_ONLY = "tensors must be on the CPU; batches are planned there"

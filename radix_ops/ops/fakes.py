@@ -1,4 +1,4 @@
-"""The fake kernel of each op of torch.ops.radix: what it returns for tensors that hold no values."""
+"""Registers the fake kernel of each op of torch.ops.radix, which gives its results' shapes and dtypes alone."""
 
 from __future__ import annotations
 

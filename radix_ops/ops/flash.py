@@ -1,7 +1,8 @@
 """CUDA kernels of radix::flash_attention: torch's varlen flash attention, in bfloat16 and float16.
 
-What `torch.nn.attention.varlen.varlen_attn` calls, with rows behind the last run as zeros; a flash attention that
-`torch.nn.attention.activate_flash_attention_impl` chose is used here too. Causal masks are aligned at the end of keys.
+They are those of `torch.nn.attention.varlen.varlen_attn`, or of the flash attention that
+`torch.nn.attention.activate_flash_attention_impl` chose; rows behind the last run are zeros. Causal masks are aligned
+at the end of keys.
 
 Torch's kernels take cu_seqlens_q, cu_seqlens_k and the largest lengths at their word, and so do these ops: ends that
 fall, or lie past the rows of q or of k, lead outside the tensors, as they do in `varlen_attn`, and a largest length
@@ -23,7 +24,7 @@ MAX_HEAD_DIM = 256
 
 
 def has_kernels(q: Tensor, v: Tensor) -> bool:
-    """Whether these kernels, and those of `trie_triton`, compute attention of q and v."""
+    """Return whether these kernels, and those of `trie_triton`, compute attention of q and v."""
     return (
         q.is_cuda and q.dtype in DTYPES and max(q.shape[2], v.shape[2]) <= MAX_HEAD_DIM and _is_recent(q.device.index)
     )
@@ -77,7 +78,7 @@ def flash_attention_backward(
         return tuple(x.new_zeros(x.shape) for x in (q, k, v))
     padded = _pad_heads(q, k, v)
     size = padded[0].shape[2]
-    unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that there is not
+    unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the state of a dropout, which is off
     grad_q, grad_k, grad_v = torch.ops.aten._flash_attention_backward(
         _aligned(_pad(grad_out, size).contiguous()),
         *padded,
@@ -122,7 +123,7 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, num_queries, max_seqlen_q, max_s
 
 
 def _lengths(max_seqlen_q: int, max_seqlen_k: int) -> tuple[int, int]:
-    # At a longest run of 1 the kernel would take q for one row a run, with no padding rows behind.
+    # With max_seqlen_q 1 the kernel would take q for one row a run, with no padding rows behind.
     return max(max_seqlen_q, 2), max_seqlen_k
 
 
@@ -133,13 +134,13 @@ def _window(sliding_window: int) -> dict[str, int]:
 
 
 def _pad_heads(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """All three with one head_dim that is a multiple of 8; zeros change neither scores nor the values that count."""
+    """Pad all three to one head_dim, a multiple of 8; zeros change neither scores nor the values that count."""
     size = -(-max(q.shape[2], v.shape[2]) // 8) * 8
     return [_aligned(_pad(x, size)) for x in (q, k, v)]
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x, or a copy of it where the kernel's reads of 16 bytes would not fit its strides or its address."""
+    """Return x, or a copy where the kernel's reads of 16 bytes would not fit its strides or its address."""
     fits = x.stride(2) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 

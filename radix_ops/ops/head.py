@@ -61,7 +61,7 @@ class _Head:
 
     @property
     def kernels(self):
-        """What turns logits into statistics and gradients: Triton's where rounding to half precision hides theirs."""
+        """The kernels that read logits: Triton's where rounding to half precision hides that of their exp."""
         if self.operand_dtype != self.wide:
             from . import head_triton
 
@@ -72,7 +72,7 @@ class _Head:
         return x.to(self.dtype).to(self.operand_dtype)
 
     def logits(self, block: Block, weight: Tensor) -> Tensor:
-        """[rows, columns] of the block, in the buffer: softcap(logit_scale * (states @ weight.T + bias)) / temperature.
+        """Return [rows, columns] in the buffer: softcap(logit_scale * (states @ weight.T + bias)) / temperature.
 
         The order is that of transformers' models, whose logits samplers divide by the temperature.
         """
@@ -86,12 +86,12 @@ class _Head:
 
 
 def _operand_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Only CUDA multiplies half-precision matrices to a result in fp32; elsewhere the factors are widened."""
+    """Return the factors' dtype: only CUDA multiplies half-precision matrices to a result in fp32."""
     return dtype if device.type == "cuda" else torch.promote_types(dtype, torch.float32)
 
 
 def _multiply_into(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> None:
-    """out = beta * out + alpha * a @ b, summed in out's dtype; at beta = 0 what out held does not matter."""
+    """Set out to beta * out + alpha * a @ b, summed in out's dtype; at beta = 0 what out held does not matter."""
     if a.dtype == out.dtype:
         out.addmm_(a, b, beta=beta, alpha=alpha)
     else:
@@ -99,16 +99,16 @@ def _multiply_into(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, bet
 
 
 class _Plain:
-    """Both kernels in PyTorch's own ops, in place of the logits that they read."""
+    """Both kernels in PyTorch's own ops; they overwrite the logits that they read."""
 
     @staticmethod
     def update_statistics(logits: Tensor, highest: Tensor, total: Tensor, spread: Tensor | None) -> None:
-        """Adds logits [rows, columns] to what is known of each row.
+        """Add logits [rows, columns] to the statistics of each row.
 
         highest: the largest logit z so far; total: sum(exp(d)) with d = z - highest; spread: -sum(exp(d) * d).
         """
         risen = torch.maximum(highest, logits.amax(1))
-        # A row of which no logit is finite yet: inf - inf would be NaN.
+        # Where no logit of a row is finite yet, inf - inf would be NaN.
         anchor = risen.masked_fill(risen == -torch.inf, 0)
         kept = (highest - anchor).exp_()
         weights = logits.sub_(anchor[:, None]).exp_()
@@ -121,7 +121,7 @@ class _Plain:
 
     @staticmethod
     def gradient(logits: Tensor, terms: _RowTerms, bent: float, dtype: torch.dtype) -> Tensor:
-        """(exp(d) * (constant + linear * d) + shift) * (1 - bent * z**2) with d = z - highest, in `dtype`."""
+        """Return (exp(d) * (constant + linear * d) + shift) * (1 - bent * z**2) with d = z - highest, in `dtype`."""
         highest, constant, linear, shift = terms
         slope = None
         if bent:
@@ -171,7 +171,7 @@ def forward(*arguments):
 
 
 class _RowTerms(NamedTuple):
-    """Of each row, what makes the gradient of a product from the logit z it led to, see `_Plain.gradient`."""
+    """Terms by row from which `_Plain.gradient` makes a logit's gradient."""
 
     highest: Tensor
     constant: Tensor
@@ -185,7 +185,7 @@ class _RowTerms(NamedTuple):
 def _row_terms(grad_logprobs, grad_extra, statistics, pair_ranks, extra, slope, vocabulary) -> _RowTerms:
     num_rows = statistics.shape[1]
 
-    def sum_by_row(of_pairs: Tensor) -> Tensor:  # those of tokens that are no targets fall behind the rows
+    def sum_by_row(of_pairs: Tensor) -> Tensor:  # pairs that are no targets fall behind the rows
         return torch.ops.radix.scatter_add(of_pairs, pair_ranks, num_rows + 1)[:num_rows]
 
     highest, total, third = statistics

@@ -1,4 +1,4 @@
-"""What a loss needs of a language model's head: which rows, which labels of them, and in which blocks of logits.
+"""Plans a run of a language model's head for a loss: its rows, their labels, and the blocks of logits.
 
 Row r predicts a packed token wherever the token before it, in the same sequence, is on r. So a row can have several
 labels, and a (row, label) pair several tokens: that of each duplicate of its sequence.
@@ -18,8 +18,8 @@ from torch.nn import functional as F
 IGNORED_LABEL = -100
 # Logits that exist at a time by default: 128 MiB of them in fp32.
 _BLOCK_LOGITS = 1 << 25
-# About so many rows, in a block of the default size, give both products of the backward enough parts to be made at a
-# time: the gradients of the states, rows by width, and of the weight, columns by width.
+# In a block of the default size, about so many rows give both products of the backward enough parts to make at a time:
+# the gradients of the states, rows by width, and of the weight, columns by width.
 _BLOCK_ROWS = 4096
 _MIN_COLUMNS = 1024
 _ALIGNED_COLUMNS = 128
@@ -49,7 +49,7 @@ class Block(NamedTuple):
 
 
 def blocks_of(blocks: Tensor, num_rows: int, vocabulary: int) -> list[Block]:
-    """All blocks of HeadPlan.blocks: one range of columns after another, and in each the rows from first to last."""
+    """Return all blocks of HeadPlan.blocks: one range of columns after another, in each the rows from first to last."""
     block_rows, block_columns, *pairs = blocks.tolist()
     corners = itertools.product(range(0, vocabulary, block_columns), range(0, num_rows, block_rows))
     return [
@@ -63,7 +63,7 @@ def blocks_of(blocks: Tensor, num_rows: int, vocabulary: int) -> list[Block]:
 
 
 def block_shape(num_rows: int, vocabulary: int, rows_per_chunk: int) -> tuple[int, int]:
-    """Rows and columns of a block of at most rows_per_chunk * vocabulary logits (0: by the default number of them).
+    """Return rows and columns of a block of at most rows_per_chunk * vocabulary logits (0: the default number).
 
     Many rows and a part of the vocabulary, not all of it for a few rows: so the gradient of a part of the weight is
     summed at once, in little memory, and what is read and written for each part is the gradient of the rows, of which
@@ -91,7 +91,7 @@ def plan_head(
     ignore_index: int,
     rows_per_chunk: int,
 ) -> HeadPlan:
-    """The plan for labels [N] of a batch; on CUDA the host waits twice, for a few numbers.
+    """Return the plan for labels [N] of a batch; on CUDA the host waits twice, for a few numbers.
 
     Raises ValueError for a label outside the vocabulary that is not ignore_index, unless it is a first token's.
     """

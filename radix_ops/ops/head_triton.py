@@ -12,12 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 2048
-_NO_LOGIT = tl.constexpr(-1e4)  # of which exp() is 0: 0 * -inf would be NaN
+_NO_LOGIT = tl.constexpr(-1e4)  # its exp() is 0, where 0 * -inf would be NaN
 
 
 @triton.jit
 def _statistics_kernel(logits, highest, total, spread, num_columns, HAS_SPREAD: tl.constexpr, BLOCK: tl.constexpr):
-    """A program for each row, which reads it from first to last."""
+    """One program for each row reads it from first to last."""
     row = tl.program_id(0).to(tl.int64)
     high, sum_of_row, spread_of_row = tl.load(highest + row), tl.load(total + row), 0.0
     if HAS_SPREAD:

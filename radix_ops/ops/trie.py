@@ -5,9 +5,9 @@ interval: row k is on the path to row q exactly when enter[k] <= enter[q] < leav
 run comes first, so a run stands side by side in this order too.
 
 On the CPU csrc/cpu computes it. On CUDA in bfloat16 and float16 forward and backward are the kernels of `trie_triton`.
-What has no kernel, other dtypes on CUDA, is here: the runs are cut into edges, rows side by side of which only the last
-has further branches, and everything below an edge attends to it at once, so that a key is read once for a block of
-queries, not once for each sequence.
+Other dtypes on CUDA are computed here: the runs are cut into edges, rows side by side of which only the last has
+further branches, and everything below an edge attends to it at once, so that a key is read once for a block of queries,
+not once for each sequence.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TrieTables(NamedTuple):
 
 
 def _split(arguments: tuple) -> tuple[TrieTables, float, int]:
-    """The tables, scale and sliding_window that end the arguments of an op; the last may be left out."""
+    """Split the arguments behind an op's tensors into tables, scale and sliding_window, which may be left out."""
     count = len(TrieTables._fields)
     scale, window = (*arguments[count:], 0)[:2]
     return TrieTables(*arguments[:count]), scale, window
@@ -94,7 +94,7 @@ class _Edges(NamedTuple):
 
 
 def _tiles(edges: _Edges, window: int, max_queries: int, k: Tensor, v: Tensor) -> Iterator[_Tile]:
-    """Every pair of a query and a key that it sees, once.
+    """Yield every pair of a query and a key that it sees, once.
 
     A masked key counts 0 times its value, which is NaN where the value is not finite; a row that others share must not
     take that from a later row. So where keys or values of a tile with a mask are not finite, its queries go one by one.
@@ -163,13 +163,13 @@ def has_kernels(q: Tensor, v: Tensor) -> bool:
 
 
 def _by_number(x: Tensor, edges: _Edges, kv_heads: int, dtype: torch.dtype) -> Tensor:
-    """[rows, H, D] -> [H_kv, M, H / H_kv, D] in depth-first order, contiguous."""
+    """Bring [rows, H, D] to [H_kv, M, H / H_kv, D] in depth-first order, contiguous."""
     grouped = x[edges.row_of].to(dtype).unflatten(1, (kv_heads, -1))
     return grouped.permute(1, 0, 2, 3).contiguous()
 
 
 def _by_row(x: Tensor, edges: _Edges, num_rows: int, dtype: torch.dtype) -> Tensor:
-    """The inverse of _by_number, with zeros for padding rows."""
+    """Invert _by_number, with zeros for padding rows."""
     rows = x.permute(1, 0, 2, 3).flatten(1, 2)
     return torch.zeros(num_rows, *rows.shape[1:], dtype=dtype, device=x.device).index_copy_(
         0, edges.row_of, rows.to(dtype)
@@ -177,7 +177,7 @@ def _by_row(x: Tensor, edges: _Edges, num_rows: int, dtype: torch.dtype) -> Tens
 
 
 def _scores(queries: Tensor, keys: Tensor, tile: _Tile, scale: float) -> Tensor:
-    """[H_kv, queries, group, keys], -inf where a query does not see a key."""
+    """Return [H_kv, queries, group, keys], -inf where a query does not see a key."""
     heads, count, group, dim = queries.shape
     scores = torch.bmm(queries.reshape(heads, count * group, dim), keys.permute(1, 2, 0)).mul_(scale)
     scores = scores.view(heads, count, group, keys.shape[0])
@@ -198,7 +198,7 @@ def trie_attention(q: Tensor, k: Tensor, v: Tensor, *arguments) -> tuple[Tensor,
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     queries = _by_number(q, edges, kv_heads, wide)
     count = queries.shape[1]
-    # The softmax of what each query has seen so far: the largest score, the sum of exponentials, and that of values.
+    # The softmax over the keys seen so far: the largest score, the sum of exponentials, and that of values.
     largest = torch.full((kv_heads, count, group), float("-inf"), dtype=wide, device=q.device)
     total = torch.zeros_like(largest)
     out = torch.zeros(kv_heads, count, group, v.shape[2], dtype=wide, device=q.device)
@@ -221,7 +221,7 @@ def trie_attention(q: Tensor, k: Tensor, v: Tensor, *arguments) -> tuple[Tensor,
 
 
 def trie_attention_backward(grad_out, q, k, v, out, logsumexp, *arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, with the probabilities computed again; sums are in fp32 (fp64 for float64)."""
+    """Return the gradients of q, k and v; probabilities are computed again, sums are in fp32 (fp64 for float64)."""
     tables, scale, window = _split(arguments)
     _check("trie_attention_backward", q, k, v, tables, window)
     check_gradient("trie_attention_backward", grad_out, q, v)

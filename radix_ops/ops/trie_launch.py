@@ -9,8 +9,8 @@ from triton.runtime.errors import OutOfResources
 from .trie import TrieTables
 from .trie_triton import backward_kv_kernel, backward_q_kernel, forward_kernel
 
-# (BLOCK_M, BLOCK_N, STAGES, warps): what was fastest on an H200 at head_dim 128, for other GPUs and larger heads one
-# that keeps its accumulators in registers, and smaller ones for where that does not fit into shared memory.
+# (BLOCK_M, BLOCK_N, STAGES, warps): the fastest on an H200 at head_dim 128, one for other GPUs and larger heads that
+# keeps its accumulators in registers, and smaller ones for where that does not fit into shared memory.
 _CONFIGS = {
     forward_kernel: [(128, 128, 3, 8), (64, 64, 2, 8), (32, 32, 2, 4), (16, 16, 1, 4)],
     backward_q_kernel: [(128, 64, 5, 8), (64, 64, 2, 8), (32, 32, 2, 4), (16, 16, 1, 4)],
@@ -87,8 +87,10 @@ def _cdiv(a: int, b: int) -> int:
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """x [rows, heads, size], or a copy whose address and strides are multiples of 16: others would make for slow loads,
-    and for compilations that take minutes."""
+    """Return x [rows, heads, size], or a copy whose address and strides are multiples of 16.
+
+    Others would make for slow loads, and for compilations that take minutes.
+    """
     row, head, one = x.stride()
     if one == 1 and row % 16 == 0 and head % 16 == 0 and max(row, head) < 2**31 and x.data_ptr() % 16 == 0:
         return x
@@ -102,7 +104,7 @@ def _contiguous(x: torch.Tensor) -> torch.Tensor:
 
 
 def _table(name: str, x: torch.Tensor) -> torch.Tensor:
-    """x as the kernels read it: int32, contiguous and aligned; a value that int32 does not hold is a device assert."""
+    """Return x in int32, contiguous and aligned; a value that int32 does not hold is a device assert."""
     if x.dtype != torch.int32:
         narrow = x.int()
         torch._assert_async((narrow == x).all(), f"radix::trie_attention: {name} must hold numbers that int32 holds")
@@ -111,7 +113,7 @@ def _table(name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def _query_tables(tables: TrieTables) -> tuple:
-    """What kernels of queries take of the tables: five tensors, and how many entries the last has."""
+    """Return the tables that kernels of queries take, five tensors, and how many entries the last has."""
     names = "row_of", "leave", "depth", "path", "kv_index"
     num_keys = min(tables.kv_index.shape[0], _INT32_LIMIT - 1)
     return *(_table(name, getattr(tables, name)) for name in names), num_keys
@@ -128,7 +130,7 @@ def _check_size(op: str, q: torch.Tensor, k: torch.Tensor) -> None:
 
 
 def forward(q, k, v, tables: TrieTables, scale: float, window: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The attention [num_rows, H, D_v] and its logsumexp [H, num_rows] in base 2; window 0: none."""
+    """Return the attention [num_rows, H, D_v] and its logsumexp [H, num_rows] in base 2; window 0: none."""
     _check_size("trie_attention", q, k)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
@@ -141,7 +143,7 @@ def forward(q, k, v, tables: TrieTables, scale: float, window: int) -> tuple[tor
 def backward(
     grad_out, q, k, v, out, logsumexp, tables: TrieTables, scale: float, window: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of q, k and v."""
+    """Return the gradients of q, k and v."""
     _check_size("trie_attention_backward", q, k)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     grad_out, out, logsumexp = _contiguous(grad_out), _contiguous(out), _contiguous(logsumexp)

@@ -25,7 +25,7 @@ _NO_LIMIT = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _row_in(row, num_rows):
-    """The row as a table says it, one that is none as the last: a single instruction, where a mask takes one a load."""
+    """Return a table's row, or the last for what is none: a single instruction, where a mask takes one a load."""
     last = (num_rows - 1).to(tl.uint32)
     return tl.minimum(row.to(tl.uint32, bitcast=True), last).to(tl.int32, bitcast=True)
 
@@ -34,7 +34,7 @@ def _row_in(row, num_rows):
 def _load_rows(
     x, row, head, stride_row, stride_head, is_row, MASKED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """[rows, BLOCK], zeros behind SIZE and, with MASKED, where is_row is False."""
+    """Load [rows, BLOCK], zeros behind SIZE and, with MASKED, where is_row is False."""
     column = tl.arange(0, BLOCK)[None, :]
     pointers = x + (row.to(tl.int64)[:, None] * stride_row + head.to(tl.int64) * stride_head + column)
     if MASKED:
@@ -58,7 +58,7 @@ def _queries_of_program(
     row_of, num_rows, num_nodes,
     GROUP: tl.constexpr, MEMBERS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Programs of one block of numbers stand side by side, those of the deepest blocks, which take longest, first."""
+    """Put the programs of one block of numbers side by side, the deepest blocks, which take longest, first."""
     TOKENS: tl.constexpr = BLOCK_M // MEMBERS
     PARTS: tl.constexpr = (GROUP + MEMBERS - 1) // MEMBERS
     block = (tl.num_programs(0) - 1 - tl.program_id(0)) // (KV_HEADS * PARTS)
@@ -78,13 +78,13 @@ def _keys_of_block(
     row_of, depth, path, kv_index, num_keys, first, num_rows, num_nodes, own_depth, is_query, window,
     TOKENS: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The keys of a block of queries: `length` rows of the path to its first number, then its own, `count` in all.
+    """Find the keys of a block of queries: `length` rows of the path to its first number, then its own, `count` in all.
 
     Key i of the path is at path_rows[i], key i of the block at own_rows[i]. From low to full_low some queries see a
     key, from full_low to full all do, from full on some do.
     """
     first_row = _row_in(tl.load(row_of + first), num_rows)
-    # A path is of rows with lower numbers, and lies within kv_index.
+    # The rows of a path have lower numbers, and lie within kv_index.
     length = tl.maximum(tl.minimum(tl.load(depth + first_row), tl.minimum(first, num_keys)), 0)
     path_at = tl.maximum(tl.minimum(tl.load(path + first_row), num_keys - length), 0)
     count = length + tl.minimum(TOKENS, num_nodes - first)
@@ -117,7 +117,7 @@ def _keys_seen_by_some(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Keys, values and [queries, keys] whether they are seen, of the path and the block itself."""
+    """Load keys and values of the path and the block itself, and [queries, keys] whether they are seen."""
     key = at + tl.arange(0, BLOCK_N)
     is_key = key < count
     row = _row_in(tl.load(tl.where(key < length, path_rows + key, own_rows + key), mask=is_key, other=0), num_rows)
@@ -223,7 +223,7 @@ def backward_q_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WINDOWED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """grad_q, and for `backward_kv_kernel` the mean of grad_out * value under each query's weights."""
+    """Store grad_q, and for `backward_kv_kernel` the mean of grad_out * value under each query's weights."""
     first, kv_head, head, number, row, is_slot, is_query = _queries_of_program(
         row_of, num_rows, num_nodes, GROUP, MEMBERS, KV_HEADS, BLOCK_M
     )
@@ -271,7 +271,7 @@ def _grad_kv_step(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the queries at .. at + BLOCK_M, pairs of a number and a head of the group, give."""
+    """Add the shares of the queries at .. at + BLOCK_M, pairs of a number and a head of the group."""
     pair = at + tl.arange(0, BLOCK_M)
     number = pair // GROUP
     head = kv_head * GROUP + pair % GROUP

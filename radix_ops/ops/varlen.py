@@ -1,7 +1,7 @@
 """Kernels of radix::varlen_attention: causal attention of runs over their sequences, a block of queries at a time.
 
-The only ones on the CPU, in every dtype; on CUDA they serve float32, float64 and what flash attention can't take, and
-wait for the host to read the runs. Run r holds the queries [cu_seqlens_q[r], cu_seqlens_q[r+1]) and the keys
+On the CPU they serve every dtype; on CUDA float32, float64 and what flash attention can't take, where they wait for the
+host to read the runs. Run r holds the queries [cu_seqlens_q[r], cu_seqlens_q[r+1]) and the keys
 [cu_seqlens_k[r], cu_seqlens_k[r+1]); its last query stands at its last key. Query rows behind the last run are
 padding: their output and gradient are zero.
 """
@@ -58,7 +58,7 @@ def _shorten(values: list[int]) -> str:
 
 
 def _blocks(ends_q: list[int], ends_k: list[int], window: int, max_rows, k: Tensor, v: Tensor) -> Iterator[_Block]:
-    """Every query once, in blocks of at most `max_rows(number of keys)` rows.
+    """Yield every query once, in blocks of at most `max_rows(number of keys)` rows.
 
     A masked key counts 0 times its value, which is NaN where the value is not finite. A row that others share must not
     take that from a later token of one sequence, so there each query is a block of its own and sees no mask.
@@ -86,7 +86,7 @@ def _blocks(ends_q: list[int], ends_k: list[int], window: int, max_rows, k: Tens
 
 
 def _mask(num_rows: int, num_keys: int, window: int, device: torch.device) -> Tensor | None:
-    """Row i stands at key num_keys - num_rows + i and sees the last `window` keys up to there (all, if 0)."""
+    """Let row i see the last `window` keys (all, if 0) up to num_keys - num_rows + i, where it stands."""
     if num_rows == 1:
         return None
     diagonal = num_keys - num_rows
@@ -108,7 +108,7 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, sliding_window=
 
 
 def varlen_attention_backward(grad_out, q, k, v, cu_seqlens_q, cu_seqlens_k, scale, sliding_window=0):
-    """The gradients of q, k and v, with the probabilities computed again; sums are in fp32 (fp64 for float64)."""
+    """Return the gradients of q, k and v; probabilities are computed again, sums are in fp32 (fp64 for float64)."""
     ends_q, ends_k = _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window)
     check_gradient("varlen_attention", grad_out, q, v)
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""What CUDA adds to the ops: streams, graphs, copies to the host, asserts, other devices, memory that nobody wrote."""
+"""The ops on CUDA: streams, graphs, copies to the host, asserts, other devices, memory that nobody wrote."""
 
 from __future__ import annotations
 
@@ -354,7 +354,7 @@ ASSERTS = {
         "sums(wide, zeros, to([0, 300, 300, 300]), to([*range(200), *range(50, 100), *range(250, 300)]))",
         "lists an entry twice",
     ),
-    # Of int64, the length and the prefix of a run that ends at -2^63 overflow and are positive.
+    # In int64, the length and the prefix of a run that ends at -2^63 overflow and are positive.
     "trie_order differences overflow": (
         "order(to([0, 4, 5, -(2**63)]), to([0, 4, 6, 4 - 2**64 + 2**63 + 2**63]), to([0, 1, 2, 3, 0, 0, 0, 0, 2]), 5)",
         "cu_seqlens_q must be a fold's",

@@ -1,7 +1,7 @@
-"""What no op of torch.ops.radix and radix_losses may lack, by the dispatcher's own list of them.
+"""Guards over every op of torch.ops.radix and radix_losses, by the dispatcher's own list of them.
 
-Samples for opcheck, a gradient or the reason why there is none, a kernel on each device or a reason, and a graph of its
-own under torch.compile. The tables are in `helpers/op_samples.py`.
+Each has samples for opcheck, a gradient or a reason, a kernel on each device or a reason, and a graph of its own under
+torch.compile. The tables are in `helpers/op_samples.py`.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def test_fold_takes_strided_arguments(device):
 
 
 def test_fold_wide_batch_is_not_quadratic(fold):
-    """Of 32 times as many sequences, a quadratic fold would take 1,024 times as long."""
+    """A quadratic fold would take 1,024 times as long for 32 times as many sequences."""
 
     def seconds(count):
         ids = torch.stack([torch.randperm(count), torch.full((count,), 3)], 1).flatten()
@@ -134,7 +134,7 @@ def test_fold_wide_batch_is_not_quadratic(fold):
         compact_ids, _, unfold_index, _ = fold(*arguments)  # the first call on a device loads its kernels
         assert torch.equal(compact_ids, ids)
         assert torch.equal(unfold_index.long(), torch.arange(2 * count))
-        # Of the processor, which other programs take no share of.
+        # Other programs take no share of the processor's time.
         taken = []
         for _ in range(5):
             start = time.process_time()

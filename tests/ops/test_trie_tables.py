@@ -1,4 +1,4 @@
-"""What trie_attention and its backward refuse on the CPU, each before it reads or writes anything by a table."""
+"""Tables that trie_attention and its backward refuse on the CPU, before they read or write anything by one."""
 
 from __future__ import annotations
 
