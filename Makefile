@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: build test coverage test-elsewhere test-oldest test-oldest-torch oldest-torch sanitize demo lint docs wheel check-wheel bench models clean help
+.PHONY: build test coverage test-elsewhere test-oldest test-oldest-torch oldest-torch sanitize demo lint docs wheel check-wheel bench bench-check models clean help
 build: $(VENV)/.built  ## build the extension, in a virtual environment of its own
 test: $(VENV)/.built $(VENV)/.deps  ## run the tests
 	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
@@ -63,12 +63,15 @@ check-wheel: $(VENV)/.built $(VENV)/.deps  ## install the wheel outside the chec
 
 # Where there is a GPU, on it as well.
 bench: $(VENV)/.built $(VENV)/.deps  ## measure what docs/benchmarks.md reports
-	names="fold_cpu gather_cpu scatter_add_cpu attention_cpu plan_cpu"; devices=cpu; \
+	names="attention_cpu plan_cpu"; devices=cpu; \
 	if nvidia-smi >/dev/null 2>&1; then devices="cpu cuda"; \
-	names="$$names fold_cuda gather_cuda scatter_add_cuda losses_cuda"; fi; \
+	names="$$names losses_cuda"; fi; \
 	for name in $$names; do $(BIN)/python benchmarks/bench_$$name.py || exit 1; done; \
-	for device in $$devices; do for name in qwen3 training; do \
+	for device in $$devices; do for name in fold gather scatter_add qwen3 training; do \
 	$(BIN)/python benchmarks/bench_$$name.py --device $$device || exit 1; done; done
+
+bench-check: $(VENV)/.built $(VENV)/.deps  ## compare the CPU's benchmarks with the saved ratios
+	$(BIN)/python benchmarks/check.py
 
 # radix_ops/hf/models.json and docs/models.md. Takes about half an hour on two cores.
 models: $(VENV)/.built $(VENV)/.deps  ## prove which types of transformers models fold

@@ -32,35 +32,28 @@ HEADS = {"SmolLM2-135M": (9, 3, 64), "Qwen3-0.6B": (16, 8, 128)}
 LARGEST_ERROR = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 
 
-def main() -> None:
-    args = harness.parse(harness.make_parser(__doc__, threads=2, rounds=5))
+def sequences_of(shape: str) -> list[list[int]]:
+    if shape not in SHAPES:
+        return [[*range(i), 10**6] for i in range(1, COMB)] + [list(range(COMB))]
+    count, shared, rest, groups = SHAPES[shape]
     rng = np.random.default_rng(0)
-    batches = {}
-    for shape, (count, shared, rest, groups) in SHAPES.items():
-        batches[shape] = sequences = []
-        for _ in range(groups):
-            prefix = rng.integers(0, 30_000, shared).tolist()
-            sequences += [prefix + rng.integers(0, 30_000, rest).tolist() for _ in range(count)]
-    batches[f"comb of {COMB:,}"] = [[*range(i), 10**6] for i in range(1, COMB)] + [list(range(COMB))]
-    records = []
-    for shape, sequences in batches.items():
-        folded = FoldedBatch.from_sequences(sequences)
-        packed = pack(torch.tensor(list(itertools.chain.from_iterable(sequences))), folded.cu_seqlens)
-        for name, (heads, kv_heads, size) in HEADS.items():
-            # Unfolded, the comb has 100 times its rows.
-            if shape not in SHAPES and name != next(iter(HEADS)):
-                continue
-            for dtype in LARGEST_ERROR:
-                records.append(measure(shape, name, folded, packed, (heads, kv_heads, kv_heads), size, dtype, args))
-    harness.report("attention_cpu", records, args.save)
+    sequences = []
+    for _ in range(groups):
+        prefix = rng.integers(0, 30_000, shared).tolist()
+        sequences += [prefix + rng.integers(0, 30_000, rest).tolist() for _ in range(count)]
+    return sequences
 
 
-def measure(shape, name, folded, packed, heads, size, dtype, args) -> dict:
-    rows = [torch.randn(folded.num_rows, count, size).to(dtype) for count in heads]
+def row(shape: str, name: str, dtype: torch.dtype, rounds: int) -> dict[str, object]:
+    sequences = sequences_of(shape)
+    folded = FoldedBatch.from_sequences(sequences)
+    heads, kv_heads, size = HEADS[name]
+    rows = [torch.randn(folded.num_rows, count, size).to(dtype) for count in (heads, kv_heads, kv_heads)]
     plans = {layout: plan_attention(folded, layout) for layout in ("trie", "compact")}
     calls = {layout: functools.partial(attend, *rows, folded, plan) for layout, plan in plans.items()}
     if shape in SHAPES:
         tokens = [folded.unfold(x) for x in rows]
+        packed = pack(torch.tensor(list(itertools.chain.from_iterable(sequences))), folded.cu_seqlens)
         calls["packed"] = functools.partial(attend, *tokens, packed, plan_attention(packed, "compact"))
     exact = attention(*(x.double() for x in rows), folded, layout="compact")
     error = float((calls["trie"]() - exact).norm() / exact.norm())
@@ -70,7 +63,7 @@ def measure(shape, name, folded, packed, heads, size, dtype, args) -> dict:
     for layout, plan in plans.items():
         forward = functools.partial(attend, *inputs, folded, plan)
         calls[f"{layout} both"] = lambda f=forward: torch.autograd.grad(f(), inputs, grad)
-    seconds = harness.seconds_per_call(calls, args.rounds)
+    seconds = harness.seconds_per_call(calls, rounds)
     return {
         "shape": shape,
         "heads of": name,
@@ -83,6 +76,18 @@ def measure(shape, name, folded, packed, heads, size, dtype, args) -> dict:
         "compact / trie, both": seconds["compact both"] / seconds["trie both"],
         "error": error,
     }
+
+
+def cpu_cases() -> dict[str, list[harness.Case]]:
+    # Unfolded, the comb has 100 times its rows.
+    models = {shape: list(HEADS) for shape in SHAPES} | {f"comb of {COMB:,}": list(HEADS)[:1]}
+    cases = [(shape, name, dtype) for shape, names in models.items() for name in names for dtype in LARGEST_ERROR]
+    return {"attention_cpu": [functools.partial(row, *case) for case in cases]}
+
+
+def main() -> None:
+    args = harness.parse(harness.make_parser(__doc__, threads=2, rounds=5))
+    harness.report_cases(cpu_cases(), args)
 
 
 if __name__ == "__main__":

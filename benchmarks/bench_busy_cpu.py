@@ -9,13 +9,10 @@ radix_ops sets (20000), and OMP_WAIT_POLICY=passive lets them sleep.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import statistics
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import radix_ops  # noqa: F401  isort: skip  (before torch, as in the command: it settles how threads wait)
@@ -23,31 +20,14 @@ import radix_ops  # noqa: F401  isort: skip  (before torch, as in the command: i
 import torch
 
 import harness
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from busy import busy_processors
 from radix_ops.data.records import Records
 from radix_ops.engine import loading, scoring
 from radix_ops.plan.budget import MOST_ROWS, Budget
 
 QUESTIONS = Path("build/demo/questions.jsonl")
-# A loop ends with its parent, or after ten minutes.
-LOOP = """
-import os, sys, time
-os.sched_setaffinity(0, {int(sys.argv[1])})
-parent, end = os.getppid(), time.monotonic() + 600
-while os.getppid() == parent and time.monotonic() < end:
-    for _ in range(10**6): pass
-"""
-
-
-@contextlib.contextmanager
-def busy_loops() -> Iterator[None]:
-    """One on each processor that this process may use."""
-    loops = [subprocess.Popen([sys.executable, "-c", LOOP, str(cpu)]) for cpu in os.sched_getaffinity(0)]
-    try:
-        yield
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
 
 
 def main() -> None:
@@ -75,7 +55,7 @@ def main() -> None:
 
     seconds(1)
     found = {"quiet": seconds(args.rounds)}
-    with busy_loops():
+    with busy_processors():
         found["busy"] = seconds(args.rounds)
     ratio = {name: times["plain"] / times["folded"] for name, times in found.items()}
     slowdown = {name: found["busy"][name] / found["quiet"][name] for name in ("plain", "folded")}

@@ -106,8 +106,7 @@ def row_of(name: str, models: dict, config, batch: Batch, args, names) -> dict[s
 
 
 def main() -> None:
-    parser = harness.make_parser(__doc__, rounds=5)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = harness.make_parser(__doc__, rounds=5, devices=harness.DEVICES)
     parser.add_argument("--models", nargs="+", choices=list(bench_qwen3.SHAPES), help="default: 0.6B and 8B, or small")
     parser.add_argument("--data", help="a .npz of packed prompts: NAME.ids and NAME.cu for each NAME")
     parser.add_argument("--workloads", nargs="+", default=WORKLOADS, metavar="NAME", help="of --data")

@@ -304,8 +304,7 @@ def plot(path: str, device: str) -> None:
 
 
 def main() -> None:
-    parser = harness.make_parser(__doc__, rounds=5)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = harness.make_parser(__doc__, rounds=5, devices=harness.DEVICES)
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), help="default: all real ones on CUDA, else small")
     parser.add_argument("--data", help="a .npz of packed prompts: NAME.ids and NAME.cu for each NAME")
     parser.add_argument("--workloads", nargs="+", default=WORKLOADS, metavar="NAME", help="of --data (default: six)")

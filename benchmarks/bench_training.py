@@ -139,8 +139,7 @@ def row_of(name: str, model, weight, batch: Groups, args) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = harness.make_parser(__doc__, rounds=5)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = harness.make_parser(__doc__, rounds=5, devices=harness.DEVICES)
     parser.add_argument("--models", nargs="+", choices=list(GRID), help="default: 0.6B and 4B on CUDA, else small")
     parser.add_argument("--budget", type=float, default=4.0, help="seconds after which a line has rounds enough")
     args = harness.parse(parser)

@@ -18,20 +18,31 @@ import torch
 import radix_ops
 
 RESULTS = Path(__file__).parent / "results"
+DEVICES = ("cpu", "cuda")
+# Measures one row of a benchmark's table, in so many rounds.
+Case = Callable[[int], dict[str, object]]
 
 
-def make_parser(description: str, *, threads: int = 1, rounds: int = 7) -> argparse.ArgumentParser:
+def make_parser(
+    description: str, *, threads: int = 1, rounds: int = 7, devices: tuple[str, ...] = ()
+) -> argparse.ArgumentParser:
+    """The options that benchmarks have in common; --device where there are several devices."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=threads, help=f"threads of torch (default: {threads})")
     parser.add_argument(
         "--rounds", type=int, default=rounds, help=f"alternating rounds, of which the best counts (default: {rounds})"
     )
+    if devices:
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        parser.add_argument("--device", choices=devices, default=found, help=f"default: {found}, as found")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json")
     return parser
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
+    if getattr(args, "device", "cpu") == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device is found; --device cpu measures without one")
     torch.set_num_threads(args.threads)
     return args
 
@@ -128,6 +139,11 @@ def bandwidths() -> dict[str, float]:
     }
 
 
+def in_terabytes(measured: dict[str, float]) -> dict[str, float]:
+    """Bandwidths in TB/s, named so, for `report`."""
+    return {f"{name} TB/s": value / 1e12 for name, value in measured.items()}
+
+
 def environment() -> dict[str, object]:
     packages = {"radix_ops": radix_ops.__version__}
     for name in ("torch", "numpy", "radix-mlp", "transformers"):
@@ -193,6 +209,12 @@ def report(name: str, rows: list[dict[str, object]], save: bool, measured: dict[
         path = RESULTS / f"{name}.json"
         path.write_text(json.dumps(content, indent=1) + "\n")
         print(f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+
+
+def report_cases(cases: dict[str, list[Case]], args: argparse.Namespace) -> None:
+    """Measures the cases of each table and reports them."""
+    for name, rows in cases.items():
+        report(name, [row(args.rounds) for row in rows], args.save)
 
 
 def _text(value: object) -> str:

@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from busy import busy_processors
+
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "build" / "elsewhere"
 LONGEST_RUN = 3 * 3600  # seconds
@@ -62,20 +64,6 @@ class Result(NamedTuple):
     passed: int
     failed: int
     seconds: float
-
-
-@contextlib.contextmanager
-def busy_cores() -> Iterator[None]:
-    """A spinning process for each core, none of which outlives this one."""
-    spin = f"import os\nwhile os.getppid() == {os.getpid()}:\n    for _ in range(10**6): pass"
-    command = [sys.executable, "-S", "-c", spin]
-    spinners = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(os.cpu_count() or 1)]
-    try:
-        yield
-    finally:
-        for spinner in spinners:
-            spinner.kill()
-            spinner.wait()
 
 
 @contextlib.contextmanager
@@ -128,7 +116,7 @@ def run_tests(name: str, arguments: list[str]) -> Result:
         if "bare" in parts:
             variables |= stack.enter_context(new_home())
         if "busy" in parts:
-            stack.enter_context(busy_cores())
+            stack.enter_context(busy_processors())
         start = time.monotonic()
         status = run_command(command + arguments, variables, LOGS / f"{name}.log", few_files="bare" in parts)
         seconds = time.monotonic() - start

@@ -1,0 +1,100 @@
+"""Holds the benchmarks of the CPU to the saved ratios, of a peer's time to that of each of our calls.
+
+`make bench-check` runs it in a few minutes on a quiet machine and fails where a ratio is below 0.8 of that in
+benchmarks/results. Times are never compared, since they are a machine's; ratios too depend on the processor, and the
+table names that of the saved ones. A case that is below is measured twice more, and its best ratio counts. Batches of
+seconds a call are left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import types
+from collections.abc import Iterator
+
+import torch
+
+import bench_attention_cpu
+import bench_fold
+import bench_gather
+import bench_qwen3
+import bench_scatter_add
+import harness
+
+LEAST = 0.8
+ROUNDS, MEASUREMENTS = 3, 3
+# The columns that tell a row of a table from the others, and its ratios of a peer's time to ours.
+COLUMNS = {
+    "fold_cpu": (["batch"], ["radix-mlp / fold"]),
+    "fold_grid_cpu": (list(bench_fold.GRID), ["radix-mlp / compat"]),
+    "gather_cpu": (["shape"], ["index_select / gather"]),
+    "scatter_add_cpu": (["batch", "dtype"], ["index_add_ / .csr"]),
+    "attention_cpu": (["shape", "heads of", "dtype"], ["packed / trie", "compact / trie"]),
+    "qwen3_small_cpu": (["batch"], ["packed / compact", "packed / trie", "transformers / best"]),
+}
+ATTENTION = ("64 x (100 + 90)", "8 groups of 8 x (60 + 110)", "16 x 256, nothing shared")
+QWEN3 = [(4, 511, 256), (4, 0, 1024)]
+
+
+def cases() -> dict[str, list[harness.Case]]:
+    found = bench_fold.cpu_cases() | bench_gather.cpu_cases() | bench_scatter_add.cpu_cases()
+    for name, rows in bench_attention_cpu.cpu_cases().items():
+        found[name] = [row for row in rows if row.args[0] in ATTENTION]
+    model = bench_qwen3.make_model("small", "cpu", torch.float32)
+    theirs = bench_qwen3.make_theirs(model, "small")
+    found["qwen3_small_cpu"] = [functools.partial(qwen3_row, model, theirs, shape) for shape in QWEN3]
+    return found
+
+
+@torch.no_grad()
+def qwen3_row(model, theirs, shape: tuple[int, int, int], rounds: int) -> dict[str, object]:
+    batch = bench_qwen3.Batch.synthetic(*shape, "cpu")
+    return bench_qwen3.forward_row("small", model, theirs, batch, types.SimpleNamespace(rounds=rounds, budget=10), 0.0)
+
+
+def shares(name: str, rows: list[harness.Case]) -> Iterator[tuple[str, str, float, float]]:
+    """Each ratio of each case: its name, the case, the saved ratio and the one measured here."""
+    content = json.loads((harness.RESULTS / f"{name}.json").read_text())
+    torch.set_num_threads(content["environment"]["threads"])
+    keys, ratios = COLUMNS[name]
+    saved = {tuple(row[key] for key in keys): row for row in content["rows"]}
+    for measure in rows:
+        best: dict[str, float] = {}
+        for _ in range(MEASUREMENTS):
+            row = measure(ROUNDS)
+            case = tuple(row[key] for key in keys)
+            for ratio in ratios:
+                if row[ratio] is not None:
+                    best[ratio] = max(best.get(ratio, 0.0), row[ratio])
+            if all(found >= LEAST * saved[case][ratio] for ratio, found in best.items()):
+                break
+        for ratio, found in best.items():
+            yield ratio, ", ".join(map(str, case)), saved[case][ratio], found
+
+
+def main() -> None:
+    summary, below = [], []
+    for name, rows in cases().items():
+        print(f"{name}: {len(rows)} cases", flush=True)
+        processor = json.loads((harness.RESULTS / f"{name}.json").read_text())["environment"]["cpu"]
+        for ratio, group in itertools.groupby(sorted(shares(name, rows)), key=lambda share: share[0]):
+            lines = [
+                {"table": name, "ratio": ratio, "case": case, "saved": saved, "here": here, "share": here / saved}
+                for _, case, saved, here in group
+            ]
+            worst = min(lines, key=lambda line: line["share"])
+            columns = {"table": name, "ratio": ratio, "cases": len(lines), "least share": worst["share"]}
+            summary.append(columns | {"of case": worst["case"], "saved on": processor})
+            below += [line for line in lines if line["share"] < LEAST]
+    harness.report("check", summary, save=False)
+    if below:
+        print(f"\nBelow {LEAST} of the saved ratio:")
+        harness.report("below", below, save=False)
+        raise SystemExit(1)
+    print(f"\nOn {harness.cpu_name()} every ratio is at least {LEAST} of the saved one.")
+
+
+if __name__ == "__main__":
+    main()
