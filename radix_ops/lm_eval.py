@@ -26,17 +26,18 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from .batch import FoldedBatch
+from .engine.batches import in_memory
+from .engine.scoring import score_targets
 from .hf import RadixStats, verify
 from .hf.guards import has_own_attention
 from .hf.logits import RowLogits
 from .plan.budget import find_budget
-from .plan.planner import TokenStore, plan_folded
+from .plan.planner import Plan, TokenStore, plan_folded
 
 __all__ = ["RadixLM"]
 
 # Of a batch, tokens for each row: bounds its index arrays where very much is shared.
 _MAX_TOKENS_PER_ROW = 64
-_MAX_LOGIT_BYTES = 64 * 2**20  # of logits in float32 at a time
 _PROBE_LENGTH = 8
 
 _logger = logging.getLogger(__name__)
@@ -187,28 +188,20 @@ class RadixLM(HFLM):
     def _batches(self, inputs: TokenStore, continuations: list[list[int]]) -> Iterator[tuple[np.ndarray, list]]:
         """Indices of each batch's sequences, and their answers."""
         max_rows = self._max_rows(int(inputs.lengths.max()))
-        pending = np.arange(len(inputs))
-        while len(pending):
-            plan = plan_folded(
-                TokenStore.from_sequences(inputs[i] for i in pending),
+        has_own = has_own_attention(self._rows.stack.config)
+
+        def plan(pending: np.ndarray, max_rows: int) -> Plan:
+            return plan_folded(
+                inputs if len(pending) == len(inputs) else TokenStore.from_sequences(inputs[i] for i in pending),
                 max_rows=max_rows,
                 max_tokens=_MAX_TOKENS_PER_ROW * max_rows,
-                max_positions=max_rows if has_own_attention(self._rows.stack.config) else None,
+                max_positions=max_rows if has_own else None,
             )
-            is_done = np.zeros(len(pending), dtype=bool)
-            for chosen, rows in zip(plan, plan.rows.tolist(), strict=True):
-                indices = pending[chosen]
-                try:
-                    found = self._score([inputs[i] for i in indices], [continuations[i] for i in indices])
-                except torch.OutOfMemoryError:
-                    if len(indices) == 1:
-                        raise
-                    max_rows = max(1, rows // 2)
-                    _logger.warning(f"{rows} rows don't fit into memory; batches have at most {max_rows} from here on")
-                    break
-                is_done[chosen] = True
-                yield indices, found
-            pending = pending[~is_done]
+
+        def score(chosen: np.ndarray) -> list[tuple[float, bool]]:
+            return self._score([inputs[i] for i in chosen], [continuations[i] for i in chosen])
+
+        yield from in_memory(len(inputs), max_rows, plan, score)
 
     def _score(self, sequences: list[np.ndarray], continuations: list[list[int]]) -> list[tuple[float, bool]]:
         """What the harness wants of each continuation, the last tokens of its sequence and one more."""
@@ -220,31 +213,20 @@ class RadixLM(HFLM):
         rows = batch.unfold_index.numpy()[positions]
         with self._computing():
             outputs = self._rows.run(batch.to(self.device, non_blocking=True))
-            logprobs, is_likeliest = self._score_tokens(outputs, rows, np.concatenate(continuations))
+            wanted, row_of = np.unique(rows, return_inverse=True)
+            logprobs, is_likeliest = score_targets(
+                lambda first, end: self._rows.logits(outputs, torch.from_numpy(wanted[first:end]).to(self.device)),
+                self._rows.owner.config.vocab_size,
+                row_of,
+                np.concatenate(continuations),
+                self.softmax_dtype,
+            )
         # The harness adds up, and so rounds, in the dtype of its log-probabilities.
         sums = torch.from_numpy(np.add.reduceat(logprobs.double().numpy(), starts)).to(logprobs.dtype)
         self.radix_stats.tokens += batch.num_tokens
         self.radix_stats.rows += batch.num_rows
         self.radix_stats.folded += 1
         return list(zip(sums.tolist(), np.logical_and.reduceat(is_likeliest.numpy(), starts).tolist(), strict=True))
-
-    def _score_tokens(self, outputs, rows: np.ndarray, targets: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T] each target's log-probability behind its row, and whether none is larger, on the CPU."""
-        wanted, which = np.unique(rows, return_inverse=True)
-        order = np.argsort(which, kind="stable")
-        logprobs, is_likeliest = [], []
-        size = max(1, _MAX_LOGIT_BYTES // (4 * self._rows.owner.config.vocab_size))
-        for first in range(0, len(wanted), size):
-            chunk = torch.from_numpy(wanted[first : first + size]).to(self.device)
-            begin, end = np.searchsorted(which[order], [first, first + size])
-            chosen = order[begin:end]
-            row = torch.from_numpy(which[chosen] - first).to(self.device)
-            target = torch.from_numpy(targets[chosen]).to(self.device)
-            scores = torch.log_softmax(self._rows.logits(outputs, chunk), dim=-1, dtype=self.softmax_dtype)
-            logprobs.append(scores[row, target])
-            is_likeliest.append(scores.argmax(-1)[row] == target)
-        back = torch.from_numpy(np.argsort(order, kind="stable"))
-        return torch.cat(logprobs).cpu()[back], torch.cat(is_likeliest).cpu()[back]
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from ..data.formats import PAIRS, FormatParser, formats, packed_arrays
 from ..engine.costs import forward_cost
 from ..engine.errors import UserError
 from ..engine.items import Items
-from ..engine.loading import load_tokenizer
+from ..engine.loading import load_config, load_tokenizer, runs_own_model
 from ..engine.templates import TEMPLATES
+from ..plan.budget import Budget
 from ..plan.sharing import SEED, Sharing, sharing_from_end
 from .arguments import (
     FILE_HELP,
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     summary |= summarise(
         sharing,
         sorted(set(args.batch_sizes)),
-        args.token_budget,
+        Budget(args.token_budget).limits(pads_states=_pads_states(args)),
         _shower(items, tokenizer),
         sharing_from_end(items.store, lengths),
         cost,
@@ -90,6 +91,16 @@ def run(args: argparse.Namespace) -> None:
         print(f"{printable(args.file)}: {meaning}\n\n{to_text(summary)}")
         if args.plot is not None:
             print(f"\nThe picture is {printable(args.plot)}.")
+
+
+def _pads_states(args: argparse.Namespace) -> bool:
+    """Return whether the other commands would run the model on transformers; without a name most are."""
+    if not args.model:
+        return True
+    config = load_config(args.model, trust_remote_code=args.trust_remote_code)
+    classifies = (getattr(config, "architectures", None) or [""])[0].endswith("ForSequenceClassification")
+    auto_class = f"AutoModelFor{'SequenceClassification' if classifies else 'CausalLM'}"
+    return not runs_own_model(args.model, config, auto_class, args.trust_remote_code)
 
 
 def _read(args: argparse.Namespace, tokenizer) -> tuple[Items, str, object]:

@@ -1,4 +1,4 @@
-"""Sequences taken through a runner in planned batches, in halves where memory ends.
+"""Sequences taken through a runner in planned batches, which shrink where memory ends.
 
     stats = run(runner, items, budget, folded=True, compute=compute, on_batch=collect)
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ import torch
 
 from ..plan.budget import Budget
 from ..plan.planner import Plan, plan_folded, plan_padded
+from ..plan.store import TokenStore
 from .errors import OutOfMemory
 from .items import Items
 from .runners import Runner
@@ -43,11 +44,15 @@ class RunStats:
     seconds: float = 0.0
 
 
-def plan_batches(runner: Runner, items: Items, budget: Budget, folded: bool) -> Plan:
-    """Return batches of the items' sequences: shared prefixes meet, or padding stays small."""
+def plan_batches(runner: Runner, items: Items, budget: Budget, folded: bool, pending: np.ndarray | None = None) -> Plan:
+    """Return batches of the items' sequences, or of those of them that are `pending`: shared prefixes meet, or padding
+    stays small."""
+    store, lengths = items.store, items.lengths
+    if pending is not None and len(pending) < len(store):
+        store, lengths = TokenStore.from_sequences(store[i] for i in pending), lengths[pending]
     if folded:
-        return plan_folded(items.store, **budget.limits(runner.pads_states), lengths=items.lengths)
-    return plan_padded(items.lengths, max_positions=budget.max_rows, max_padding=runner.max_padding)
+        return plan_folded(store, **budget.limits(runner.pads_states), lengths=lengths)
+    return plan_padded(lengths, max_positions=budget.max_rows, max_padding=runner.max_padding)
 
 
 @torch.inference_mode()
@@ -63,23 +68,27 @@ def run(
     """Take all sequences through `compute(indices, inputs)`, whose arrays go to `on_batch(indices, arrays)`.
 
     The time counts planning, folding, the model and `on_batch`; `warm_up` runs a few sequences of the smallest batch
-    before the clock starts. OutOfMemory as `in_halves` has it.
+    before the clock starts. OutOfMemory as `in_memory` has it.
     """
 
     def compute_batch(indices: np.ndarray) -> Found:
         return compute(indices, [items.store[i][: lengths[i]] for i in indices])
 
+    def plan(pending: np.ndarray, max_rows: int) -> Plan:
+        is_first = max_rows == budget.max_rows and len(pending) == len(lengths)
+        return first if is_first else plan_batches(runner, items, Budget(max_rows), folded, pending)
+
     lengths = items.lengths
     stats = RunStats()
     started = time.perf_counter()
-    plan = plan_batches(runner, items, budget, folded)
+    first = plan_batches(runner, items, budget, folded)
     planned = time.perf_counter() - started
     with runner.running(folded):
-        if warm_up and len(plan):
-            compute_batch(list(plan)[int(plan.rows.argmin())][:_WARM_UP])
+        if warm_up and len(first):
+            compute_batch(list(first)[int(first.rows.argmin())][:_WARM_UP])
         rows_before, head_rows_before = runner.rows, runner.head_rows
         started = time.perf_counter() - planned
-        for indices, found in in_halves(plan, compute_batch):
+        for indices, found in in_memory(len(items.store), budget.max_rows, plan, compute_batch):
             stats.batches += 1
             stats.tokens += int(lengths[indices].sum())
             if on_batch:
@@ -89,28 +98,42 @@ def run(
     return stats
 
 
-def in_halves(batches: Iterable[np.ndarray], compute: Callable[[np.ndarray], T]) -> Iterator[tuple[np.ndarray, T]]:
-    """Yield each batch of indices with what `compute` makes of it, in parts where memory does not hold the whole.
+def in_memory(
+    count: int,
+    max_rows: int,
+    plan: Callable[[np.ndarray, int], Plan],
+    compute: Callable[[np.ndarray], T],
+) -> Iterator[tuple[np.ndarray, T]]:
+    """Yield the indices of each batch of `count` sequences with what `compute` makes of them.
 
-    A batch that does not fit into a GPU's memory, and those behind it, run in halves, with a warning in the log.
-    OutOfMemory where one sequence alone does not fit.
+    `plan(pending, max_rows)` makes batches of the sequences `pending`, whose indices count among those. Where a batch
+    does not fit into a GPU's memory, it and those behind it are planned anew at half its rows, with a warning in the
+    log. OutOfMemory where one sequence alone does not fit.
     """
-    num_parts = 1
-    for batch in batches:
-        waiting = np.array_split(batch, min(num_parts, len(batch)))
-        while waiting:
-            part = waiting.pop(0)
+    pending, max_sequences = np.arange(count), count
+    while len(pending):
+        is_done = np.zeros(len(pending), bool)
+        for chosen, rows in _parts(plan(pending, max_rows), max_sequences):
             found = None
             try:
-                found = compute(part)
+                found = compute(pending[chosen])
             except torch.OutOfMemoryError as error:
-                if len(part) == 1:
+                if len(chosen) == 1:
                     raise OutOfMemory("out of memory: one sequence alone does not fit into it") from error
-            if found is not None:
-                yield part, found
-                continue
-            # Outside of the handler nothing holds on to what was computed.
-            torch.cuda.empty_cache()
-            num_parts *= 2
-            _logger.warning("out of memory: going on with batches of half the size")
-            waiting = [half for part in (part, *waiting) for half in np.array_split(part, min(2, len(part)))]
+            if found is None:
+                # Outside of the handler nothing holds on to what was computed.
+                torch.cuda.empty_cache()
+                _logger.warning("out of memory: going on with batches of half the size")
+                # Sequences that are all alike have one row whatever their number.
+                max_rows, max_sequences = (rows // 2, max_sequences) if rows > 1 else (1, len(chosen) // 2)
+                break
+            is_done[chosen] = True
+            yield pending[chosen], found
+        pending = pending[~is_done]
+
+
+def _parts(plan: Plan, max_sequences: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield batches of at most so many sequences, and the rows of the planned batch that each is of."""
+    for batch, rows in zip(plan, plan.rows.tolist(), strict=True):
+        for part in np.array_split(batch, -(-len(batch) // max_sequences)):
+            yield part, rows

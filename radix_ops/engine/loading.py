@@ -65,14 +65,12 @@ def load_runner(
     """
     own = None if device.type == "cuda" else "float32"
     classifies = auto_class == "AutoModelForSequenceClassification"
-    brings_code = auto_class in (getattr(config, "auto_map", None) or {})
-    if brings_code and not trust_remote_code:
+    if _brings_code(config, auto_class) and not trust_remote_code:
         _logger.warning(
             f"{name} brings code of its own for {auto_class}, which is not run: transformers' class of model type "
             f"{config.model_type} is; --trust-remote-code runs the model's"
         )
-    runs_code = brings_code and trust_remote_code
-    if config.model_type == "qwen3" and not classifies and not name.endswith(".gguf") and not runs_code:
+    if runs_own_model(name, config, auto_class, trust_remote_code):
         with loading("weights", name):
             from ..models.qwen3 import Qwen3ForCausalLM, Qwen3Model
 
@@ -146,6 +144,18 @@ def find_device(name: str | torch.device | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name!r} can't be used: torch finds {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def runs_own_model(name: str, config, auto_class: str, trust_remote_code: bool) -> bool:
+    """Return whether the model runs on `radix_ops.models.qwen3`, and not on transformers."""
+    if name.endswith(".gguf") or auto_class == "AutoModelForSequenceClassification":
+        return False
+    runs_code = trust_remote_code and _brings_code(config, auto_class)
+    return config.model_type == "qwen3" and not runs_code
+
+
+def _brings_code(config, auto_class: str) -> bool:
+    return auto_class in (getattr(config, "auto_map", None) or {})
 
 
 def _on_device(model, device: torch.device, dtype: str | None):

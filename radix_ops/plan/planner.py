@@ -13,6 +13,7 @@ from .store import TokenStore
 _LEAST_GAIN = 0.02  # of the rows: for less "auto" doesn't leave the caller's order
 _BATCH_COST = 0.01  # of max_rows: what a batch more may cost in rows, which keeps batches from being cut small
 _NO_LIMIT = 2**62
+_LIMITS = ("max_rows", "max_tokens", "max_positions", "max_sequences")
 _ORDERS = ("auto", "sorted", "given")
 
 
@@ -80,7 +81,6 @@ def plan_folded(
     if order not in _ORDERS:
         raise ValueError(f"order must be one of {', '.join(map(repr, _ORDERS))}, got {order!r}")
     lengths = _checked_lengths(lengths, store)
-    limits = {name: _NO_LIMIT if limit is None else limit for name, limit in limits.items()}
     sequences = torch.from_numpy(store.input_ids), torch.from_numpy(store.starts), torch.from_numpy(lengths)
 
     ranked = torch.ops.radix.lexicographic_order(*sequences).numpy()
@@ -88,18 +88,32 @@ def plan_folded(
     if order == "given":
         return given
     best = _cut(sequences, ranked, limits, ranked, given.num_rows)
-    gains = best.num_rows <= (1 - _LEAST_GAIN) * given.num_rows
-    return best if gains or order == "sorted" else given
+    return best if order == "sorted" or is_worth_sorting(best.num_rows, given.num_rows) else given
 
 
-def _cut(sequences, order: np.ndarray, limits: dict[str, int], ranked: np.ndarray, given_rows=None) -> Plan:
+def is_worth_sorting(sorted_rows: int, given_rows: int) -> bool:
+    """Return whether batches in sorted order have so many fewer rows that the caller's order is left for them."""
+    return sorted_rows <= (1 - _LEAST_GAIN) * given_rows
+
+
+def cut(lengths: np.ndarray, shared: np.ndarray, full_rows: int, **limits: int | None) -> np.ndarray:
+    """Return where batches of an order end, int64 [batches], that lose the fewest shared tokens within the limits.
+
+    lengths, shared: int64 [B], the tokens of each sequence and those that it shares with the one before it. full_rows:
+    of a full batch; each batch counts as 1% of them. limits: those of `plan_folded`, None for none.
+    """
+    limits = {name: limits.get(name) or _NO_LIMIT for name in _LIMITS}
+    cost = max(1, int(_BATCH_COST * full_rows))
+    found = torch.ops.radix.cut_batches(torch.from_numpy(lengths), torch.from_numpy(shared), **limits, batch_cost=cost)
+    return found.numpy()
+
+
+def _cut(sequences, order: np.ndarray, limits: dict[str, int | None], ranked: np.ndarray, given_rows=None) -> Plan:
     """The plan of `order`, whose rows are counted in the sorted order, `ranked`."""
     lengths = sequences[2].numpy()[order]
-    shared = torch.ops.radix.common_prefix_lengths(*sequences, torch.from_numpy(order))
-    cost = max(1, int(_BATCH_COST * limits["max_rows"]))
-    ends = torch.ops.radix.cut_batches(torch.from_numpy(lengths), shared, **limits, batch_cost=cost).numpy()
+    shared = torch.ops.radix.common_prefix_lengths(*sequences, torch.from_numpy(order)).numpy()
+    ends = cut(lengths, shared, limits["max_rows"], **limits)
     starts = np.concatenate([ends[:0], [0], ends[:-1]]) if len(ends) else ends
-    shared = shared.numpy()
     if order is not ranked:
         batch_of = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
         rank = np.empty_like(ranked)

@@ -3,7 +3,7 @@
     sharing = Sharing(store)  # one sort of the sequences
     sharing.num_tokens / sharing.num_rows  # what one trie of all of them would save
     sharing.batches(sharing.shuffled(), max_sequences=32).num_rows  # of a data loader's batches
-    sharing.batches(sharing.order, max_rows=16384).num_rows  # of the planner's
+    sharing.planned(max_rows=16384).num_rows  # of the planner's
 
 All counts are exact. Sorted by their tokens, sequences stand beside those that they share most with; what any two
 share is the least that neighbours between them share. So the tokens are read once, whatever is counted after.
@@ -17,13 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .budget import UNFOLDED_PER_ROW
-from .planner import TokenStore, plan_padded
+from .planner import TokenStore, cut, is_worth_sorting, plan_padded
 
 SEED = 0  # of the shuffled order
-_NO_LIMIT = 2**62
 _SAMPLED_SEQUENCES, _SAMPLED_TOKENS = 10_000, 4_000_000
-_BATCH_COST = 0.01  # of a full batch, as the planner has it: what a batch more may cost
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,11 +137,18 @@ class Sharing:
         """The same order every time."""
         return np.random.default_rng(SEED).permutation(len(self))
 
-    def batches(self, order: np.ndarray, *, max_sequences: int | None = None, max_rows: int | None = None) -> Batches:
-        """Batches of `order` (int64 [B]) of at most so many sequences or so many rows; one of the two is given.
+    def planned(self, **limits: int | None) -> Batches:
+        """Return the batches of `plan_folded` within its limits, of which max_rows must be given."""
+        given, best = (self.batches(order, **limits) for order in (self.given(), self.order))
+        return best if is_worth_sorting(best.num_rows, given.num_rows) else given
 
-        Sequences of `self.order` and rows are cut where the planner cuts, within as many unfolded tokens a row as the
-        commands allow; of any other order, every `max_sequences` sequences are a batch, as a data loader has them.
+    def batches(
+        self, order: np.ndarray, *, max_sequences: int | None = None, max_rows: int | None = None, **limits: int | None
+    ) -> Batches:
+        """Return batches of `order` (int64 [B]) of at most so many sequences or so many rows; one of the two is given.
+
+        Sequences of `self.order` and rows are cut where the planner cuts, within its further limits; of any other order
+        every `max_sequences` sequences are a batch, as a data loader has them.
         """
         if (max_sequences is None) == (max_rows is None):
             raise ValueError("either max_sequences or max_rows must be given")
@@ -152,10 +156,8 @@ class Sharing:
             ends = _ends(len(self), max_sequences)
         else:
             full = max_rows or max_sequences * self.num_tokens // max(1, len(self))
-            max_tokens = UNFOLDED_PER_ROW * max_rows if max_rows else _NO_LIMIT
-            limits = [max_rows or _NO_LIMIT, max_tokens, _NO_LIMIT, max_sequences or _NO_LIMIT]
-            lengths, shared = (torch.from_numpy(x) for x in (self.lengths[order], self._shared(self.rank[order])))
-            ends = torch.ops.radix.cut_batches(lengths, shared, *limits, max(1, int(_BATCH_COST * full))).numpy()
+            shared = self._shared(self.rank[order])
+            ends = cut(self.lengths[order], shared, full, max_rows=max_rows, max_sequences=max_sequences, **limits)
         batch = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
         ranks = self.rank[order]
         ranks = ranks[np.lexsort((ranks, batch))]

@@ -390,7 +390,7 @@ def test_batches_that_do_not_fit_run_in_halves(tmp_path, texts, qwen3, monkeypat
 
     monkeypatch.setattr(Qwen3Runner, "states", states)
     assert embed(qwen3, "--output", tmp_path / "e.npy", texts) == 0
-    assert sizes == [8, 4, 2, 2, 2, 2]
+    assert sizes == [8, 3, 3, 2]
     check(np.load(tmp_path / "e.npy"), unit(oracle(qwen3)))
     assert "out of memory: going on with batches of half the size" in capsys.readouterr().err
 

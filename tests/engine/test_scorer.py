@@ -224,3 +224,20 @@ def test_batches_that_do_not_fit_run_in_halves_with_a_warning_in_the_log(folder,
     monkeypatch.setattr(scorer.runner, "states", none)
     with pytest.raises(OutOfMemory, match="one sequence alone does not fit"):
         scorer.score(QUESTIONS)
+
+
+def test_sequences_that_are_all_alike_run_in_fewer_at_a_time(kind, folder, monkeypatch):
+    """They have one row together, of which there is no half."""
+    scorer = Scorer(folder, device="cpu", token_budget=1)
+    states, sizes = scorer.runner.states, []
+
+    def small_states(sequences):
+        if len(sequences) > 1:
+            raise torch.OutOfMemoryError("too much")
+        sizes.append(len(sequences))
+        return states(sequences)
+
+    monkeypatch.setattr(scorer.runner, "states", small_states)
+    results = scorer.score([{"context": "", "choices": ["the", "a", "s"]}] * 3)
+    assert sizes == [1] * 9
+    assert results == [results[0]] * 3

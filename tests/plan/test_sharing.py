@@ -86,10 +86,13 @@ def test_batches_against_brute_force(seed, window):
 def test_batches_of_so_many_rows_are_the_planners(seed):
     store = TokenStore.from_sequences(short_sequences(random.Random(seed), most=30))
     found = Sharing(store)
-    plan = plan_folded(store, max_rows=20, max_tokens=160, order="sorted")
-    planned = found.batches(found.order, max_rows=20)
+    limits = {"max_rows": 20, "max_tokens": 160, "max_positions": 90}
+    plan = plan_folded(store, **limits, order="sorted")
+    planned = found.batches(found.order, **limits)
     assert (planned.ends.tolist(), planned.num_rows) == (plan.ends.tolist(), plan.num_rows)
-    assert found.batches(found.given(), max_rows=20).num_rows == plan.given_rows
+    assert found.batches(found.given(), **limits).num_rows == plan.given_rows
+    chosen, run = found.planned(**limits), plan_folded(store, **limits)
+    assert (chosen.ends.tolist(), chosen.num_rows) == (run.ends.tolist(), run.num_rows)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -19,19 +19,18 @@ ORDERS = ("given", "shuffled", "planned")
 def summarise(
     sharing: Sharing,
     batch_sizes: list[int],
-    max_rows: int,
+    limits: dict[str, int | None],
     show: Callable[[int, int, int], str],
     sample: dict,
     cost: ForwardCost | None = None,
 ) -> dict:
-    """All numbers of the report, and its verdict, which goes by batches of `max_rows` rows.
+    """Return all numbers of the report, and its verdict, which goes by batches within `limits`, those of a run.
 
     `show(sequence, start, stop)` is how tokens of a sequence are shown; `sample` is what `sharing_from_end` found.
     """
     lengths = sharing.lengths
-    limits = [{"max_sequences": size} for size in batch_sizes if size < len(sharing)]
-    limits += [{"max_rows": max_rows}, {"max_sequences": max(1, len(sharing))}]
-    orders = dict(zip(ORDERS, (sharing.given(), sharing.shuffled(), sharing.order), strict=True))
+    sizes = [*(size for size in batch_sizes if size < len(sharing)), max(1, len(sharing))]
+    sized = [_sized(sharing, size, cost) for size in sizes]
     prefixes = sharing.prefixes()
     summary = {
         "sequences": len(sharing),
@@ -50,7 +49,7 @@ def summarise(
         "empty": sharing.num_empty,
         "prefixes": _largest(sharing, prefixes, show),
         "saved_by_sharers": _by_sharers(prefixes),
-        "batches": [_batches(sharing, limit, orders, cost) for limit in limits],
+        "batches": [*sized[:-1], _limited(sharing, limits, cost), sized[-1]],
         "sample": sample,
     }
     return summary | {"verdict": verdict(summary)}
@@ -84,14 +83,25 @@ def _by_sharers(prefixes: Prefixes) -> list[dict]:
     return found
 
 
-def _batches(sharing: Sharing, limit: dict[str, int], orders: dict[str, np.ndarray], cost: ForwardCost | None) -> dict:
-    """Batches within one limit: rows in each order and the speed-up over packed batches; positions of padded batches,
-    and the speed-up of planned ones over them."""
-    counted: dict = dict(limit)
-    made = {name: sharing.batches(order, **limit) for name, order in orders.items()}
-    packed = sharing.packed()
-    positions = limit.get("max_rows")
-    padded = sharing.padded(max_positions=positions) if positions else sharing.padded(**limit)
+def _sized(sharing: Sharing, size: int, cost: ForwardCost | None) -> dict:
+    """Batches of so many sequences."""
+    orders = sharing.given(), sharing.shuffled(), sharing.order
+    made = [sharing.batches(order, max_sequences=size) for order in orders]
+    return {"max_sequences": size} | _counted(sharing, made, sharing.padded(max_sequences=size), cost)
+
+
+def _limited(sharing: Sharing, limits: dict[str, int | None], cost: ForwardCost | None) -> dict:
+    """Batches within the limits of a run; the planned ones are the run's."""
+    made = [sharing.batches(order, **limits) for order in (sharing.given(), sharing.shuffled())]
+    padded = sharing.padded(max_positions=limits["max_rows"])
+    return {"max_rows": limits["max_rows"]} | _counted(sharing, [*made, sharing.planned(**limits)], padded, cost)
+
+
+def _counted(sharing: Sharing, made: list[Batches], padded: Batches, cost: ForwardCost | None) -> dict:
+    """Rows in each order and the speed-up over packed batches; positions of padded batches, and the speed-up of planned
+    ones over them."""
+    counted: dict = {}
+    made, packed = dict(zip(ORDERS, made, strict=True)), sharing.packed()
     for name, batches in made.items():
         rows = batches.num_rows
         counted[name] = {"batches": len(batches), "rows": rows, "tokens_per_row": _ratio(sharing.num_tokens, rows)}
