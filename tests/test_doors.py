@@ -39,6 +39,10 @@ OPS = [
     "gather_kv", "lexicographic_order", "scatter_add", "scatter_add_kv", "trie_attention", "trie_order",
     "varlen_attention",
 ]  # fmt: skip
+NO_PAGE = {
+    "radix_ops.cli": "docs/command.md describes the command",
+    "radix_ops.reference": "its functions are those of radix_ops.ops, for readers of the tests",
+}
 DOORS = list(PACKAGE.rglob("__init__.py"))
 # Before anything else is imported, the package's own door loads the ops.
 FURTHER = {"radix_ops": {"_OLDEST_TORCH", "_load_extension"}}
@@ -117,10 +121,16 @@ def test_no_module_has_the_name_of_a_public_function(name):
         assert not files & set(functions)
 
 
+@pytest.mark.parametrize("name", sorted({*PUBLIC, "radix_ops.ops"} - set(NO_PAGE)))
+def test_public_modules_have_a_page_of_the_reference(name):
+    pages = [page.read_text() for page in (ROOT / "docs" / "api").glob("*.md")]
+    assert any(re.search(rf"^::: {re.escape(name)}$", page, re.MULTILINE) for page in pages)
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_ops_are_there_and_described(name):
     assert getattr(torch.ops.radix, name)
-    assert re.search(rf"^(.*\), )?{name}\(", radix_ops.ops.__doc__, re.MULTILINE)
+    assert re.search(rf"^ *(.*\), )?{name}\(", radix_ops.ops.__doc__, re.MULTILINE)
 
 
 def test_the_command_is_a_module_and_an_entry_point():
