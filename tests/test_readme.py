@@ -11,6 +11,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import radix_ops
+
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -133,6 +135,10 @@ def test_the_readme_is_short():
 def test_the_readme_counts_the_proven_types():
     proven = json.loads((ROOT / "radix_ops/hf/models.json").read_text(encoding="utf-8"))["proven"]
     assert f"[{len(proven)} model types]" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_citation_names_the_version():
+    assert f"version: {radix_ops.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_there_are_snippets_outputs_and_commands():
