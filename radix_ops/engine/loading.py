@@ -9,8 +9,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import logging
-import os
-import stat
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +16,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..models.files import shards
+from ..models.files import check_folder, check_no_adapter, shards
 from .errors import UserError
 from .runners import ClassifierRunner, Qwen3Runner, Runner, TransformersRunner
 
 # As safetensors and torch name them.
 _FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
+_HUB_TIMEOUT = 10  # seconds
+_on_hub: set[str] = set()  # models that are known to be there
 
 _logger = logging.getLogger(__name__)
 
@@ -180,26 +180,45 @@ def _source(name: str, option: str) -> tuple[str, dict]:
     if path.is_file():
         raise UserError(f"{option} {name} is a file; it must be a model's folder, a hub id or a .gguf file")
     if path.is_dir():
-        check_regular_files(path)
-    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        try:
+            check_folder(path)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return name, {}
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise UserError(f"{option} {name} does not exist")
+    _check_on_hub(name, option)
     return name, {}
 
 
-def check_regular_files(folder: Path) -> None:
-    """UserError for a pipe, a socket or a device in a model's folder: whoever reads it may wait for ever."""
-    for entry in os.scandir(folder):
-        with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere
-            mode = entry.stat().st_mode
-            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-                raise UserError(f"{entry.path} is no regular file; a model's folder must hold files and folders alone")
+def _check_on_hub(name: str, option: str) -> None:
+    """Ask the hub once for a model that its cache doesn't have, where its own functions would ask for half a minute.
+
+    UserError where it says that there is none, or can't be asked.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    is_cached = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}").exists()
+    if constants.HF_HUB_OFFLINE or is_cached or name in _on_hub:
+        return
+    try:
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT)
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{option} {name} is neither a folder nor a model on the hub, or one that only its owner may read"
+        ) from error
+    except (HfHubHTTPError, HFValidationError):
+        return  # a mirror may have the files and no more, and who loads it says what a name may hold
+    except Exception as error:  # of the connection
+        raise UserError(f"{option} {name} is no folder, and the hub can't be asked for it: {error}") from error
+    _on_hub.add(name)
 
 
 def check_weights(folder: Path, is_quantised: bool) -> None:
     """ValueError for what transformers reads without a word: shards that an index has outside of the folder, weights of
     whole numbers in a model that isn't quantised; and for an adapter, whose weights folding doesn't know."""
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(f"{folder} holds an adapter (adapter_config.json): merge it into its model and save that")
+    check_no_adapter(folder)
     for index in folder.glob("*.index.json"):
         shards(index)
     paths = [] if is_quantised else [*folder.glob("*.safetensors")]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import stat
 from pathlib import Path, PureWindowsPath
 
@@ -15,6 +17,24 @@ def check_regular(path: Path) -> None:
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
         raise ValueError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; it must be a file")
+
+
+def check_folder(folder: Path) -> None:
+    """ValueError for a model's folder with anything but files and folders in it: whoever reads it may wait for ever."""
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere
+            mode = entry.stat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise ValueError(f"{entry.path} is no regular file; a model's folder must hold files and folders alone")
+
+
+def check_no_adapter(folder: Path) -> None:
+    """ValueError for a folder of an adapter, whose weights are none of a whole model."""
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json), which is not applied here: merge it into its model "
+            "(peft's merge_and_unload), and save that"
+        )
 
 
 def read_json(path: Path):

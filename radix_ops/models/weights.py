@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .files import check_regular, shards
+from .files import check_no_adapter, check_regular, shards
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,11 +39,7 @@ def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     Raises FileNotFoundError for a file that is not there; ValueError for a pickle, an adapter, a damaged file, one
     outside of the folder or that is no regular file, a name that stands twice, and a dtype that is not in DTYPES.
     """
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"{folder} holds an adapter (adapter_config.json), which is not applied here: merge it into its model "
-            "(peft's merge_and_unload), and save that"
-        )
+    check_no_adapter(folder)
     index = folder / "model.safetensors.index.json"
     # transformers leaves the index of shards behind where one file follows them.
     is_whole = (folder / "model.safetensors").exists() or not index.exists()

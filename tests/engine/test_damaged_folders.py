@@ -11,6 +11,7 @@ from helpers.commands import failing_command, write_jsonl
 from helpers.language_models import needs_hf, tiny_model, tiny_tokenizer
 from radix_ops import cli
 from radix_ops.data.records import UserError
+from radix_ops.engine import loading
 from radix_ops.engine.loading import hub_file
 from radix_ops.engine.templates import find_template
 
@@ -114,7 +115,7 @@ def test_weights_of_whole_numbers_of_the_hub_are_not_scored(folder, tmp_path, mo
 
 def test_a_cut_file_and_an_adapter_are_one_sentence(folder, score):
     (folder / "adapter_config.json").write_text("{}")
-    assert "holds an adapter (adapter_config.json): merge it into its model and save that" in score()
+    assert "holds an adapter (adapter_config.json), which is not applied here: merge it into its model" in score()
     (folder / "adapter_config.json").unlink()
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
@@ -171,3 +172,49 @@ def test_a_file_that_may_be_on_the_hub_is_not_taken_for_absent(tmp_path, monkeyp
     (absent / "modules.json").unlink()
     (snapshot / ".gitattributes").touch()
     assert hub_file("owner/name", "modules.json") is None
+
+
+def answering_hub(monkeypatch, error=None):
+    """A hub that says that it has a model, or fails to; returns what it was asked for."""
+    hub, asked = pytest.importorskip("huggingface_hub"), []
+
+    def model_info(self, name, timeout):
+        asked.append((name, timeout))
+        if error:
+            raise error
+
+    monkeypatch.setattr(hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(loading, "_on_hub", set())
+    return asked
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    asked = answering_hub(monkeypatch, RuntimeError("Name or service not known"))
+    message = "--model owner/mistyped is no folder, and the hub can't be asked for it: Name or service not known"
+    for load in (loading.load_config, loading.load_tokenizer, lambda name: hub_file(name, "modules.json")):
+        asked.clear()
+        with pytest.raises(UserError, match=message):
+            load("owner/mistyped")
+        assert asked == [("owner/mistyped", 10)]
+
+
+def test_a_model_that_the_hub_does_not_have_is_named(monkeypatch):
+    errors = pytest.importorskip("huggingface_hub.errors")
+    missing = errors.RepositoryNotFoundError.__new__(errors.RepositoryNotFoundError)
+    answering_hub(monkeypatch, missing)
+    with pytest.raises(
+        UserError, match="--tokenizer owner/mistyped is neither a folder nor a model on the hub, or one"
+    ):
+        loading.load_tokenizer("owner/mistyped", "--tokenizer")
+
+
+def test_what_is_cached_or_known_is_not_asked_for(monkeypatch, tmp_path):
+    asked = answering_hub(monkeypatch)
+    loading._check_on_hub("owner/there", "--model")
+    loading._check_on_hub("owner/there", "--model")
+    assert asked == [("owner/there", 10)]
+    (tmp_path / "models--owner--cached").mkdir()
+    monkeypatch.setattr(pytest.importorskip("huggingface_hub").constants, "HF_HUB_CACHE", str(tmp_path))
+    loading._check_on_hub("owner/cached", "--model")
+    assert len(asked) == 1
