@@ -35,7 +35,7 @@ def test_each_part_that_is_gone_is_noticed(owner, name, monkeypatch):
 
 def results():
     """Outputs and gradients of every op that has any, those of second order too, then of a compiled function."""
-    from helpers.op_samples import GRADIENTS, ONCE, TWICE, outputs_of, samples_of, with_gradient
+    from helpers.op_samples import GRADIENTS, ONCE, TWICE, op_of, outputs_of, samples_of, with_gradient
 
     torch.manual_seed(0)
     for name, kind in GRADIENTS.items():
@@ -43,7 +43,7 @@ def results():
             continue
         for arguments in samples_of(name, requires_grad=True):
             with torch.no_grad():
-                yield from outputs_of(name, arguments)
+                yield from outputs_of(op_of(name), arguments)
             function, inputs = with_gradient(name, arguments)
             loss = sum(x.sin().sum() for x in function(*inputs))
             grads = torch.autograd.grad(loss, inputs, create_graph=kind == TWICE)
@@ -109,14 +109,13 @@ def check_gradients():
 
 def check_transforms():
     """Transforms of reverse mode are refused by torch, and tangents by us, which torch.library drops."""
-    from helpers.op_samples import op_of, samples_of
+    from helpers.op_samples import op_of, outputs_of, samples_of
 
     for name in ("radix::gather", "radix::scatter_add.csr", "radix::varlen_attention", "radix::gather_kv"):
         x, *rest = samples_of(name)[0]
 
         def function(x, name=name, rest=rest):
-            outputs = op_of(name)(x, *rest)
-            return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+            return outputs_of(op_of(name), (x, *rest))[0]
 
         def dual(x, function=function):
             with torch.autograd.forward_ad.dual_level():
