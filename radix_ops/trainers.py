@@ -48,7 +48,7 @@ def enable(trainer: Trainer, threshold: float | None = None, layout: str = "auto
     if not isinstance(trainer, Trainer):
         raise TypeError(f"trainer must be a transformers Trainer, got {type(trainer).__name__}")
     if trainer.model_init is not None:
-        raise ValueError("a trainer with model_init makes its model anew; call radix_ops.hf.enable in model_init")
+        raise ValueError("a trainer with model_init makes a new model to train; call radix_ops.hf.enable in model_init")
     if getattr(trainer, "aux_loss_enabled", False):
         # The trainer asks for router logits of batches that it trains on, so these run unfolded. It doesn't ask for
         # those of the batches that they are compared with, and folding would set equal outputs apart by rounding.

@@ -34,6 +34,7 @@ _FIELD = next(x.name for x in dataclasses.fields(BaseModelOutputWithPast) if x.n
 _ATTRIBUTES = frozenset(vars(DynamicCache()))
 _NUM_WITNESSES = 64  # rows of the batch by which a model is known again
 _NUM_SAMPLES = 8  # values of each weight by which it is known again
+_SAMPLE_STEP = 0.1236  # the share of a weight between two of them: below an eighth, and no multiple of a row
 _REMEDY = "pass use_cache=True to a call that another one continues: it runs unfolded"
 _lock = threading.RLock()
 
@@ -164,12 +165,12 @@ def _why_impossible(stack: PreTrainedModel) -> str | None:
     if guards.has_several_processes():
         return "torch.distributed runs several processes, and a forward more on one of them could wait for the others"
     if any(isinstance(parameter, DTensor) for parameter in stack.parameters()):
-        return "its model is sharded, and gathers its weights in a call alone"
+        return "its model is sharded, and gathers its weights only in a call"
     return guards.why_disturbed(stack)
 
 
 class _Weights:
-    """What differs once saved weights were updated in place or replaced, or other adapters are at work.
+    """Tells whether saved weights were updated in place or replaced since, or other adapters are at work.
 
     An update in place through `.data` changes no version, so some values of each weight are kept, too.
     """
@@ -198,6 +199,6 @@ def _sample(weight: Tensor) -> Tensor:
     """Return some values of a weight, spread over its rows and columns."""
     if not weight.is_contiguous() or weight.numel() == 0:
         weight = weight.flatten()
-    step = (weight.numel() // _NUM_SAMPLES) | 1  # odd, so that it is no multiple of a row
+    step = max(1, int(_SAMPLE_STEP * weight.numel()))
     count = min(_NUM_SAMPLES, -(-weight.numel() // step))
     return weight.as_strided((count,), (step,))

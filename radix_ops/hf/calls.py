@@ -1,4 +1,4 @@
-"""What a call of a decoder stack asks for, and whether it can be folded. For `radix_ops.hf`."""
+"""Finds out what a call of a decoder stack asks for, and whether it can be folded. For `radix_ops.hf`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BOUNDS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "se
 
 @dataclass(frozen=True)
 class Obstacle:
-    """What forbids to fold a call."""
+    """A reason not to fold a call."""
 
     reason: str  # completes "a batch runs unfolded because"
     is_silent: bool = False  # nobody needs a warning: folding was never to be expected, as in a step of generate()

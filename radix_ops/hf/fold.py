@@ -127,7 +127,7 @@ def run_folded(
     if call.attention_calls != wanted_calls:
         raise RuntimeError(
             f"{type(stack).__name__} called the folded attention {call.attention_calls} times and not {wanted_calls}, "
-            "so its output is not to be trusted: something replaced its attention after enable"
+            "so its output can't be trusted: something replaced its attention after enable"
         )
     if amend is not None:
         outputs = amend(outputs)

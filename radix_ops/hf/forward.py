@@ -66,7 +66,7 @@ class _Forward:
 
 @dataclasses.dataclass
 class _Request:
-    """What the model around a stack asks of the stack in one call."""
+    """The wishes of the model around a stack in one call."""
 
     state: StackForward
     obstacle: Obstacle | None = None

@@ -1,7 +1,4 @@
-"""What makes folding wrong for a decoder stack as it is at this moment: config, parts, hooks, noise, weights.
-
-For `radix_ops.hf`.
-"""
+"""Finds what makes folding wrong for a decoder stack at the moment: config, parts, hooks, noise. For `radix_ops.hf`."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .modes import is_plain
 from .proofs import class_of, is_proven_class, layer_types_of, path_of, proof_of, unproven_config
 
-DEVICES = ("cpu", "cuda")  # that attention over rows runs on
+DEVICES = ("cpu", "cuda")  # attention over rows runs on these
 # The proofs compare with these attention implementations; another one may attend to anything.
 _KNOWN_ATTENTION = ("eager", "sdpa")
 # By stack what its config held when it was last checked, what the check found, and a version: to compare is faster.
@@ -43,6 +40,7 @@ _WITHOUT_CAP = ("gemma3_text",)
 _HOOK_KINDS = ("forward", "forward_pre", "backward", "backward_pre")
 # Hooks of these packages record, ask for gradients, load or gather weights, and don't look at positions.
 _HARMLESS_PACKAGES = ("torch", "transformers")
+_FULLY_SHARD_ONLY = "sharded models fold only where fully_shard made them"
 
 
 def why_unfoldable(stack: PreTrainedModel) -> str | None:
@@ -188,7 +186,7 @@ def why_quantised(model: nn.Module) -> str | None:
                 place = f"{_name(model, module)}.{name}".removeprefix(".")
                 return (
                     f"{place} is a {path_of(type(local))}, a subclass of Tensor as quantised weights are; folding is "
-                    "known to be right for plain weights alone"
+                    "known to be right for plain weights only"
                 )
     return None
 
@@ -235,7 +233,7 @@ def has_foreign_hook(module: nn.Module) -> bool:
 def why_misplaced(model: PreTrainedModel, stack: PreTrainedModel) -> str | None:
     """Return which weights are of a kind, or on a device, that folding can't compute with, or None."""
     if (getattr(model, "_tp_size", None) or 1) > 1:
-        return "it is tensor parallel; of sharded models those by fully_shard alone fold"
+        return f"it is tensor parallel; {_FULLY_SHARD_ONLY}"
     reason = why_quantised(model)
     if reason is not None:
         return reason
@@ -245,9 +243,7 @@ def why_misplaced(model: PreTrainedModel, stack: PreTrainedModel) -> str | None:
         if parameter.device.type not in DEVICES:
             return f"{name} is on {parameter.device}; folding runs on the CPU and on CUDA"
         if isinstance(parameter, DTensor) and sum(p.is_shard() for p in parameter.placements) > is_sharded:
-            return (
-                f"{name} is a DTensor, as tensor parallelism makes; of sharded models those by fully_shard alone fold"
-            )
+            return f"{name} is a DTensor, as tensor parallelism makes; {_FULLY_SHARD_ONLY}"
         devices.add(parameter.device)
     if len(devices) > 1:
         return f"its parameters are on several devices: {', '.join(sorted(map(str, devices)))}"

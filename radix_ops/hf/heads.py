@@ -1,4 +1,4 @@
-"""What the head of a transformers model reads of the hidden states below it. For `radix_ops.hf`."""
+"""Finds out which hidden states the head of a transformers model reads. For `radix_ops.hf`."""
 
 from __future__ import annotations
 

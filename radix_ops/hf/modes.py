@@ -1,7 +1,4 @@
-"""Whether a call's tensors have values that can be read, as they have not in transforms and tracers.
-
-For `radix_ops.hf`.
-"""
+"""Tells calls whose tensors have values from those of transforms and tracers, which have none. For `radix_ops.hf`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether folding a batch saves more than it costs. For `radix_ops.hf`."""
+"""The rule by which folding a batch saves more than it costs. For `radix_ops.hf`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .fold import PaddedBatch
 # Measured on a CPU with Llama layers 576 wide, 1 to 64 sequences of 16 to 4096 tokens, forward and backward: at equal
 # rows folding takes up to 1.05 times as long as the plain model, at 0.93 of the rows it is never slower.
 _MAX_ROWS_SHARE = 0.95
-# What folding saves must outweigh what it costs the host: (e, least) for positions saved times hidden_size ** e. On a
-# CPU time goes with the layers' products. On a GPU it went with hidden_size, from 1024 to 4096, and batches too small
-# to fill it gain nothing (benchmarks/bench_hf.py).
+# Folding must save more than it costs the host: positions saved times hidden_size ** e must be at least `least`, for
+# (e, least). On a CPU time goes with the layers' products. On a GPU it went with hidden_size, from 1024 to 4096, and
+# batches too small to fill it gain nothing (benchmarks/bench_hf.py).
 _LEAST_SAVED = {"cpu": (2, 2.5e6), "cuda": (1, 6.5e6)}
 
 

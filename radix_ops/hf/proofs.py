@@ -127,8 +127,12 @@ def find_model(model: nn.Module) -> PreTrainedModel:
     check_module(model, "enable")
     found = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if found is None:
-        raise TypeError(f"enable needs a transformers PreTrainedModel, got {type(model).__name__}, which holds none")
+        raise no_model_in(model)
     return found
+
+
+def no_model_in(model: nn.Module) -> TypeError:
+    return TypeError(f"enable needs a transformers PreTrainedModel, got {type(model).__name__}, which holds none")
 
 
 def find_stack(model: PreTrainedModel) -> PreTrainedModel:
@@ -148,8 +152,8 @@ def find_stack(model: PreTrainedModel) -> PreTrainedModel:
     proof = proven[model_type]
     if Version(transformers.__version__) < Version(proof.since):
         raise ValueError(
-            f"{name} is of model type {model_type!r}, which folding is known to be right for from transformers "
-            f"{proof.since} on, and this is {transformers.__version__}"
+            f"{name} is of model type {model_type!r}, which is known to fold from transformers {proof.since} on, and "
+            f"this is {transformers.__version__}"
         )
     reason = _unknown_head(model, stack, proof)
     if class_of(stack) is not proof.stack_class:
@@ -201,7 +205,7 @@ def _unknown_head(model: PreTrainedModel, stack: PreTrainedModel, proof: Proof) 
     is_base = cls is MODEL_MAPPING.get(type(model.config), None)  # its hidden states are the stack's
     if model is stack or is_base or not cls.__module__.startswith("transformers.") or cls.__name__ in proof.heads:
         return None
-    return f"which hidden states a {cls.__name__} reads is not proven"
+    return f"it is not proven which hidden states a {cls.__name__} reads"
 
 
 def is_proven_class(cls: type, proof: Proof) -> bool:

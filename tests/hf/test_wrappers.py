@@ -174,7 +174,7 @@ def test_cache_of_a_sharded_model_is_an_error():
     hf.enable(fully_shard(model, mesh=mesh), threshold=1.0)
     cache = model(IDS, MASK, return_dict=False)[1]
     assert model.radix_stats.folded == 1
-    with pytest.raises(RuntimeError, match="its model is sharded, and gathers its weights in a call alone; pass use_c"):
+    with pytest.raises(RuntimeError, match="its model is sharded, and gathers its weights only in a call; pass use_c"):
         len(cache)
 
 

@@ -27,7 +27,7 @@ from .tokens import Tokenize, Tokens
 # A folded batch has at most so many times the positions of the library's largest. Hidden states are unfolded into
 # positions for the pooling; the layers, which take several times as much memory for each, see rows.
 _MAX_POSITIONS = 4
-_TEXTS_AT_ONCE = 256  # that are tokenised together
+_TEXTS_AT_ONCE = 256  # tokenised together
 _QUANTISED = ("int8", "uint8", "binary", "ubinary")
 _CALIBRATED = ("int8", "uint8")  # by all embeddings that are quantised together
 
@@ -249,7 +249,7 @@ class _Call:
 
     def progress(self, steps: Iterable, description: str) -> Iterable:
         """Return the steps, with a progress bar where the caller asked for one or the library would show one."""
-        from tqdm.autonotebook import tqdm  # which sentence-transformers depends on
+        from tqdm.autonotebook import tqdm  # sentence-transformers depends on it
 
         show = self.arguments.get("show_progress_bar")
         if show is None:

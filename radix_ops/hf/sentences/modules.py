@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..calls import Obstacle
 from ..forward import obstacle_outside
-from ..proofs import class_of
+from ..proofs import class_of, no_model_in
 
 _ENCODERS = ("SentenceTransformer", "CrossEncoder", "SparseEncoder", "MultiVectorEncoder")
 _OLDEST = "5.0.0"
@@ -74,7 +74,7 @@ def owners_to_fold(encoder: nn.Module) -> list[PreTrainedModel]:
         raise ValueError(f"{name} can't be folded: its scores may read hidden states at masked positions")
     owners = _outermost(encoder)
     if not owners:
-        raise TypeError(f"enable needs a transformers PreTrainedModel, got {name}, which holds none")
+        raise no_model_in(encoder)
     return owners
 
 
@@ -146,7 +146,7 @@ class TransformerForward(Method):
             return None
         if any(not bool(mask[:, SIDES[side]].all()) for side in read):
             name = type(self.module).__name__
-            return Obstacle(f"what comes behind {name} reads hidden states at masked positions")
+            return Obstacle(f"a module behind {name} reads hidden states at masked positions")
         return None
 
     def reading(self) -> Reading:
