@@ -25,7 +25,7 @@ check() { # tool, name of the log, pytest arguments
 
 for tool in "${tools[@]}"; do
   rm -f "$logs/$tool".*.log
-  check "$tool" cuda "$tests/ops/test_cuda.py" "$tests/compat" -k "$skip" &
+  check "$tool" cuda "$tests/ops/test_cuda.py" "$tests/ops/test_cuda_results.py" "$tests/compat" -k "$skip" &
   check "$tool" gather "$tests/ops/test_gather.py" -k "$skip" &
   trie="$skip and not past_32_bits"
   [ "$tool" != racecheck ] || trie+=" and not test_kernels"
@@ -37,7 +37,7 @@ for tool in "${tools[@]}"; do
     autograd=$tests/ops/test_autograd.py
     check "$tool" opcheck "$autograd" -k "$skip and opcheck and not ($rest_of_opcheck)" &
     check "$tool" opcheck.rest "$autograd" -k "$skip and opcheck and ($rest_of_opcheck)" &
-    check "$tool" autograd "$autograd" "$tests/ops/test_bad_input.py" -k "$skip and not opcheck" &
+    check "$tool" autograd "$autograd" "$tests/ops/test_bad_input.py" "$tests/ops/test_bad_tensors.py" -k "$skip and not opcheck" &
   fi
   wait
 done

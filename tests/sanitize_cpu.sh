@@ -7,7 +7,7 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=$(realpath -s "$(command -v "${PYTHON:-python3}")")
 folder=$root/build/sanitize
-tests="batch/test_by_hand.py $(printf 'ops/test_%s.py ' bad_input gather scatter_add trie trie_cpu trie_tables)"
+tests="batch/test_by_hand.py $(printf 'ops/test_%s.py ' bad_input bad_tensors gather scatter_add trie trie_cpu trie_tables)"
 mkdir -p "$folder/radix_ops"
 
 # -fno-wrapv: overflow of signed integers is a finding. vptr would need a look into torch's own types.

@@ -177,7 +177,7 @@ def test_commands_run(command, models, workplace):
 
         assert cli.main([argument.replace("FOLDER_OR_HUB_ID", models["causal"]) for argument in arguments]) == 0
     elif arguments[:2] == ["-m", "radix_ops.lm_eval"]:
-        # tests/test_lm_eval.py runs the harness; its own parser says whether it would take these.
+        # tests/test_lm_eval_tasks.py runs the harness; its own parser says whether it would take these.
         from lm_eval._cli.harness import HarnessCLI
 
         found = HarnessCLI()._parser.parse_args(arguments[2:])

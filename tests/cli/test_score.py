@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -304,51 +303,6 @@ def test_score_survives_a_closed_pipe(model_folder, questions):
     assert "Traceback" not in error
 
 
-@pytest.fixture(scope="module")
-def demo():
-    path = Path(__file__).parents[2] / "examples" / "mmlu_demo.py"
-    spec = importlib.util.spec_from_file_location("mmlu_demo", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_demo_makes_questions_of_worked_examples(demo):
-    lead = "\nA: Let's think step by step."
-    prompt = (
-        "Heading.\n\n"
-        f"Q: One?\n(A) a (B) b (C) c (D) d{lead} Because. The answer is (C).\n\n"
-        f"Q: Two?\n(A) a (B) b (C) c (D) d{lead} So. The answer is (A).\n\n"
-        f"Q: Three (A)?\n(A) e\n(B) f\n(C) g\n(D) h{lead} Hence\n\n(B). The answer is (D).\n\n"
-    )
-    (line,) = demo.questions("rivers", prompt)
-    assert line == {
-        "id": "rivers/3",
-        "context": prompt[: prompt.index(" Hence")] + " The answer is",
-        "choices": [" e", " f", " g", " h"],
-        "gold": 3,
-    }
-
-
-def test_demo_reads_every_subject_of_the_package(demo):
-    if importlib.util.find_spec("lm_eval") is None:
-        pytest.skip("lm-eval is not installed")
-    prompts = json.loads(demo.package_file(*demo.PROMPTS).read_text(encoding="utf-8"))
-    for subject, prompt in prompts.items():
-        for line in demo.questions(subject, prompt):
-            assert len(line["choices"]) in (4, 5)
-            assert 0 <= line["gold"] < len(line["choices"])
-            assert line["context"].count(demo.LEAD) == demo.SHOTS + 1
-            assert line["context"].endswith(f"{demo.LEAD} The answer is")
-            question = line["context"].rsplit("\n\nQ: ", 1)[1]
-            assert all(choice in question for choice in line["choices"])
-
-
-def test_demo_names_a_package_that_is_missing(demo):
-    with pytest.raises(SystemExit, match="the demo needs nothing==1: pip install --no-deps nothing==1"):
-        demo.package_file("no_such_package", "file", "nothing==1")
-
-
 def test_compare_refuses_what_is_not_finite(model_folder, questions, tmp_path, capsys):
     needs_hf()
     model = tiny_model(max_position_embeddings=256)
@@ -357,22 +311,6 @@ def test_compare_refuses_what_is_not_finite(model_folder, questions, tmp_path, c
     tiny_tokenizer(True).save_pretrained(tmp_path / "model")
     assert score(tmp_path / "model", "--compare", questions) == 1
     assert "line 1: choices[0] got the log-probability nan" in capsys.readouterr().err
-
-
-def test_fingerprints_see_every_weight():
-    model = tiny_model()
-    runner = TransformersRunner(model)
-    found = {fingerprint(runner).hexdigest()}
-    generator = torch.Generator().manual_seed(0)
-    parameters = list(model.parameters())
-    for _ in range(30):
-        parameter = parameters[int(torch.randint(len(parameters), (1,), generator=generator))].data.flatten()
-        parameter[int(torch.randint(len(parameter), (1,), generator=generator))] += 0.5
-        found.add(fingerprint(runner).hexdigest())
-    embedding = model.get_input_embeddings().weight.data
-    embedding[[3, 4]] = embedding[[4, 3]]
-    found.add(fingerprint(runner).hexdigest())
-    assert len(found) == 32
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.language_models import tiny_model
 from radix_ops.data import fingerprint as module
 from radix_ops.data.fingerprint import fingerprint
+from radix_ops.engine.runners import TransformersRunner
 
 
 class Small(nn.Module):
@@ -146,3 +148,19 @@ def test_a_weight_that_is_made_of_tensors_counts():
 
     assert len({of([1, 2], 0.5), of([2, 1], 0.5), of([1, 2], 0.25)}) == 3
     assert of([1, 2], 0.5) == of([1, 2], 0.5)
+
+
+def test_fingerprints_see_every_weight():
+    model = tiny_model()
+    runner = TransformersRunner(model)
+    found = {fingerprint(runner).hexdigest()}
+    generator = torch.Generator().manual_seed(0)
+    parameters = list(model.parameters())
+    for _ in range(30):
+        parameter = parameters[int(torch.randint(len(parameters), (1,), generator=generator))].data.flatten()
+        parameter[int(torch.randint(len(parameter), (1,), generator=generator))] += 0.5
+        found.add(fingerprint(runner).hexdigest())
+    embedding = model.get_input_embeddings().weight.data
+    embedding[[3, 4]] = embedding[[4, 3]]
+    found.add(fingerprint(runner).hexdigest())
+    assert len(found) == 32

@@ -1,71 +1,30 @@
 """Outputs outlive kills at any point, damage, removed files and links, and one run at a time writes to them."""
 
 import itertools
-import json
 import os
 import random
-import signal
 import sys
-import time
 
 import numpy as np
 import pytest
 
-from helpers import processes
-from radix_ops import cli
-from radix_ops.data import claim, matrix, output, results
+from helpers.outputs import (
+    COUNT,
+    KINDS,
+    ORDER,
+    ROWS,
+    SHAPE,
+    check_lines,
+    check_matrix,
+    either,
+    key_of,
+    write_lines,
+    write_matrix,
+)
+from radix_ops.data import matrix, output, results
 from radix_ops.data.matrix import MatrixFile
-from radix_ops.data.output import claimed
 from radix_ops.data.records import UserError
 from radix_ops.data.results import ResultFile
-
-COUNT, SHAPE = 6, (6, 5)
-ROWS = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
-ORDER = [3, 0, 5, 1, 4, 2]
-
-
-def key_of(item):
-    return f"key{item}"
-
-
-def write_lines(path, overwrite=False):
-    """A run; returns how many results it found."""
-    with claimed(str(path)):
-        file = ResultFile(str(path), COUNT, key_of, overwrite)
-        found = int(file.done.sum())
-        for item in ORDER:
-            if not file.done[item]:
-                file.add(item, {"line": item + 1, "text": "x" * item})
-                file.flush()
-        file.finish()
-    return found
-
-
-def write_matrix(path, overwrite=False, key="key"):
-    with claimed(str(path)):
-        file = MatrixFile(str(path), SHAPE, key, overwrite)
-        found = int(file.done.sum())
-        for part in (ORDER[:2], ORDER[2:4], ORDER[4:]):
-            remaining = np.array([item for item in part if not file.done[item]], int)
-            if len(remaining):
-                file.write(remaining, ROWS[remaining])
-        file.finish()
-    return found
-
-
-def check_lines(path):
-    expected = [{"line": i + 1, "text": "x" * i, "key": key_of(i)} for i in range(COUNT)]
-    assert [json.loads(line) for line in path.read_text().splitlines()] == expected
-
-
-def check_matrix(path):
-    found = np.load(path)
-    assert found.dtype == np.float32
-    assert np.array_equal(found, ROWS)
-
-
-KINDS = {"o.jsonl": (write_lines, check_lines), "o.npy": (write_matrix, check_matrix)}
-either = pytest.mark.parametrize("name", KINDS)
 
 
 def killed_after(num_lines, work, *arguments) -> bool:
@@ -299,136 +258,6 @@ def test_a_file_that_took_an_outputs_place_stays(tmp_path, name):
     with pytest.raises(UserError, match=rf"{made} was replaced"):
         file.finish()
     assert made.read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    ("name", "suffix"),
-    [("o.jsonl", ".part"), ("o.jsonl", ".lock"), *(("o.npy", suffix) for suffix in output.HELPER_SUFFIXES)],
-)
-def test_links_beside_an_output_are_not_followed(tmp_path, name, suffix):
-    victim, path = tmp_path / "victim", tmp_path / name
-    victim.write_text("precious")
-    (tmp_path / (name + suffix)).symlink_to(victim)
-    with pytest.raises(UserError, match="is a symbolic link; remove it"):
-        KINDS[name][0](path)
-    if suffix == ".rows":  # replaced, as it is the link that goes
-        KINDS[name][0](path, True)
-    else:
-        with pytest.raises(UserError, match="is a symbolic link; remove it"):
-            KINDS[name][0](path, True)
-    assert victim.read_text() == "precious"
-
-
-@either
-@pytest.mark.parametrize("suffix", [".part", ".lock"])
-def test_files_of_others_beside_an_output_stay(tmp_path, name, suffix):
-    other = tmp_path / (name + suffix)
-    other.write_text("mine")
-    with pytest.raises(UserError, match=rf"{other} exists and is of no run; "):
-        KINDS[name][0](tmp_path / name)
-    assert other.read_text() == "mine"
-
-
-def test_a_link_to_itself_is_no_output(tmp_path):
-    for name in ("o.jsonl", "o.npy"):
-        (tmp_path / name).symlink_to(tmp_path / "other")
-        (tmp_path / "other").unlink(missing_ok=True)
-        claim.check_path(str(tmp_path / name))  # one that leads to nothing yet is
-        (tmp_path / "other").symlink_to(tmp_path / name)
-        with pytest.raises(UserError, match=rf"{name} is a symbolic link that leads back to itself"):
-            claim.check_path(str(tmp_path / name))
-    (tmp_path / "far.jsonl").symlink_to(tmp_path / "absent" / "o.jsonl")
-    with pytest.raises(UserError, match=r"far.jsonl: its folder does not exist"):
-        claim.check_path(str(tmp_path / "far.jsonl"))
-
-
-@pytest.fixture
-def held():
-    """A function by which another process holds an output, which returns its id; it is killed in the end."""
-    holders = []
-
-    def hold(path):
-        reads, writes = os.pipe()
-
-        def work():
-            with claimed(str(path)):
-                os.write(writes, b"x")
-                time.sleep(600)
-
-        holders.append(processes.in_a_fork(work))
-        assert os.read(reads, 1) == b"x"
-        return holders[-1]
-
-    def let_go():
-        while holders:
-            os.kill(holders[-1], signal.SIGKILL)
-            os.waitpid(holders.pop(), 0)
-
-    yield hold, let_go
-    let_go()
-
-
-@either
-def test_one_process_holds_an_output_until_it_ends(tmp_path, name, held):
-    (hold, let_go), path, link = held, tmp_path / name, tmp_path / f"link.{name}"
-    link.symlink_to(path)
-    holder = hold(path)
-    for way in (path, link):
-        with pytest.raises(UserError, match=rf"{way.name} is being written by another run, process {holder} on "):
-            KINDS[name][0](way)
-    assert not path.exists()
-    KINDS[name][0](tmp_path / f"other-{name}")
-    let_go()
-    # The kill left the lock's file, and the system let go of it.
-    assert (tmp_path / f"{name}.lock").exists()
-    KINDS[name][0](path)
-    KINDS[name][1](path)
-    assert not (tmp_path / f"{name}.lock").exists()
-
-
-@pytest.mark.parametrize("command", ["score", "embed", "rerank"])
-def test_commands_refuse_an_output_that_is_held_before_anything_is_read(tmp_path, held, command, capsys):
-    path = tmp_path / "o.jsonl"
-    holder = held[0](path)
-    for options in ([], ["--overwrite"], ["--compare"]):
-        arguments = [command, "--model", "no/model", "--output", str(path), *options, str(tmp_path / "absent.jsonl")]
-        assert cli.main(arguments) == 1
-        assert f"o.jsonl is being written by another run, process {holder} on " in capsys.readouterr().err
-    assert not path.exists()
-
-
-def test_no_two_processes_hold_an_output_at_once(tmp_path):
-    path, counter = tmp_path / "o.jsonl", tmp_path / "count"
-    counter.write_text("0")
-
-    def race():
-        held, end = 0, time.monotonic() + processes.LONGEST
-        while held < 100 and time.monotonic() < end:
-            try:
-                with claimed(str(path)):
-                    before = int(counter.read_text())
-                    time.sleep(0.0002)
-                    counter.write_text(str(before + 1))
-                    held += 1
-            except UserError:
-                pass
-        assert held == 100
-
-    racers = [processes.in_a_fork(race) for _ in range(3)]
-    assert [os.waitpid(racer, 0)[1] for racer in racers] == [0, 0, 0]
-    assert int(counter.read_text()) == 300
-    assert not (tmp_path / "o.jsonl.lock").exists()
-
-
-def test_a_folder_without_locks_is_written_to_with_a_warning(tmp_path, monkeypatch, capsys):
-    def no_locks(*arguments):
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(output.fcntl, "flock", no_locks)
-    write_lines(tmp_path / "o.jsonl")
-    check_lines(tmp_path / "o.jsonl")
-    assert "o.jsonl can't be locked (Operation not supported)" in capsys.readouterr().err
-    assert [p.name for p in tmp_path.iterdir()] == ["o.jsonl"]
 
 
 def test_finished_matrix_leaves_nothing_of_a_start_that_would_have_replaced_it(tmp_path, monkeypatch):

@@ -10,6 +10,35 @@ from helpers.batches import NAMED
 VOCABULARY = 64
 LAYOUTS = ("compact", "trie", "unfold")
 FILLED = [name for name in NAMED if sum(map(len, NAMED[name]))]
+VARIANTS = {
+    "plain": {},
+    "bias": {"attention_bias": True},
+    "tied": {"tie_word_embeddings": True},
+    "padding token": {"pad_token_id": 2},  # a token of the batches too
+    "windows": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+    "yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "yarn with scales": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.9,
+            "beta_fast": 16,
+            "beta_slow": 2,
+            "truncate": False,
+        }
+    },
+}
 
 
 def oracle(folder, dtype=torch.float32, **changes):

@@ -7,26 +7,13 @@ import re
 import pytest
 import torch
 
+from helpers.small_calls import CU, CU_K, CU_Q, IDS, INDEX, INDPTR, MEMBERS, K, Q, X, to
 from radix_ops.ops import flash, trie  # the package registers torch.ops.radix
 
 RADIX = torch.ops.radix
-IDS, CU = torch.tensor([1, 2, 3, 4]), torch.tensor([0, 2, 4])
-X, INDEX = torch.randn(3, 2), torch.tensor([2, 0])
-INDPTR, MEMBERS = torch.tensor([0, 1, 1, 2]), torch.tensor([1, 0])
 # One number of storage seen as too many tokens or sequences: nothing of it may be read.
 HUGE = torch.zeros(1, dtype=torch.int64).expand(2**31)
 MANY = torch.zeros(1, dtype=torch.int64).expand(2**31 + 1)
-
-
-def to(device, arguments):
-    """The arguments on a device; `Tensor.to` would store every element of an expanded tensor."""
-
-    def move(value):
-        if isinstance(value, torch.Tensor):
-            return value[:1].to(device).expand(value.shape) if value.stride() == (0,) else value.to(device)
-        return value
-
-    return [move(value) for value in arguments]
 
 
 @pytest.mark.parametrize("op", ["fold", "fold_plan"])
@@ -237,10 +224,6 @@ def test_the_backward_of_gather_csr_refuses_a_wrong_inverse(indptr, members, mes
         RADIX.gather.csr(x, INDEX, indptr, members).sum().backward()
 
 
-Q, K = torch.randn(3, 4, 8), torch.randn(5, 2, 8)
-CU_Q, CU_K = torch.tensor([0, 1, 3]), torch.tensor([0, 2, 5])
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -330,105 +313,3 @@ def test_flash_attention_refuses_counts(counts, message):
     q, k = Q.bfloat16(), K.bfloat16()
     with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::flash_attention: {message}')}$"):
         flash.flash_attention(q, k, k, CU_Q, CU_K, *counts, 1.0)
-
-
-CALLS = [
-    (RADIX.fold.default, (IDS, IDS, CU)),
-    (RADIX.fold_plan.default, (IDS, IDS, CU)),
-    (RADIX.fold_plan_front.default, (IDS, IDS, CU)),
-    (RADIX.gather.default, (X, INDEX)),
-    (RADIX.gather.csr, (X, INDEX, INDPTR, MEMBERS)),
-    (RADIX.gather_kv.default, (X, X, INDEX)),
-    (RADIX.gather_kv.csr, (X, X, INDEX, INDPTR, MEMBERS)),
-    (RADIX.scatter_add.default, (X[:2], INDEX, 3)),
-    (RADIX.scatter_add.csr, (X[:2], INDEX, INDPTR, MEMBERS, 3)),
-    (RADIX.scatter_add_kv.default, (X[:2], X[:2], INDEX, 3)),
-    (RADIX.scatter_add_kv.csr, (X[:2], X[:2], INDEX, INDPTR, MEMBERS, 3)),
-    (RADIX.varlen_attention.default, (Q, K, K, CU_Q, CU_K, 1.0)),
-    (RADIX.flash_attention.default, (Q.half(), K.half(), K.half(), CU_Q, CU_K, 3, 2, 3, 1.0)),
-    (RADIX.trie_order.default, (CU_Q, CU_K, INDEX, 3)),
-    (RADIX.trie_attention.default, (Q, Q[:, :2], Q[:, :2], *[IDS[:3]] * 5, INDEX, CU_Q, 3, 1.0)),
-]
-PYTHON_KERNELS = ("attention",)
-each_call = pytest.mark.parametrize(("op", "arguments"), CALLS, ids=[op.name() for op, _ in CALLS])
-
-
-@each_call
-def test_a_build_or_a_torch_without_cuda_refuses_cuda_tensors(op, arguments):
-    """Runs what the dispatcher would run for CUDA tensors."""
-    if any(part in op.name() for part in PYTHON_KERNELS):
-        return  # they run wherever torch does
-    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    with pytest.raises(
-        RuntimeError, match=r"^radix::\S+: (a tensor is on a CUDA device, (and this build|but the installed torch)|no)"
-    ):
-        op.redispatch(cuda, *arguments)
-
-
-@each_call
-def test_tensors_on_two_devices_are_refused(op, arguments):
-    if op is RADIX.flash_attention.default:
-        with pytest.raises(RuntimeError, match="^radix::flash_attention: tensors must be on a CUDA device"):
-            op(*arguments)
-        return
-    for position, argument in enumerate(arguments):
-        if isinstance(argument, torch.Tensor):
-            mixed = [*arguments[:position], argument.to("meta"), *arguments[position + 1 :]]
-            with pytest.raises(RuntimeError, match="all tensors must be on one device|must be on the CPU"):
-                op(*mixed)
-
-
-@each_call
-def test_none_is_refused(op, arguments, device):
-    if any(part in op.name() for part in PYTHON_KERNELS):
-        return  # whose schema refuses it
-    for position, argument in enumerate(arguments):
-        if isinstance(argument, torch.Tensor):
-            given = to(device, arguments)
-            given[position] = None
-            with pytest.raises(RuntimeError, match=r"^radix::\S+: \w+ must be a tensor, got None$"):
-                op(*given)
-
-
-def test_a_storage_resized_below_its_tensor_is_refused(device):
-    """FSDP frees a parameter's memory so and leaves its shape."""
-    for op, arguments in CALLS:
-        if op is RADIX.flash_attention.default and device == "cpu":
-            continue  # which refuses all tensors there
-        for position, argument in enumerate(arguments):
-            for left in (0, 1) if isinstance(argument, torch.Tensor) else ():
-                given = to(device, arguments)
-                # Behind an offset, which counts as well.
-                given[position] = torch.stack([argument, argument]).to(device)[1]
-                size = given[position].untyped_storage().nbytes()
-                given[position].untyped_storage().resize_(left * (size - 1))
-                message = (
-                    f"^radix::[a-z_.]+: \\w+ claims {size} bytes of a storage that holds {left * (size - 1)}; it was"
-                )
-                with pytest.raises(RuntimeError, match=message):
-                    op(*given)
-
-
-def test_a_row_alone_may_claim_any_stride():
-    x = torch.arange(4.0).as_strided((1, 4), (2**62, 1))
-    assert RADIX.gather(x, torch.tensor([0, 0])).tolist() == [[0, 1, 2, 3]] * 2
-    assert RADIX.scatter_add(x, torch.tensor([1]), 2).tolist() == [[0, 0, 0, 0], [0, 1, 2, 3]]
-
-
-@pytest.mark.cuda
-@each_call
-def test_tensors_on_the_cpu_and_on_cuda_are_refused(op, arguments):
-    for position, argument in enumerate(arguments):
-        if isinstance(argument, torch.Tensor):
-            mixed = to("cuda", arguments)
-            mixed[position] = argument
-            message = (
-                " is on (another device than|cpu and others on|cuda:0 and others on) (cuda:0|cpu); all tensors must"
-            )
-            with pytest.raises(RuntimeError, match=f"^radix::\\S+: \\w+{message} be on one device$"):
-                op(*mixed)
-
-
-def test_a_tensor_that_memory_does_not_hold_is_an_error():
-    with pytest.raises(RuntimeError, match=re.escape("out of memory for a tensor of shape [2147483647, 4194304]")):
-        RADIX.scatter_add(torch.zeros(1).expand(1, 2**22), torch.tensor([0]), 2**31 - 1)
