@@ -87,7 +87,7 @@ class AttentionPlan(NamedTuple):
     """One way to attend for every layer of a forward, made once: all that attention needs beside its batch."""
 
     layout: _Way
-    order: tuple[Tensor, ...] = ()  # of radix::trie_order, for "trie"
+    order: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None  # of radix::trie_order, for "trie"
     otherwise: _Way | None = None  # for "auto": the way for tensors that "trie" is not faster for
     has_padding: bool = False  # num_rows > num_nodes; known for "packed"
     repeats: float = 0.0  # how often unfolding would repeat a key, where that is known
@@ -114,7 +114,8 @@ def plan_attention(batch: FoldedBatch, layout: Layout) -> AttentionPlan:
         repeats = batch.kv_index.shape[0] / max(batch.num_nodes, 1)
     if way == "trie" or (is_choice and not (way == "packed" and batch.kv_index.is_cuda)):
         runs = batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index
-        order = tuple(torch.ops.radix.trie_order(*runs, batch.num_rows))
+        enter, leave, depth, row_of, path = torch.ops.radix.trie_order(*runs, batch.num_rows)
+        order = enter, leave, depth, row_of, path
         return AttentionPlan("trie", order, way if is_choice else None, has_padding, repeats)
     return AttentionPlan(way, has_padding=has_padding)
 
@@ -134,7 +135,7 @@ def attend(
     way = plan.layout
     if plan.otherwise is not None and not _trie_is_faster(q, v, plan):
         way = plan.otherwise
-    if way == "trie":
+    if way == "trie" and plan.order is not None:
         tables = trie.TrieTables(*plan.order, batch.kv_index, batch.cu_seqlens_q, batch.num_nodes)
         return torch.ops.radix.trie_attention(q, k, v, *tables, factor, window)[0]
     if way == "unfold":

@@ -125,7 +125,7 @@ def _from_list(name: str, values: Sequence[Any]) -> Tensor:
 
 
 def _index(name: str, values: Sequence[Any], value: Any) -> int:
-    if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0):
+    if isinstance(value, (list, tuple)) or getattr(value, "ndim", None):
         raise _not_flat(name, [len(values), len(value)])
     is_bool = isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) in (torch.bool, np.bool_)
     try:

@@ -313,12 +313,13 @@ def _fold_by(
     """Fold by radix::fold_plan, or by radix::fold_plan_front, which leaves out tokens behind the end of cu_seqlens."""
     ids, ends, positions = _check(input_ids, cu_seqlens, position_ids, pad_multiple_of)
     try:
-        *tensors, counts = getattr(torch.ops.radix, op)(ids, positions, ends, pad_multiple_of)
+        found: list[Any] = getattr(torch.ops.radix, op)(ids, positions, ends, pad_multiple_of)
     except RuntimeError as error:
         if not str(error).startswith(f"radix::{op}: "):
             raise
         raise ValueError(str(error).removeprefix(f"radix::{op}: ")) from None
-    return FoldedBatch(*tensors, ends.to(torch.int32), *counts.tolist())
+    *tables, counts = found
+    return FoldedBatch(*[*tables, ends.to(torch.int32), *counts.tolist()])
 
 
 def _require(is_right: Tensor, message: str) -> None:

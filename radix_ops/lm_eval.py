@@ -18,6 +18,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -153,7 +154,7 @@ class RadixLM(HFLM):
                 f"{num_cut} of {len(requests)} requests are longer than max_length ({longest - 1}) and lose tokens on "
                 "their left"
             )
-        answers = [None] * len(requests)
+        answers: list[Any] = [None] * len(requests)
         is_quiet = disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), disable=is_quiet, desc="Running loglikelihood requests") as bar:
             for indices, found in self._batches(inputs, [continuation for *_, continuation in requests]):

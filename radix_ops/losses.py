@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ __all__ = [
     "token_logprobs",
     "token_logprobs_and_entropy",
 ]
+
+Reduction: TypeAlias = Literal["mean", "sum", "sequence"]
 
 
 def token_logprobs(
@@ -152,7 +154,7 @@ def causal_lm_loss(
     softcap: float | None = None,
     ignore_index: int = IGNORED_LABEL,
     label_smoothing: float = 0.0,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     rows_per_chunk: int | None = None,
 ) -> Tensor:
     """Return the cross entropy of next tokens, as `torch.nn.functional.cross_entropy` has it of the packed batch.
@@ -164,7 +166,7 @@ def causal_lm_loss(
             sums of each sequence, [B]. To average over more targets than this batch's, as in gradient accumulation,
             divide the sum by their number.
     """
-    _check_choice("reduction", reduction, ("mean", "sum", "sequence"))
+    _check_choice("reduction", reduction, get_args(Reduction))
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     _check_number("label_smoothing", label_smoothing, "from 0 to 1", lambda x: 0 <= x <= 1)
@@ -206,7 +208,7 @@ class _Head:
 
 class _Result(NamedTuple):
     logprobs: Tensor  # [N], 0 where there is no target
-    extras: Tensor | None  # [N] likewise: the entropy, or the mean log-probability of the vocabulary
+    extras: Tensor  # [N] likewise: the entropy, or the mean log-probability of the vocabulary; empty for "none"
     is_target: Tensor  # bool [N]
 
 
@@ -234,7 +236,7 @@ def _run_head(hidden, batch, labels, head: _Head, extra="none", ignore_index=IGN
         return torch.ops.radix.gather.csr(of_pairs, plan.token_pair, plan.pair_indptr, plan.pair_members)
 
     is_target = plan.token_pair < plan.pair_labels.shape[0] - 1
-    return _Result(to_tokens(logprobs), None if extra == "none" else to_tokens(extras), is_target)
+    return _Result(to_tokens(logprobs), extras if extra == "none" else to_tokens(extras), is_target)
 
 
 def _sum_sequences(values: Tensor, batch: FoldedBatch) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,13 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 
 from . import hf
+from ._attention import Layout
 from .hf import loss
+from .hf.forward import Verify
 
 __all__ = ["GroupSampler", "enable", "keep_groups_together", "loss_on_rows"]
+
+T = TypeVar("T", bound=Trainer)
 
 _PREFERENCES = ("logits/chosen", "logits/rejected")
 # TRL's trainers log these numbers of logits at padding, which folded batches don't have.
@@ -32,7 +36,7 @@ _READ_PADDING = {
 }
 
 
-def enable(trainer: Trainer, threshold: float | None = None, layout: str = "auto", verify: str = "first") -> Trainer:
+def enable(trainer: T, threshold: float | None = None, layout: Layout = "auto", verify: Verify = "first") -> T:
     """Make a trainer run its models folded, in place, and return it. Call it before `train()`.
 
     It calls `radix_ops.hf.enable`, with the same options and errors, on the model and on the reference model, if the
@@ -144,7 +148,7 @@ def _regrouped(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def is_rows(value: Any) -> bool:
         return value is not None and not (isinstance(value, Tensor) and value.dim() == 0)
 
-    whole = {
+    whole: dict[str, Any] = {
         name: _joined([batch[name] for batch in batches]) if is_rows(value) else value
         for name, value in batches[0].items()
     }

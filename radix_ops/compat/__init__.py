@@ -11,5 +11,5 @@ from .torch import compute_fold_and_scatter_torch
 
 __all__ = ["compute_fold_and_scatter", "compute_fold_and_scatter_torch"]
 
-# Of the radix-mlp whose interface this is.
+# The version of radix-mlp whose interface this is.
 __version__ = "0.0.2"

@@ -1,16 +1,20 @@
-"""radix_mlp.compute_fold_and_scatter."""
+"""The API of radix_mlp: compute_fold_and_scatter."""
 
 from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 import radix_ops
 
 from . import _fold
+
+UInt32s: TypeAlias = npt.NDArray[np.uint32]
 
 _UINT32 = np.dtype(np.uint32)
 _fold_uint32 = ctypes.CDLL(str(Path(radix_ops.__file__).with_name("_C.abi3.so"))).radix_fold_uint32
@@ -22,19 +26,19 @@ _fold_uint32.argtypes = [
     *[ctypes.c_int64] * 2,
     ctypes.c_void_p,
 ]
-# In a quarter of the time of array.ctypes.data.
+# These take a quarter of the time of array.ctypes.data.
 _address_of, _first_byte = ctypes.addressof, ctypes.c_char.from_buffer
 _SMALL = 4096  # elements: to copy them takes less time than to find out where they are
 
 
 def compute_fold_and_scatter(
-    input_ids: np.ndarray,
-    position_ids: np.ndarray,
-    cu_seq_lengths: np.ndarray,
+    input_ids: UInt32s,
+    position_ids: UInt32s,
+    cu_seq_lengths: UInt32s,
     pad_multiple_of: int | None = None,
     bound_checks: bool | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Folds packed sequences given as uint32 arrays.
+) -> tuple[UInt32s, UInt32s, UInt32s, UInt32s]:
+    """Fold packed sequences given as uint32 arrays.
 
     Args:
         input_ids: [N] uint32.
@@ -47,7 +51,7 @@ def compute_fold_and_scatter(
     token where it first occurs), all uint32, parts of one array. Raises TypeError for another type or dtype, ValueError
     for shapes, for a pad_multiple_of below 1 and for malformed cu_seq_lengths.
     """
-    # A small fold is as fast as what surrounds it, so the usual is told by a glance.
+    # A small fold takes no longer than what surrounds it, so a glance tells the usual.
     is_usual = (
         type(input_ids) is type(position_ids) is type(cu_seq_lengths) is np.ndarray
         and input_ids.dtype == position_ids.dtype == cu_seq_lengths.dtype == _UINT32
@@ -61,19 +65,24 @@ def compute_fold_and_scatter(
     most = -(-length // multiple) * multiple
     out = np.empty(3 * most + length, _UINT32)
     if length <= _SMALL and ends <= _SMALL:
-        ids, positions, bounds = input_ids.tobytes(), position_ids.tobytes(), cu_seq_lengths.tobytes()
+        sources: tuple[Any, Any, Any] = (input_ids.tobytes(), position_ids.tobytes(), cu_seq_lengths.tobytes())
     else:
-        ids, positions, bounds = map(_pointer, (input_ids, position_ids, cu_seq_lengths))
+        sources = _pointer(input_ids), _pointer(position_ids), _pointer(cu_seq_lengths)
+    ids, positions, bounds = sources
     target = _address_of(_first_byte(out)) if length > 0 else None
     num_rows = _fold_uint32(ids, positions, length, bounds, ends - 1, multiple, target)
     if num_rows < 0:
-        arrays = [x.astype(np.int64) for x in (input_ids, position_ids, cu_seq_lengths)]
-        folded = _fold.fold(*map(torch.from_numpy, arrays), multiple)
-        return tuple(tensor.numpy().astype(np.uint32) for tensor in folded)
+        ids, positions, bounds = (
+            torch.from_numpy(x.astype(np.int64)) for x in (input_ids, position_ids, cu_seq_lengths)
+        )
+        rows, places, scatter, gather = (
+            x.numpy().astype(np.uint32) for x in _fold.fold(ids, positions, bounds, multiple)
+        )
+        return rows, places, scatter, gather
     return out[:num_rows], out[most : most + num_rows], out[3 * most :], out[2 * most : 2 * most + num_rows]
 
 
-def _check(*arrays: object) -> None:
+def _check(*arrays: Any) -> None:
     for name, array in zip(_fold.NAMES, arrays, strict=True):
         if not isinstance(array, np.ndarray):
             raise TypeError(f"{name} must be a NumPy array of uint32, got {type(array).__name__}")
@@ -82,6 +91,6 @@ def _check(*arrays: object) -> None:
     _fold.check_shapes([array.shape for array in arrays])
 
 
-def _pointer(array: np.ndarray) -> ctypes.c_void_p:
-    """To the elements, one after another, which it keeps alive."""
-    return np.require(array, requirements="CA").ctypes.data_as(ctypes.c_void_p)
+def _pointer(array: UInt32s) -> ctypes.c_void_p:
+    """Return a pointer to the elements, one after another, which it keeps alive."""
+    return np.require(array, requirements=["C", "A"]).ctypes.data_as(ctypes.c_void_p)

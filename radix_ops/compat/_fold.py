@@ -1,9 +1,10 @@
-"""What the interfaces for arrays and tensors share: names, checks and the fold by the op, which says what is wrong."""
+"""Names, checks and the fold by the op, which the interfaces for arrays and tensors share."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from torch import Tensor
 NAMES = ("input_ids", "position_ids", "cu_seq_lengths")
 
 
-def multiple_of(pad_multiple_of: int | None) -> int:
-    """1 for None. Raises TypeError for what is no integer, ValueError for one that is out of range."""
+def multiple_of(pad_multiple_of: SupportsIndex | None) -> int:
+    """Return the multiple, 1 for None. Raises TypeError for what is no integer, ValueError for one out of range."""
     try:
         multiple = 1 if pad_multiple_of is None else operator.index(pad_multiple_of)
     except TypeError as error:
@@ -30,8 +31,10 @@ def check_shapes(shapes: Sequence[Sequence[int]]) -> None:
         raise ValueError(f"input_ids and position_ids must have same length: {shapes[0][0]} != {shapes[1][0]}")
 
 
-def fold(input_ids: Tensor, position_ids: Tensor, cu_seq_lengths: Tensor, multiple: int) -> tuple[Tensor, ...]:
-    """Of one dimension each. Raises ValueError for malformed cu_seq_lengths; no ends of no tokens are none."""
+def fold(
+    input_ids: Tensor, position_ids: Tensor, cu_seq_lengths: Tensor, multiple: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fold tensors of one dimension. Raises ValueError for malformed cu_seq_lengths; no tokens may have none."""
     if cu_seq_lengths.numel() == 0 and input_ids.numel() == 0:
         cu_seq_lengths = cu_seq_lengths.new_zeros(1)
     try:

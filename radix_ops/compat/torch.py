@@ -1,4 +1,4 @@
-"""radix_mlp.torch."""
+"""The API of radix_mlp.torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def compute_fold_and_scatter_torch(
     pad_multiple_of: int | None = None,
     bound_checks: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`radix_ops.compat.compute_fold_and_scatter` for tensors: integers on one device in, int32 on that device out.
+    """Fold tensors as `radix_ops.compat.compute_fold_and_scatter` does: integers of one device in, int32 there out.
 
     CUDA tensors are folded where they are. Ids and positions that int32 does not hold raise ValueError.
     """
@@ -32,9 +32,9 @@ def compute_fold_and_scatter_torch(
             raise ValueError(f"{name} must be on the same device as input_ids, got {devices}")
     _fold.check_shapes([tensor.shape for tensor in tensors.values()])
     multiple = _fold.multiple_of(pad_multiple_of)
-    integers = [as_integers(name, tensor) for name, tensor in tensors.items()]
-    ids, positions, *maps = _fold.fold(*integers, multiple)
-    return _narrow("input_ids", ids), _narrow("position_ids", positions), *maps
+    given_ids, given_positions, ends = (as_integers(name, tensor) for name, tensor in tensors.items())
+    ids, positions, scatter, gather = _fold.fold(given_ids, given_positions, ends, multiple)
+    return _narrow("input_ids", ids), _narrow("position_ids", positions), scatter, gather
 
 
 def _narrow(name: str, tensor: Tensor) -> Tensor:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from .._attention import LAYOUTS
+from .._attention import LAYOUTS, Layout
 from . import guards, proofs
-from .forward import VERIFY, Options, StackForward
+from .forward import VERIFY, Options, StackForward, Verify
 from .sentences import encode, modules
 
+M = TypeVar("M", bound=nn.Module)
 
-def enable(model: nn.Module, threshold: float | None = None, layout: str = "auto", verify: str = "first") -> nn.Module:
+
+def enable(model: M, threshold: float | None = None, layout: Layout = "auto", verify: Verify = "first") -> M:
     """Make `model` fold its batches, in place, and return it.
 
     Args:
@@ -90,6 +93,7 @@ def enable(model: nn.Module, threshold: float | None = None, layout: str = "auto
         state.add_owner(owner)
     if encoder is not None:
         encode.install(encoder, states)
+    outer: Any
     for outer in (encoder, model):
         if outer is not None and not any(outer is owner for owner in owners):
             outer.radix_stats = states[0].stats
@@ -128,9 +132,7 @@ def disable(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def folded(
-    model: nn.Module, threshold: float | None = None, layout: str = "auto", verify: str = "first"
-) -> Iterator[nn.Module]:
+def folded(model: M, threshold: float | None = None, layout: Layout = "auto", verify: Verify = "first") -> Iterator[M]:
     """Enable `model` on entry, and on exit put it back: disabled, or enabled with its former options."""
     encoder = modules.find_encoder(proofs.check_module(model, "folded"))
     before = [(state, state.options, state.verified, [*state.owners]) for state in _states_in(model, encoder)]
@@ -161,7 +163,7 @@ def _restore(before: list[tuple], states: list[StackForward]) -> None:
             state.remove()
 
 
-def _check_options(threshold: float | None, layout: str, verify: str) -> Options:
+def _check_options(threshold: float | None, layout: Layout, verify: Verify) -> Options:
     if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
         raise TypeError(f"threshold must be a number or None, got {type(threshold).__name__}")
     if threshold is not None and not 0 <= threshold <= 1:

@@ -12,7 +12,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -60,14 +60,14 @@ class PendingCache(DynamicCache):
         with _lock:
             if type(self) is PendingCache:  # and not made by another thread
                 made = self._batch.run_plain()
-                vars(self).update(vars(made))
+                self.__dict__.update(vars(made))
                 self.__class__ = type(made)
                 del self._batch
 
     def __bool__(self) -> bool:
         return True
 
-    def __reduce_ex__(self, protocol: int):
+    def __reduce_ex__(self, protocol: SupportsIndex):
         self.make()
         return self.__reduce_ex__(protocol)
 
@@ -117,7 +117,7 @@ class _Batch:
         self.rows = rows.detach()[:, witnesses].clone()  # [1, len(places), D]
 
     def run_plain(self) -> DynamicCache:
-        stack = self.stack()
+        stack: Any = self.stack()
         reason = "its model is gone" if stack is None else _why_impossible(stack)
         if reason is None:
             with self._as_in_the_call():

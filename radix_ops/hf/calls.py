@@ -45,7 +45,8 @@ def obstacle_of(stack: PreTrainedModel, arguments: dict[str, Any]) -> Obstacle |
         return Obstacle(reason)
     if not _are_tokens(arguments.get("input_ids")):
         return Obstacle("input_ids hold no tokens", is_silent=True)
-    reason = _unfoldable_batch(stack, **{name: arguments.get(name) for name in READ})
+    read: dict[str, Any] = {name: arguments.get(name) for name in READ}
+    reason = _unfoldable_batch(stack, **read)
     return None if reason is None else Obstacle(reason)
 
 

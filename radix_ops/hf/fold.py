@@ -13,7 +13,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from .._attention import AttentionPlan, attend, cast_for_autocast, check_attention, plan_attention
+from .._attention import AttentionPlan, Layout, attend, cast_for_autocast, check_attention, plan_attention
 from ..batch import FoldedBatch, fold
 from .proofs import class_of
 from .twins import shallow_copy, twin_of
@@ -99,7 +99,7 @@ def run_folded(
     stack: PreTrainedModel,
     padded: PaddedBatch,
     further_arguments: dict[str, Any],
-    layout: str,
+    layout: Layout,
     wanted_calls: int,
     leaves_rows: bool = False,
     amend: Callable[[ModelOutput], ModelOutput] | None = None,
@@ -132,7 +132,7 @@ def run_folded(
     if amend is not None:
         outputs = amend(outputs)
     last_rows, hidden_states = outputs.last_hidden_state, outputs.get("hidden_states")
-    unfolded = {id(None): None}
+    unfolded: dict[int, Tensor | None] = {id(None): None}
     if not leaves_rows:
         outputs.last_hidden_state = unfolded[id(last_rows)] = padded.unfold(last_rows)
     if hidden_states is not None:

@@ -8,12 +8,13 @@ import functools
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .._attention import Layout
 from . import cache, guards, heads, loss, proofs, verify
 from .calls import Obstacle, makes_cache, may_return_cache, obstacle_of, size_of
 from .fold import HARMLESS_ARGUMENTS, PaddedBatch, run_folded
@@ -22,14 +23,15 @@ from .modes import READ, read_arguments
 from .payoff import may_pay, pays_for
 from .stats import RadixStats
 
-VERIFY = ("first", "always", "never")
+Verify: TypeAlias = Literal["first", "always", "never"]
+VERIFY: tuple[Verify, ...] = get_args(Verify)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     threshold: float | None = None
-    layout: str = "auto"
-    verify: str = "first"
+    layout: Layout = "auto"
+    verify: Verify = "first"
 
 
 # Functions that a decorated one calls may still be compiled, graph by graph.
@@ -51,6 +53,9 @@ class _Forward:
     def __wrapped__(self):
         """The forward that stood here before, where inspect.signature finds the arguments."""
         return self.previous or types.MethodType(type(self.module).forward, self.module)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
 
     def __call__(self, *args, **kwargs):
         # An exported program is the plain model's. Strict export would trace the way through here, so it goes on and
@@ -137,6 +142,8 @@ class _HeadForward(_Forward):
 class StackForward(_Forward):
     """Folds a batch where that is right and pays; keeps what belongs to the enabled model."""
 
+    module: PreTrainedModel
+
     def __init__(self, stack: PreTrainedModel):
         super().__init__(stack)
         self.options = Options()
@@ -221,8 +228,9 @@ class StackForward(_Forward):
         leaves_rows = request.may_leave_rows()
         amend = None
         if may_return_cache(stack, arguments):
-            known = {"stack": stack, "arguments": arguments, "padded": padded}
-            amend = functools.partial(cache.add_pending, **known, stats=self.stats, warned=self.warned)
+            amend = functools.partial(
+                cache.add_pending, stack=stack, arguments=arguments, padded=padded, stats=self.stats, warned=self.warned
+            )
         outputs = run_folded(stack, padded, further, self.options.layout, calls, leaves_rows, amend)
         if plain is not None:
             self._check(outputs[0], plain, padded, leaves_rows)

@@ -122,7 +122,7 @@ def _misplaced_layers(stack: PreTrainedModel) -> str | None:
 
 def _layer_idx(layer: nn.Module) -> int | None:
     if class_of(layer) is CheckpointWrapper:
-        layer = layer._checkpoint_wrapped_module
+        layer = layer.get_submodule("_checkpoint_wrapped_module")
     found = (part.__dict__.get("layer_idx") for part in (layer, *layer._modules.values()) if part is not None)
     return next((index for index in found if index is not None), None)
 

@@ -119,7 +119,7 @@ def _kept_logits_read_padding(logits_to_keep: int | Tensor | None, mask: Tensor)
     """Return whether a caller that picks positions, as generate(use_cache=False) does, picks a masked one."""
     if isinstance(logits_to_keep, Tensor):
         return not mask[:, logits_to_keep.to(mask.device)].all()
-    return bool(logits_to_keep) and not mask[:, -logits_to_keep:].all()
+    return bool(logits_to_keep and not mask[:, -logits_to_keep:].all())
 
 
 def _pooled_column(head: PreTrainedModel, input_ids: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from .._attention import Layout
 from ..batch import FoldedBatch
 from . import guards, proofs
 from .fold import PaddedBatch, run_folded
@@ -51,7 +52,7 @@ class RowLogits:
                 return f"{name or 'the model'} has a hook, which would see rows for positions"
         return guards.why_unfoldable(self.stack) or guards.why_disturbed(self.stack)
 
-    def run(self, batch: FoldedBatch, layout: str = "auto") -> ModelOutput:
+    def run(self, batch: FoldedBatch, layout: Layout = "auto") -> ModelOutput:
         """Return the decoder stack's output for a batch on its device; last_hidden_state is [1, num_rows, D]."""
         packed = PaddedBatch(batch, torch.Size([1, batch.num_tokens]), None)
         calls = proofs.proof_of(self.stack).calls * self.stack.config.num_hidden_layers

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING
 
-from ..losses import causal_lm_loss
+from ..losses import Reduction, causal_lm_loss
 from ..ops.head_plan import IGNORED_LABEL
 from .fold import PaddedBatch
 from .heads import is_rowwise
@@ -59,10 +59,10 @@ class RowLoss:
         """Compute the loss of what the head takes for logits: hidden states, [1, num_rows, D] or unfolded [B, T, D]."""
         states, padded, lm_head = logits, self.padded, self.head.get_output_embeddings()
         packed = None if padded is None else _packed_labels(padded, labels.to(states.device))
-        if packed is None:
+        if padded is None or packed is None:
             states = states if padded is None else padded.unfold(states)
             return self.head.loss_function(lm_head(states), labels, vocab_size, num_items_in_batch, **kwargs)
-        reduction = "mean" if num_items_in_batch is None else "sum"
+        reduction: Reduction = "mean" if num_items_in_batch is None else "sum"
         head = {"weight": lm_head.weight, "bias": lm_head.bias}
         loss = causal_lm_loss(states[0], padded.batch, packed, reduction=reduction, **head).float()
         return loss if num_items_in_batch is None else loss / torch.as_tensor(num_items_in_batch, device=loss.device)
@@ -83,16 +83,21 @@ def _packed_labels(padded: PaddedBatch, labels: Tensor) -> Tensor | None:
 
 def _passes_logits_on(head: PreTrainedModel, stack: PreTrainedModel) -> bool:
     """Return whether the head's forward gives logits to its loss as they are, neither scaled nor capped, by a trial."""
-    given, taken = [], []
+    given: list[Tensor] = []
+    taken: list[Tensor] = []
 
     def loss(logits, *args, **kwargs):
         taken.append(logits)
         return logits.sum()
 
+    def seen(states: Tensor) -> Tensor:
+        given.append(states)
+        return states
+
     states = torch.zeros(1, 2, stack.config.hidden_size)
-    stand_in = nn.Identity()
+    stand_in: Any = nn.Identity()
     stand_in.forward = lambda *args, **kwargs: _OnlyStates(states)
-    twin = _with_functions(head, lambda states: given.append(states) or states, loss)
+    twin = _with_functions(head, seen, loss)
     twin = with_part(twin, stack, stand_in)
     ids = torch.zeros(1, 2, dtype=torch.int64)
     class_of(head).forward(twin, input_ids=ids, labels=ids, use_cache=False, return_dict=True)

@@ -179,9 +179,10 @@ def innermost_stack(model: PreTrainedModel) -> PreTrainedModel:
         model = found
 
 
-def class_of(module: nn.Module) -> type:
+def class_of(module: nn.Module) -> type[nn.Module]:
     """Return the module's class, looking through the one that fully_shard derives."""
-    return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+    classes: Any = type(module).__mro__
+    return classes[2] if isinstance(module, FSDPModule) else type(module)
 
 
 def path_of(cls: type) -> str:

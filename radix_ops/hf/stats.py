@@ -18,6 +18,8 @@ class RadixStats:
     skipped: batches that ran as before, each step of generate() included.
     """
 
+    _tokens: int | Tensor  # on a device a count for which nobody waits before it is read
+
     def __init__(self, tokens: int = 0, rows: int = 0, folded: int = 0, skipped: int = 0):
         self.tokens, self.rows, self.folded, self.skipped = tokens, rows, folded, skipped
 
@@ -31,7 +33,7 @@ class RadixStats:
 
     @tokens.setter
     def tokens(self, value: int) -> None:
-        self._tokens: int | Tensor = value  # a count on a device, for which nobody waits before it is read
+        self._tokens = value
 
     def _add(self, tokens: int | Tensor, rows: int, folded: bool) -> None:
         with _LOCK:
@@ -46,7 +48,7 @@ class RadixStats:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RadixStats) and self._counts() == other._counts()
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # as Python itself sets it
 
     def __repr__(self) -> str:
         return "RadixStats(tokens={}, rows={}, folded={}, skipped={})".format(*self._counts())

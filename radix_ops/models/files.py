@@ -7,10 +7,11 @@ import json
 import os
 import stat
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 
 def check_regular(path: Path) -> None:
-    """ValueError for what would hang or give no end of bytes when it is read: a pipe, a socket, a device.
+    """Raise ValueError for what would hang or give no end of bytes when it is read: a pipe, a socket, a device.
 
     FileNotFoundError where nothing is there.
     """
@@ -20,7 +21,7 @@ def check_regular(path: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """ValueError for a model's folder with anything but files and folders in it: whoever reads it may wait for ever."""
+    """Raise ValueError for a model's folder with anything but files and folders in it: whoever reads it may wait for ever."""
     for entry in os.scandir(folder):
         with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere
             mode = entry.stat().st_mode
@@ -29,7 +30,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_no_adapter(folder: Path) -> None:
-    """ValueError for a folder of an adapter, whose weights are none of a whole model."""
+    """Raise ValueError for a folder of an adapter, whose weights are none of a whole model."""
     if (folder / "adapter_config.json").exists():
         raise ValueError(
             f"{folder} holds an adapter (adapter_config.json), which is not applied here: merge it into its model "
@@ -37,8 +38,8 @@ def check_no_adapter(folder: Path) -> None:
         )
 
 
-def read_json(path: Path):
-    """The value that a JSON file holds. ValueError for anything else, FileNotFoundError where nothing is there."""
+def read_json(path: Path) -> Any:
+    """Return the value of a JSON file. ValueError for anything else, FileNotFoundError where nothing is there."""
     check_regular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -50,8 +51,8 @@ def read_json(path: Path):
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def read_object(path: Path) -> dict:
-    """`read_json` of a file that must hold an object."""
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file must hold."""
     found = read_json(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {type(found).__name__}; it must hold a JSON object")
@@ -59,13 +60,13 @@ def read_object(path: Path) -> dict:
 
 
 def is_inside(path: str) -> bool:
-    """Whether a relative path stays in its folder, on any system."""
+    """Tell whether a relative path stays in its folder, on any system."""
     windows = PureWindowsPath(path)
     return not windows.anchor and ".." not in windows.parts and "\0" not in path
 
 
 def shards(index: Path) -> list[str]:
-    """The files that a model.safetensors.index.json names, each once. ValueError for what is no such index."""
+    """Return the files that a model.safetensors.index.json names, each once. ValueError for what is no such index."""
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f'{index} must hold "weight_map", an object of the file of each weight')

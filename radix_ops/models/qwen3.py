@@ -13,32 +13,35 @@ from __future__ import annotations
 import functools
 import math
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .._attention import AttentionPlan, attend, plan_attention
+from .._attention import AttentionPlan, Layout, attend, plan_attention
 from ..batch import FoldedBatch
 from ..ops.checks import INDEX_DTYPES
 from .qwen3_config import Qwen3Config
-from .weights import DTYPES, find_folder, read_weights
+from .weights import DTYPES, DTypeName, find_folder, read_weights
 
 __all__ = ["Qwen3Config", "Qwen3ForCausalLM", "Qwen3Model"]
 
+_M = TypeVar("_M", "Qwen3ForCausalLM", "Qwen3Model")
+
 
 def _inverse_frequencies(config: Qwen3Config, device: torch.device) -> tuple[Tensor, float]:
-    """[head_dim / 2] in fp32: how far each pair of dimensions turns a position, and the factor of cos and sin.
+    """Return how far each pair of dimensions turns a position, [head_dim / 2] in fp32, and the factor of cos and sin.
 
-    Computed where it is used, so that casting a model casts no frequencies.
+    A model has no buffer of them, so that casting it casts no frequencies.
     """
-    rope, dim = config.rope, config.head_dim
-    theta, factor = float(rope["rope_theta"]), rope.get("factor")
+    rope, dim, theta = config.rope, config.head_dim, float(config.rope["rope_theta"])
     pairs = torch.arange(0, dim, 2, dtype=torch.float32, device=device)
     frequencies = 1.0 / theta ** (pairs / dim)
     if rope["rope_type"] == "default":
         return frequencies, 1.0
+    factor = float(rope["factor"])
     if rope["rope_type"] == "linear":
         return frequencies / factor, 1.0
     # YaRN: pairs that turn often in the original length stay as they are, slow ones are slowed down by `factor`, and
@@ -56,8 +59,10 @@ def _inverse_frequencies(config: Qwen3Config, device: torch.device) -> tuple[Ten
     scale = rope.get("attention_factor")
     if scale is None:
         weight, weight_all = rope.get("mscale"), rope.get("mscale_all_dim")
-        both = weight and weight_all
-        scale = _yarn_scale(factor, weight if both else 1) / (_yarn_scale(factor, weight_all) if both else 1)
+        if weight and weight_all:
+            scale = _yarn_scale(factor, weight) / _yarn_scale(factor, weight_all)
+        else:
+            scale = _yarn_scale(factor, 1)
     return frequencies / factor * ramp + frequencies * (1 - ramp), float(scale)
 
 
@@ -66,26 +71,29 @@ def _yarn_scale(factor: float, weight: float) -> float:
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [rows, heads, head_dim], whose halves are the two coordinates of the pairs, by [rows, 1, head_dim]."""
+    """Rotate x [rows, heads, head_dim], whose halves are the two coordinates of the pairs, by [rows, 1, head_dim]."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
 def _add(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, the same bits. torch.compile would make a sum and the product before it one call, which copies x first,
-    where it can be part of the norm behind it."""
+    """Return x + y, to the same bits, as a difference.
+
+    torch.compile makes one call of a sum and the product before it, which copies x first; so it can join the norm
+    behind it.
+    """
     return torch.sub(x, y, alpha=-1)
 
 
 def _initialise(module: nn.Module, std: float) -> None:
-    """Weights of a new model, as transformers draws them."""
+    """Draw the weights of a new model as transformers does."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=std)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
-        if getattr(module, "padding_idx", None) is not None and not module.weight.is_meta:
-            with torch.no_grad():
-                module.weight[module.padding_idx] = 0
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None and not module.weight.is_meta:
+        with torch.no_grad():
+            module.weight[module.padding_idx] = 0
 
 
 class RMSNorm(nn.Module):
@@ -145,7 +153,7 @@ class Qwen3Layer(nn.Module):
 class _Run(nn.Module):
     """A few layers in a row, which `Qwen3Model.compile_layers` compiles as one; they belong to the model."""
 
-    def forward(self, layers: list[Qwen3Layer], x: Tensor, *arguments, checkpoints: bool) -> Tensor:
+    def forward(self, layers: list[nn.Module], x: Tensor, *arguments: Any, checkpoints: bool) -> Tensor:
         for layer in layers:
             x = checkpoint(layer, x, *arguments, use_reentrant=False) if checkpoints else layer(x, *arguments)
         return x
@@ -154,12 +162,12 @@ class _Run(nn.Module):
 class _Pretrained(nn.Module):
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[_M],
         path_or_hub_id: str | Path,
-        dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | DTypeName | None = None,
         device: torch.device | str | None = None,
-    ):
-        """Loads the safetensors of a folder or of a hub model, in their own dtype by default, for evaluation.
+    ) -> _M:
+        """Load the safetensors of a folder or of a hub model, in their own dtype by default, for evaluation.
 
         Raises FileNotFoundError for what is not there, ValueError for a pickle, a dtype that is no floating point, and
         files that are not a Qwen3's.
@@ -180,8 +188,8 @@ class Qwen3Model(_Pretrained):
         self._run, self._at_once = _Run(), max(config.num_hidden_layers, 1)
         self.apply(functools.partial(_initialise, std=config.initializer_range))
 
-    def forward(self, batch: FoldedBatch, layout: str = "auto") -> Tensor:
-        """Hidden states [num_rows, hidden_size] after the last norm, in compact rows; padding rows' mean nothing.
+    def forward(self, batch: FoldedBatch, layout: Layout = "auto") -> Tensor:
+        """Return the hidden states [num_rows, hidden_size] after the last norm; those of padding rows mean nothing.
 
         Raises TypeError for another batch, ValueError for another device, for a sequence longer than the config's
         positions and, on the CPU and not in compiled code, for positions past them and ids outside the vocabulary
@@ -201,8 +209,8 @@ class Qwen3Model(_Pretrained):
             x = self._run(layers[first : first + self._at_once], x, *arguments, checkpoints=checkpoints)
         return self.norm(x)
 
-    def compile_layers(self, at_once: int = 4, **options) -> None:
-        """Compiles `at_once` layers in a row by torch.compile with `options`, one graph for all such rows of layers.
+    def compile_layers(self, at_once: int = 4, **options: Any) -> None:
+        """Compile `at_once` layers in a row by torch.compile with `options`, one graph for all such rows of layers.
 
         More at once cost less of the host at each call, and longer compilation on the first: what lies between a
         compiled graph and its caller takes about as long as launching a layer. The plan of attention is made outside,
@@ -213,9 +221,12 @@ class Qwen3Model(_Pretrained):
         self._at_once = at_once
         self._run.compile(**{"dynamic": True} | options)
 
-    def embed(self, batch: FoldedBatch, dim: int | None = None, layout: str = "auto") -> Tensor:
-        """[B, dim] in fp32, of length 1: the state of each sequence's last token, cut to its first `dim` numbers
-        (Matryoshka; all of them by default). Raises ValueError if a sequence is empty or dim out of range."""
+    def embed(self, batch: FoldedBatch, dim: int | None = None, layout: Layout = "auto") -> Tensor:
+        """Return embeddings [B, dim] in fp32, of length 1: the state of each sequence's last token.
+
+        It is cut to its first `dim` numbers (Matryoshka; all of them by default). Raises ValueError if a sequence is
+        empty or dim out of range.
+        """
         size = self.config.hidden_size
         if dim is not None and not 1 <= dim <= size:
             raise ValueError(f"dim must be from 1 to hidden_size={size}, got {dim}")
@@ -270,8 +281,8 @@ class Qwen3ForCausalLM(_Pretrained):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, batch: FoldedBatch, rows: Tensor | None = None, layout: str = "auto") -> Tensor:
-        """Logits [len(rows), vocabulary] of the compact rows wanted (1-D int32 or int64), by default of all."""
+    def forward(self, batch: FoldedBatch, rows: Tensor | None = None, layout: Layout = "auto") -> Tensor:
+        """Return logits [len(rows), vocabulary] of the compact rows wanted (1-D int32 or int64), by default of all."""
         hidden = self.model(batch, layout)
         if rows is not None:
             if not isinstance(rows, Tensor) or rows.dtype not in INDEX_DTYPES or rows.dim() != 1:
@@ -280,15 +291,15 @@ class Qwen3ForCausalLM(_Pretrained):
             hidden = torch.ops.radix.gather(hidden, rows)
         return self.lm_head(hidden)
 
-    def embed(self, batch: FoldedBatch, dim: int | None = None, layout: str = "auto") -> Tensor:
+    def embed(self, batch: FoldedBatch, dim: int | None = None, layout: Layout = "auto") -> Tensor:
         """See `Qwen3Model.embed`."""
         return self.model.embed(batch, dim, layout)
 
-    def rerank(self, batch: FoldedBatch, *, yes_id: int = 9693, no_id: int = 2152, layout: str = "auto") -> Tensor:
-        """[B] in fp32: after each sequence, the probability of token `yes_id` against `no_id`.
+    def rerank(self, batch: FoldedBatch, *, yes_id: int = 9693, no_id: int = 2152, layout: Layout = "auto") -> Tensor:
+        """Return [B] in fp32: after each sequence, the probability of token `yes_id` against `no_id`.
 
-        The score of Qwen3-Reranker, of whose tokenizer the ids are "yes" and "no". Raises ValueError if a sequence is
-        empty or an id outside the vocabulary.
+        It is the score of Qwen3-Reranker, whose tokenizer has these ids for "yes" and "no". Raises ValueError if a
+        sequence is empty or an id outside the vocabulary.
         """
         for name, token in (("yes_id", yes_id), ("no_id", no_id)):
             if not 0 <= token < self.config.vocab_size:
@@ -298,9 +309,14 @@ class Qwen3ForCausalLM(_Pretrained):
         return logits.float().softmax(-1)[:, 1]
 
 
-def _from_pretrained(cls, path_or_hub_id, dtype, device):
-    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and dtype not in DTYPES.values():
+def _from_pretrained(
+    cls: type[_M],
+    path_or_hub_id: str | Path,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+) -> _M:
+    wanted_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and wanted_dtype not in DTYPES.values():
         raise ValueError(f"dtype must be None or one of {', '.join(DTYPES)}, got {dtype!r}")
     device = torch.device("cpu" if device is None else device)
     folder = find_folder(path_or_hub_id, ["config.json", "*.safetensors", "*.safetensors.index.json"])
@@ -309,7 +325,9 @@ def _from_pretrained(cls, path_or_hub_id, dtype, device):
         model = cls(config)
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     embedding = "model.embed_tokens.weight" if cls is Qwen3ForCausalLM else "embed_tokens.weight"
-    weights, names, head = {}, {}, None
+    weights: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
+    head = None
     for name, tensor in read_weights(folder):
         # A base model's file lacks the prefix that a causal model's has.
         base = name.removeprefix("model.")
@@ -327,7 +345,7 @@ def _from_pretrained(cls, path_or_hub_id, dtype, device):
         if tensor.shape != wanted[place]:
             raise ValueError(f"{name} must have shape {list(wanted[place])}, but the file has {list(tensor.shape)}")
         weights[place] = tensor
-    # Of two names for one tensor a file may hold either, or both.
+    # A file may hold either of the two names for one tensor, or both.
     if config.tie_word_embeddings and head is not None and not torch.equal(weights.setdefault(embedding, head), head):
         raise ValueError(
             f"{folder} holds an lm_head.weight that differs from the embedding, but tie_word_embeddings is set"
@@ -335,8 +353,8 @@ def _from_pretrained(cls, path_or_hub_id, dtype, device):
     missing = sorted(wanted.keys() - weights.keys())
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing[:4])}{' and more' if len(missing) > 4 else ''}")
-    weights = {name: tensor.to(device, dtype) for name, tensor in weights.items()}
+    weights = {name: tensor.to(device, wanted_dtype) for name, tensor in weights.items()}
     model.load_state_dict(weights, strict=False, assign=True)
-    if cls is Qwen3ForCausalLM and config.tie_word_embeddings:
+    if isinstance(model, Qwen3ForCausalLM) and config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(True).eval()

@@ -1,16 +1,18 @@
-"""The config of a Qwen3: what a config.json of transformers says, checked and completed by transformers' defaults."""
+"""The config of a Qwen3: a config.json of transformers, checked and completed by transformers' defaults."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 from .files import read_object
 from .weights import find_folder
 
 _MOST = 2**31 - 1
-# Of whole numbers, bounds that no model comes near, and whose products are still numbers of bytes.
+# Bounds of whole numbers that no model comes near, and whose products are still numbers of bytes.
 _SIZES = {
     "vocab_size": 2**24,
     "hidden_size": 2**24,
@@ -38,7 +40,7 @@ class Qwen3Config:
     num_key_value_heads: int
     rms_norm_eps: float
     head_dim: int
-    rope: dict  # rope_type ("default", "linear" or "yarn"), rope_theta, and what the type needs
+    rope: dict[str, Any]  # rope_type ("default", "linear" or "yarn"), rope_theta, and what the type needs
     sliding_windows: tuple[int | None, ...]  # of each layer; None: full attention
     attention_bias: bool = False
     max_position_embeddings: int = 32768
@@ -47,7 +49,7 @@ class Qwen3Config:
     pad_token_id: int | None = None  # its embedding gets no gradient
     initializer_range: float = 0.02
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, most in _SIZES.items():
             _check_count(name, getattr(self, name), most, least=name != "num_hidden_layers")
         _check_count("head_dim", self.head_dim, 2**16)
@@ -79,7 +81,7 @@ class Qwen3Config:
 
     @property
     def longest_sequence(self) -> int:
-        """max_position_embeddings or, where that is more, what the scaling of the rotary embedding is made for."""
+        """max_position_embeddings, or the length that the rotary embedding is scaled for, where that is more."""
         if self.rope["rope_type"] == "default":
             return self.max_position_embeddings
         original = self.rope.get("original_max_position_embeddings") or self.max_position_embeddings
@@ -87,7 +89,7 @@ class Qwen3Config:
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> Qwen3Config:
-        """Reads the config.json of a folder, or of a model on the Hugging Face hub.
+        """Read the config.json of a folder, or of a model on the Hugging Face hub.
 
         Raises FileNotFoundError for what is not there, ValueError as `from_dict` does and for a file that is no JSON
         object.
@@ -98,9 +100,11 @@ class Qwen3Config:
         return cls.from_dict(read_object(path))
 
     @classmethod
-    def from_dict(cls, config: dict) -> Qwen3Config:
-        """Raises ValueError for what is not a Qwen3, and for what this file does not compute. What is not given is as
-        transformers has it by default."""
+    def from_dict(cls, config: dict[str, Any]) -> Qwen3Config:
+        """Take the values of a config.json, and transformers' defaults for those it leaves out.
+
+        Raises ValueError for what is not a Qwen3, and for what this model does not compute.
+        """
         if not isinstance(config, dict):
             raise TypeError(f"config must be the dict of a config.json, got {type(config).__name__}")
         if config.get("model_type") != "qwen3":
@@ -130,46 +134,47 @@ class Qwen3Config:
         )
 
 
-def _given(config: dict, name: str, default):
+def _given(config: dict[str, Any], name: str, default: Any) -> Any:
     value = config.get(name)
     return default if value is None else value
 
 
-def _flag(config: dict, name: str, default: bool = False) -> bool:
+def _flag(config: dict[str, Any], name: str, default: bool = False) -> bool:
     return _check_flag(name, _given(config, name, default))
 
 
-def _check(name: str, value, what: str, is_right: bool):
+def _check(name: str, value: Any, what: str, is_right: bool) -> Any:
     if not is_right:
         shown = repr(value)
         raise ValueError(f"{name} must be {what}, got {shown if len(shown) <= 80 else shown[:77] + '...'}")
     return value
 
 
-def _check_flag(name: str, value) -> bool:
+def _check_flag(name: str, value: Any) -> bool:
     return _check(name, value, "true or false", isinstance(value, bool))
 
 
-def _is_whole(value) -> bool:
+def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _check_count(name: str, value, most: int = _MOST, least: int = 1) -> int:
+def _check_count(name: str, value: Any, most: int = _MOST, least: int = 1) -> int:
     right = _is_whole(value) and least <= value <= most
     return _check(name, value, f"a whole number from {int(least)} to {most}", right)
 
 
-def _check_real(name: str, value, what: str, is_right) -> float:
-    is_real = isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= 1e300 and value == value
-    return _check(name, value, f"a number {what}", is_real and is_right(value))
+def _check_real(name: str, value: Any, what: str, is_right: Callable[[float], bool]) -> float:
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    is_finite = is_real and abs(value) <= 1e300  # False for NaN
+    return _check(name, value, f"a number {what}", is_finite and is_right(value))
 
 
-def _longest(config: dict) -> int:
+def _longest(config: dict[str, Any]) -> int:
     return _check_count("max_position_embeddings", _given(config, "max_position_embeddings", 32768))
 
 
-def _rope(config: dict) -> dict:
-    """The rotary embedding of a config, in the form of transformers 5 or that of 4, which goes first where both are."""
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Read the rotary embedding in the form of transformers 5 or that of 4, which goes first where both are."""
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     given = _given(config, name, {})
     rope = dict(_check(name, given, "an object", isinstance(given, dict)))
@@ -193,7 +198,7 @@ def _rope(config: dict) -> dict:
     return rope
 
 
-def _check_rope(rope: dict) -> None:
+def _check_rope(rope: dict[str, Any]) -> None:
     _check("rope", rope, "a dict", isinstance(rope, dict))
     kind = rope.get("rope_type")
     if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
@@ -214,7 +219,7 @@ def _check_rope(rope: dict) -> None:
         _check_flag("truncate", rope["truncate"])
 
 
-def _sliding_windows(config: dict) -> tuple[int | None, ...]:
+def _sliding_windows(config: dict[str, Any]) -> tuple[int | None, ...]:
     layers = _check_count("num_hidden_layers", config["num_hidden_layers"], _SIZES["num_hidden_layers"], least=0)
     window = config.get("sliding_window", 4096) if _flag(config, "use_sliding_window") else None
     if window is not None:

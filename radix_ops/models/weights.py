@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .files import check_no_adapter, check_regular, shards
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTypeName: TypeAlias = Literal["float32", "float64", "bfloat16", "float16"]
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def find_folder(path_or_hub_id: str | Path, patterns: list[str]) -> Path:
-    """The folder, or one with those files of a hub model that match the patterns.
+    """Return the folder, or one with those files of a hub model that match the patterns.
 
     Raises FileNotFoundError for neither, NotADirectoryError for a file.
     """
@@ -34,7 +41,7 @@ def find_folder(path_or_hub_id: str | Path, patterns: list[str]) -> Path:
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of each weight in model.safetensors, or in the shards that its index names.
+    """Yield name and tensor of each weight in model.safetensors, or in the shards that its index names.
 
     Raises FileNotFoundError for a file that is not there; ValueError for a pickle, an adapter, a damaged file, one
     outside of the folder or that is no regular file, a name that stands twice, and a dtype that is not in DTYPES.

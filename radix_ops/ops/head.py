@@ -179,7 +179,8 @@ class _RowTerms(NamedTuple):
     shift: Tensor | None
 
     def at(self, *index) -> _RowTerms:
-        return _RowTerms(*[None if x is None else x[index] for x in self])
+        linear, shift = (None if x is None else x[index] for x in (self.linear, self.shift))
+        return _RowTerms(self.highest[index], self.constant[index], linear, shift)
 
 
 def _row_terms(grad_logprobs, grad_extra, statistics, pair_ranks, extra, slope, vocabulary) -> _RowTerms:
@@ -203,8 +204,8 @@ def _row_terms(grad_logprobs, grad_extra, statistics, pair_ranks, extra, slope, 
 
 def backward(grad_logprobs, grad_extra, statistics, *arguments):
     """Return the gradients of hidden, weight and bias; empty tensors for those that are not needed."""
-    *arguments, needs_hidden, needs_weight, needs_bias = arguments
-    call = _Call(*arguments)
+    *for_call, needs_hidden, needs_weight, needs_bias = arguments
+    call = _Call(*for_call)
     head = _Head(call)
     hidden, weight, pair_ranks, pair_labels = call.hidden, call.weight, call.pair_ranks, call.pair_labels
     slope, num_rows, vocabulary = call.logit_scale / call.temperature, call.rows.shape[0], weight.shape[0]

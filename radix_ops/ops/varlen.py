@@ -100,8 +100,10 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, sliding_window=
     ends_q, ends_k = _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window)
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     for block in _blocks(ends_q, ends_k, sliding_window, lambda num_keys: _MAX_BLOCK_ROWS, k, v):
-        heads_first = [x.transpose(0, 1).unsqueeze(0) for x in (q[block.rows], k[block.keys], v[block.keys])]
-        attended = F.scaled_dot_product_attention(*heads_first, attn_mask=block.mask, scale=scale, enable_gqa=True)
+        queries, keys, values = (x.transpose(0, 1)[None] for x in (q[block.rows], k[block.keys], v[block.keys]))
+        attended = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=block.mask, scale=scale, enable_gqa=True
+        )
         out[block.rows] = attended.squeeze(0).transpose(0, 1)
     out[ends_q[-1] :] = 0
     return out

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from .store import TokenStore
 
@@ -14,23 +17,24 @@ _LEAST_GAIN = 0.02  # of the rows: for less "auto" doesn't leave the caller's or
 _BATCH_COST = 0.01  # of max_rows: what a batch more may cost in rows, which keeps batches from being cut small
 _NO_LIMIT = 2**62
 _LIMITS = ("max_rows", "max_tokens", "max_positions", "max_sequences")
-_ORDERS = ("auto", "sorted", "given")
+Order: TypeAlias = Literal["auto", "sorted", "given"]
+_ORDERS: tuple[Order, ...] = get_args(Order)
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Batches of sequences. Iterating gives the indices of each batch's sequences, int64 arrays."""
 
-    order: np.ndarray  # int64 [B] the sequences, batch after batch
-    ends: np.ndarray  # int64 [len(plan)] where each batch ends in `order`
-    rows: np.ndarray  # int64 [len(plan)] the trie rows of each batch; of a padded plan its positions
+    order: npt.NDArray[np.int64]  # [B] the sequences, batch after batch
+    ends: npt.NDArray[np.int64]  # [len(plan)] where each batch ends in `order`
+    rows: npt.NDArray[np.int64]  # [len(plan)] the trie rows of each batch; of a padded plan its positions
     num_tokens: int  # of all sequences
     given_rows: int | None = None  # of a folded plan: all rows of batches in the caller's order, within the same limits
 
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[npt.NDArray[np.int64]]:
         return iter(np.split(self.order, self.ends[:-1]) if len(self.ends) else [])
 
     @property
@@ -51,8 +55,8 @@ def plan_folded(
     max_tokens: int | None = None,
     max_positions: int | None = None,
     max_sequences: int | None = None,
-    lengths: np.ndarray | None = None,
-    order: str = "auto",
+    lengths: npt.NDArray[np.integer] | None = None,
+    order: Order = "auto",
 ) -> Plan:
     """Batches in which shared prefixes meet.
 
@@ -108,7 +112,13 @@ def cut(lengths: np.ndarray, shared: np.ndarray, full_rows: int, **limits: int |
     return found.numpy()
 
 
-def _cut(sequences, order: np.ndarray, limits: dict[str, int | None], ranked: np.ndarray, given_rows=None) -> Plan:
+def _cut(
+    sequences: tuple[Tensor, Tensor, Tensor],
+    order: npt.NDArray[np.int64],
+    limits: dict[str, Any],
+    ranked: npt.NDArray[np.int64],
+    given_rows: int | None = None,
+) -> Plan:
     """The plan of `order`, whose rows are counted in the sorted order, `ranked`."""
     lengths = sequences[2].numpy()[order]
     shared = torch.ops.radix.common_prefix_lengths(*sequences, torch.from_numpy(order)).numpy()
@@ -126,7 +136,7 @@ def _cut(sequences, order: np.ndarray, limits: dict[str, int | None], ranked: np
     return Plan(order, ends, rows, int(lengths.sum()), total if given_rows is None else given_rows)
 
 
-def plan_padded(lengths: np.ndarray, *, max_positions: int, max_padding: float = 0.05) -> Plan:
+def plan_padded(lengths: npt.NDArray[np.integer], *, max_positions: int, max_padding: float = 0.05) -> Plan:
     """Batches of sequences of similar length [B], longest first.
 
     A batch has at most `max_positions` positions (sequences times longest), of which at most `max_padding` of its

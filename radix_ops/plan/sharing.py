@@ -155,7 +155,7 @@ class Sharing:
         if max_sequences is not None and order is not self.order:
             ends = _ends(len(self), max_sequences)
         else:
-            full = max_rows or max_sequences * self.num_tokens // max(1, len(self))
+            full = max_rows or (max_sequences or 0) * self.num_tokens // max(1, len(self))
             shared = self._shared(self.rank[order])
             ends = cut(self.lengths[order], shared, full, max_rows=max_rows, max_sequences=max_sequences, **limits)
         batch = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
@@ -173,6 +173,8 @@ class Sharing:
         """Batches by length, padded to their longest: each position is a row. One of the two limits is given."""
         if max_sequences is not None:
             lengths, ends = -np.sort(-self.lengths), _ends(len(self), max_sequences)
+        elif max_positions is None:
+            raise ValueError("either max_sequences or max_positions must be given")
         else:
             plan = plan_padded(self.lengths, max_positions=max_positions)
             lengths, ends = self.lengths[plan.order], plan.ends

@@ -6,11 +6,13 @@ import array
 import os
 import tempfile
 from collections.abc import Iterable
+from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from .._integers import as_integer_list
+from .._integers import TokenIds, as_integer_list
 
 _LEAST_CAPACITY = 4096
 _MAX_ID = 2**31 - 1
@@ -32,12 +34,12 @@ class TokenStore:
         self._waiting = np.empty(_LEAST_CAPACITY, np.int32)  # in memory, behind those in the file
         self._num_waiting = 0
         self._num_written = 0  # in the file, which may hold more behind them where a write failed
-        self._file = None
+        self._file: IO[bytes] | None = None
         self._writer = 0  # the process whose file it is
-        self._mapped: np.ndarray | None = None
+        self._mapped: npt.NDArray[np.int32] | None = None
 
     @classmethod
-    def from_sequences(cls, sequences: Iterable[Iterable[int]]) -> TokenStore:
+    def from_sequences(cls, sequences: Iterable[TokenIds]) -> TokenStore:
         """A store of lists, arrays or tensors of token ids; errors are those of `append`."""
         store = cls()
         for sequence in sequences:
@@ -45,7 +47,7 @@ class TokenStore:
         return store
 
     @classmethod
-    def from_packed(cls, input_ids, cu_seqlens) -> TokenStore:
+    def from_packed(cls, input_ids: TokenIds, cu_seqlens: TokenIds) -> TokenStore:
         """A store of packed sequences: ids [N] end to end and the cumulative lengths [B + 1], 0 first.
 
         Raises TypeError for cu_seqlens that are no integers, ValueError where they do not start at 0, decrease or do
@@ -68,7 +70,7 @@ class TokenStore:
         store._ends = array.array("q", ends[1:].tobytes())
         return store
 
-    def append(self, ids) -> None:
+    def append(self, ids: TokenIds) -> None:
         """Adds a sequence: a list, array or tensor of token ids, which may be empty.
 
         Raises TypeError for anything but integers, ValueError for more than one dimension and for ids that are negative
@@ -124,14 +126,15 @@ class TokenStore:
         self._waiting, self._num_waiting = np.empty(_LEAST_CAPACITY, np.int32), 0
         self._mapped = None
 
-    def _map(self, num_tokens: int) -> np.ndarray:
+    def _map(self, num_tokens: int) -> npt.NDArray[np.int32]:
+        assert self._file is not None
         # Copy on write: torch takes no read-only arrays, and nobody writes.
         return np.memmap(self._file, np.int32, "c", shape=(num_tokens,))
 
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int | np.integer[Any]) -> npt.NDArray[np.int32]:
         """The ids of a sequence, int32; a view, not to be written to."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"the store holds {len(self)} sequences, asked for {index}")
@@ -145,7 +148,7 @@ class TokenStore:
         return self._ends[-1] if self._ends else 0
 
     @property
-    def input_ids(self) -> np.ndarray:
+    def input_ids(self) -> npt.NDArray[np.int32]:
         """All tokens, int32 [num_tokens]; a view, not to be written to. Of a store on disk a mapped file."""
         if self._file is None:
             return self._waiting[: self._num_waiting]
@@ -156,12 +159,12 @@ class TokenStore:
         return self._mapped
 
     @property
-    def lengths(self) -> np.ndarray:
+    def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each sequence, int64 [len(store)]."""
-        return np.diff(np.array(self._ends, np.int64), prepend=0)
+        return np.diff(np.array(self._ends, np.int64), prepend=0)  # type: ignore[return-value]  # as NumPy has it
 
     @property
-    def starts(self) -> np.ndarray:
+    def starts(self) -> npt.NDArray[np.int64]:
         """Where each sequence starts in `input_ids`, int64 [len(store)]."""
         return np.array(self._ends, np.int64) - self.lengths
 
@@ -176,11 +179,11 @@ def _largest(ids: np.ndarray) -> int:
     return int((ids.view(f"u{ids.dtype.itemsize}") if ids.dtype.itemsize >= 4 else ids.astype(np.uint32)).max())
 
 
-def _temporary_file():
+def _temporary_file() -> IO[bytes]:
     return tempfile.TemporaryFile(prefix="radix_ops-", buffering=0)
 
 
-def _write_at(file, offset: int, ids: np.ndarray) -> None:
+def _write_at(file: IO[bytes], offset: int, ids: np.ndarray) -> None:
     """Writes to a place that is known, so that what an earlier write left half done is written over."""
     content = memoryview(ids.view(np.uint8))
     while len(content):

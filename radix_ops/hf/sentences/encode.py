@@ -74,8 +74,8 @@ class PlannedCall(Method):
     def __call__(self, *args, **kwargs):
         call = _Call.of(self.__wrapped__, args, kwargs)
         texts = _texts_of(self.module, call) if call is not None and self._may_plan(call) else None
-        tokens = None if texts is None else call.tokens(self.module, texts)
-        if tokens is None:
+        tokens = None if call is None or texts is None else call.tokens(self.module, texts)
+        if call is None or texts is None or tokens is None:
             return self.__wrapped__(*args, **kwargs)
         batches = self._batches(tokens, call)
         with tokens.at_hand():
@@ -133,7 +133,8 @@ class PlannedCall(Method):
         plan = plan_folded(
             tokens.store, max_rows=max_rows, max_positions=max_rows * (1 if is_large else _MAX_POSITIONS)
         )
-        threshold, device = self.states[0].options.threshold, call.device(self.module)
+        threshold = self.states[0].options.threshold
+        device: Any = call.device(self.module)  # where something folds, as _may_plan knows
 
         def is_worth_it(num_rows: int, num_tokens: int) -> bool:
             return all(pays(num_rows, num_tokens, num_tokens, threshold, stack, device) for stack in stacks)
@@ -151,7 +152,7 @@ class MultiProcessCall(Method):
     def __call__(self, *args, **kwargs):
         call = _Call.of(self.__wrapped__, args, kwargs)
         texts = None if call is None else _texts_of(self.module, call)
-        if texts is None or (call.arguments | call.further).get("precision") in _CALIBRATED:
+        if call is None or texts is None or (call.arguments | call.further).get("precision") in _CALIBRATED:
             return self.__wrapped__(*args, **kwargs)
         order = np.array(sorted(range(len(texts)), key=texts.__getitem__))
         results = _Results(len(texts))
@@ -159,7 +160,7 @@ class MultiProcessCall(Method):
         return results.all
 
 
-def _texts_of(encoder: nn.Module, call: _Call) -> list | None:
+def _texts_of(encoder: Any, call: _Call) -> list | None:
     """Return the inputs of the call if they are several texts or, for a CrossEncoder, pairs of texts; else None."""
     given = call.inputs
     if not isinstance(given, (Sequence, np.ndarray)) or isinstance(given, str):
@@ -205,14 +206,14 @@ class _Call:
         bound.apply_defaults()
         arguments = dict(bound.arguments)
         rest = next((parameter.name for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD), None)
-        further = arguments.pop(rest, {})
+        further = {} if rest is None else arguments.pop(rest, {})
         arguments[given] = arguments.pop(name)
         return cls(method, given, arguments, further)
 
     def __call__(self, inputs: list, **changes):
         return self.method(**{self.inputs_name: inputs}, **{**self.arguments, **changes}, **self.further)
 
-    def tokens(self, encoder: nn.Module, texts: list) -> Tokens | None:
+    def tokens(self, encoder: Any, texts: list) -> Tokens | None:
         """Return the tokens of texts as the call will see them, prompt included, or None where that can't be told."""
         try:
             prompt = self._prompt(encoder)
@@ -229,7 +230,7 @@ class _Call:
         arguments = {"padding": True, "truncation": True, "return_tensors": "pt"}
         return Tokens.of(encoder, batches, encoder.tokenizer, arguments)
 
-    def _prompt(self, encoder: nn.Module) -> str | None:
+    def _prompt(self, encoder: Any) -> str | None:
         """Return the prompt that the call puts first. Raises KeyError for a prompt_name that the encoder lacks."""
         prompt, name = self.arguments.get("prompt"), self.arguments.get("prompt_name")
         if prompt is not None or "prompt_name" not in self.arguments:
@@ -238,7 +239,7 @@ class _Call:
             return encoder.prompts[name]
         return encoder.prompts.get(encoder.default_prompt_name)
 
-    def device(self, encoder: nn.Module) -> torch.device | None:
+    def device(self, encoder: Any) -> torch.device | None:
         """Return the device that the call computes on, or None for one on which nothing folds."""
         given = self.arguments.get("device")
         try:

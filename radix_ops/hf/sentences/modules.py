@@ -107,7 +107,8 @@ def _paths(modules: list[nn.Module]) -> Iterator[list[nn.Module]]:
         routes = getattr(module, "sub_modules", None)
         if isinstance(routes, nn.ModuleDict):
             for route in routes.values():
-                yield from _paths([*modules[:place], *route._modules.values(), *modules[place + 1 :]])
+                parts = [part for part in route._modules.values() if part is not None]
+                yield from _paths([*modules[:place], *parts, *modules[place + 1 :]])
             return
     yield modules
 

@@ -89,7 +89,7 @@ class Tokens:
         indices = [self._index.get(_key(text)) for text in texts]
         if not indices or None in indices:
             return None
-        sequences = [self.store[index] for index in indices]
+        sequences = [self.store[index] for index in indices if index is not None]
         width = max(map(len, sequences))
         ids = np.full((len(texts), width), next(iter(self._pad_ids), 0), np.int64)
         mask = np.zeros_like(ids)
@@ -123,6 +123,7 @@ class Tokenize(Method):
 
     def __call__(self, *args, **kwargs):
         tokens = _at_hand.get()
-        is_of_call = tokens is not None and tokens.encoder is self.module and len(args) == 1
-        features = tokens.features(args[0]) if is_of_call and kwargs == tokens.arguments else None
+        features = None
+        if tokens is not None and tokens.encoder is self.module and len(args) == 1 and kwargs == tokens.arguments:
+            features = tokens.features(args[0])
         return self.__wrapped__(*args, **kwargs) if features is None else features
