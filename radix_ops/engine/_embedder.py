@@ -108,6 +108,7 @@ class Embedder(Engine[Text]):
     @property
     def dim(self) -> int:
         """How many numbers an embedding has."""
+        assert self.recipe.dim is not None
         return self.recipe.dim
 
     @property

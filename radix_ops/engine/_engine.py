@@ -15,12 +15,13 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
+from .._attention import LAYOUTS, Layout
 from ..plan.budget import Budget, find_budget
 from .batches import Compute, OnBatch, RunStats, run
 from .errors import UserError, options_as_arguments
@@ -30,10 +31,8 @@ from .loading import config_of, find_device, load_config, load_runner, load_toke
 from .runners import Runner
 
 I = TypeVar("I")  # noqa: E741 (an item)
-Layout = Literal["auto", "compact", "trie", "unfold"]
 OnProgress = Callable[[int, int], object]
 
-_LAYOUTS = ("auto", "compact", "trie", "unfold")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -95,7 +94,7 @@ class Engine(ABC, Generic[I]):
         """Return the token sequences of the items. UserError for an item that the model can't read."""
 
     @abstractmethod
-    def _compute(self, items: Items) -> Compute:
+    def _compute(self, items: Any) -> Compute:
         """Return what computes the numbers of the sequences of a batch."""
 
     @abstractmethod
@@ -179,7 +178,7 @@ class Engine(ABC, Generic[I]):
         """Return the result of each item, all planned together."""
         with options_as_arguments(), self._lock:
             encoded = self.encode(items)
-            collector, results = Collector(encoded.ends), [{}] * len(items)
+            collector, results = Collector(encoded.ends), [dict[str, Any]()] * len(items)
 
             def on_batch(indices: np.ndarray, found: tuple[np.ndarray, ...]) -> None:
                 for index, numbers in collector.add(indices, found):
@@ -239,8 +238,8 @@ def with_progress(on_batch: OnBatch, items: Items, on_progress: OnProgress | Non
 
 
 def _check_options(layout: str, token_budget: int | None) -> None:
-    if layout not in _LAYOUTS:
-        raise UserError(f"layout must be one of {', '.join(map(repr, _LAYOUTS))}, got {layout!r}")
+    if layout not in LAYOUTS:
+        raise UserError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
     check_count("token_budget", token_budget)
 
 

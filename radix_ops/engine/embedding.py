@@ -6,10 +6,12 @@ import array
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch.nn import functional as F
 
+from .._integers import TokenIds
 from .batches import Compute
 from .errors import UserError
 from .inputs import Record
@@ -38,7 +40,7 @@ class Texts(Items):
         super().__init__()
         self._skips = array.array("q")
 
-    def append(self, sequences: Iterable[tuple[np.ndarray, int]]) -> None:
+    def append(self, sequences: Iterable[tuple[TokenIds, int]]) -> None:
         """Add an item of (token ids, tokens to leave out) pairs."""
         sequences = list(sequences)
         self._skips.extend(skip for _, skip in sequences)
@@ -92,7 +94,7 @@ def _as_texts(texts: list[Text], tokenizer, recipe: Recipe, truncate_right: bool
     num_special = tokenizer.num_special_tokens_to_add()
     if recipe.max_length is not None and recipe.max_length <= num_special:
         raise UserError(f"--max-length {recipe.max_length} leaves no room beside {num_special} special tokens")
-    options = {"verbose": False}
+    options: dict[str, Any] = {"verbose": False}
     if truncate_right and recipe.max_length is not None:
         tokenizer.truncation_side = "right"
         options |= {"truncation": True, "max_length": recipe.max_length}
@@ -100,11 +102,12 @@ def _as_texts(texts: list[Text], tokenizer, recipe: Recipe, truncate_right: bool
 
 
 def _as_messages(texts: list[Text], tokenizer, recipe: Recipe, truncate_right: bool) -> Iterator[list[int]]:
+    assert recipe.messages is not None
     chat = Chat(tokenizer, recipe.messages, recipe.prompt)
     turns = [[("user", text.text)] for text in texts]
     for text, turn, ids in zip(texts, turns, chat.ids(turns), strict=True):
-        is_long = truncate_right and recipe.max_length is not None and len(ids) > recipe.max_length
-        yield chat.cut(ids, turn, recipe.max_length, text.where) if is_long else ids
+        limit = recipe.max_length if truncate_right else None
+        yield ids if limit is None or len(ids) <= limit else chat.cut(ids, turn, limit, text.where)
 
 
 def tokens_to_skip(tokenizer, recipe: Recipe) -> int:

@@ -12,10 +12,12 @@ import logging
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from .._attention import Layout
 from ..models.files import check_folder, check_no_adapter, shards
 from .errors import UserError
 from .runners import ClassifierRunner, Qwen3Runner, Runner, TransformersRunner
@@ -54,7 +56,7 @@ def load_runner(
     device: torch.device,
     trust_remote_code: bool = False,
     pad_token_id: int = 0,
-    layout: str = "auto",
+    layout: Layout = "auto",
 ) -> Runner:
     """Load the model onto `device` in eval mode, in a runner; `auto_class` is AutoModel, AutoModelForCausalLM or
     AutoModelForSequenceClassification.
@@ -74,7 +76,7 @@ def load_runner(
         with loading("weights", name):
             from ..models.qwen3 import Qwen3ForCausalLM, Qwen3Model
 
-            kind = Qwen3Model if auto_class == "AutoModel" else Qwen3ForCausalLM
+            kind: Any = Qwen3Model if auto_class == "AutoModel" else Qwen3ForCausalLM
             model = kind.from_pretrained(name, dtype=dtype or own)
         return Qwen3Runner(_on_device(model, device, dtype), config, layout)
     source, options = _source(name, "--model")
@@ -101,7 +103,7 @@ def load_runner(
     return ClassifierRunner(model, pad_token_id, layout) if classifies else TransformersRunner(model, layout)
 
 
-def runner_of(model: nn.Module, pad_token_id: int = 0, layout: str = "auto") -> Runner:
+def runner_of(model: nn.Module, pad_token_id: int = 0, layout: Layout = "auto") -> Runner:
     """Return the runner of a loaded model in eval mode: a model of transformers, or one of `radix_ops.models.qwen3`."""
     from ..models.qwen3 import Qwen3ForCausalLM, Qwen3Model
 

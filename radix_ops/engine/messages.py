@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from .errors import UserError
 
@@ -31,7 +32,7 @@ class Messages:
         """With the format that "auto" stands for: what the template looks as if it takes."""
         if self.format != "auto":
             return self
-        template = getattr(tokenizer, "chat_template", None)
+        template: Any = getattr(tokenizer, "chat_template", None)
         is_text = isinstance(template, str) and bool(template)
         takes_parts = not is_text or any(mark in template for mark in _STRUCTURED_MARKS)
         return replace(self, format="structured" if takes_parts and model_type not in _FLAT_TYPES else "flat")

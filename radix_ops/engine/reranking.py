@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def check_instruction(query: Query, template: Template | None) -> Query:
             f'{query.where} has an "instruction", which {"the template" if template else "a cross-encoder"} '
             f"does not take{'' if template else '; a --template with {instruction} does'}"
         )
-    if query.instruction is None and takes and template.instruction is None:
+    if query.instruction is None and takes and template is not None and template.instruction is None:
         raise UserError(f'{query.where} has no "instruction", and the template no default for it')
     return query
 
@@ -124,8 +125,8 @@ def _as_messages(queries: list[Query], chat: Chat, room: int | None) -> Iterator
     for query in queries:
         turns = [[("query", query.query), ("document", document)] for document in query.documents]
         for index, (turn, ids) in enumerate(zip(turns, chat.ids(turns), strict=True)):
-            is_long = room is not None and len(ids) > room
-            yield chat.cut(ids, turn, room, f"{query.where}: documents[{index}]") if is_long else ids
+            fits = room is None or len(ids) <= room
+            yield ids if fits or room is None else chat.cut(ids, turn, room, f"{query.where}: documents[{index}]")
 
 
 def _as_pairs(queries: list[Query], tokenizer, prompt: str, room: int | None) -> Iterator[list[int]]:
@@ -159,12 +160,13 @@ def scorer(runner: Runner, answers: tuple[int, int | None] | None, activation: s
     """
 
     def by_logit(sequences: list[np.ndarray]) -> torch.Tensor:
-        return runner.logits(sequences)
+        classifier: Any = runner
+        return classifier.logits(sequences)
 
     def by_answer(sequences: list[np.ndarray]) -> torch.Tensor:
         last = runner.states(sequences).last()  # [B, D]
         chunk = max(1, MAX_LOGIT_BYTES // (4 * runner.head.weight.shape[0]))
-        given = torch.tensor([token for token in answers if token is not None], device=last.device)
+        given = torch.tensor([token for token in answers or () if token is not None], device=last.device)
         logits = torch.cat([runner.head(part)[:, given] for part in last.split(chunk)]).float()
         return logits[:, 0] - logits[:, 1] if len(given) == 2 else logits[:, 0]
 

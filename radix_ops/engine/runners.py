@@ -11,14 +11,18 @@ import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._attention import Layout
 from ..batch import fold, pack
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from ..hf.forward import Verify
 
 _TOKENS_AT_ONCE = 16_384  # whose hidden states a mean takes in fp32
 
@@ -61,13 +65,16 @@ class Runner(Protocol):
     """What a task needs of a model: hidden states, or a classification head's logits, of batches of sequences."""
 
     model: nn.Module
-    hf_config: object  # transformers'
-    head: nn.Module | None  # makes a language model's logits of hidden states
+    hf_config: Any  # transformers'
+    head: Any  # the module that makes a language model's logits of hidden states, or None
     head_rows: int  # rows that went through `head` so far; the task counts them
-    layout: str  # of attention in folded batches, as `radix_ops.attention` has it
+    layout: Layout  # of attention in folded batches, as `radix_ops.attention` has it
     max_padding: float  # of plain batches, as a share of their tokens
     pads_states: bool  # whether hidden states of a folded batch come padded
-    own_attention: bool  # whether the model's own attention computes the scores of padded batches in full
+
+    @property
+    def own_attention(self) -> bool:
+        """Whether the model's own attention computes the scores of padded batches in full."""
 
     @property
     def device(self) -> torch.device: ...
@@ -96,7 +103,7 @@ class Qwen3Runner:
     pads_states = False
     own_attention = False  # scores have neither cap nor sinks
 
-    def __init__(self, model, hf_config, layout: str = "auto"):
+    def __init__(self, model: Any, hf_config: Any, layout: Layout = "auto"):
         self.model, self.hf_config, self.layout = model, hf_config, layout
         self.stack = getattr(model, "model", model)
         self.head = getattr(model, "lm_head", None)
@@ -136,7 +143,7 @@ class TransformersRunner:
     max_padding = 0.05
     pads_states = True
 
-    def __init__(self, model, layout: str = "auto"):
+    def __init__(self, model: Any, layout: Layout = "auto"):
         self.model, self.hf_config, self.layout = model, model.config, layout
         self.stack, self.head = self._parts(model)
         self.folded = False
@@ -144,7 +151,7 @@ class TransformersRunner:
         self._rows = 0  # of runs that have ended, and of padded batches
 
     @staticmethod
-    def _parts(model):
+    def _parts(model: Any) -> tuple[Any, Any]:
         head = model.get_output_embeddings()
         if head is None and model.base_model is model:
             return model, None
@@ -178,8 +185,8 @@ class TransformersRunner:
         with torch.inference_mode(), self._without_cache():
             self._check(probe, folded)
 
-    def _check(self, probe: np.ndarray, folded: bool) -> None:
-        probe = torch.from_numpy(probe[:8].astype(np.int64))[None].to(self.device)
+    def _check(self, ids: np.ndarray, folded: bool) -> None:
+        probe = torch.from_numpy(ids[:8].astype(np.int64))[None].to(self.device)
         # Logit scaling, soft caps and the like sit between head and logits in some model types.
         if self.head is not None:
             logits = self.model(input_ids=probe).logits
@@ -213,7 +220,7 @@ class TransformersRunner:
                 finally:
                     self._rows, self.folded = self.rows, False
 
-    def _folding(self, verify: str):
+    def _folding(self, verify: Verify):
         from .. import hf
 
         # Every planned batch is folded: as a padded one it would hold much padding.
@@ -254,12 +261,12 @@ class TransformersRunner:
 class ClassifierRunner(TransformersRunner):
     """A transformers model with a classification head of one label, called as a whole."""
 
-    def __init__(self, model, pad_token_id: int, layout: str = "auto"):
+    def __init__(self, model, pad_token_id: int, layout: Layout = "auto"):
         super().__init__(model, layout)
         self.pad_token_id = pad_token_id
 
     @staticmethod
-    def _parts(model):
+    def _parts(model: Any) -> tuple[Any, Any]:
         return model.base_model, None
 
     def logits(self, sequences: list[np.ndarray]) -> Tensor:

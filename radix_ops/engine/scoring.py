@@ -99,19 +99,20 @@ def encode(items: Iterable[Item], tokenizer, max_length: int | None = None, trun
         bare = _encode_many(tokenizer, (c for i in part if not i.context for c in i.choices), None, False)
         for item, context in zip(part, contexts, strict=True):
             # An empty context takes no special tokens along: the prefix token stands in for them.
-            context = np.asarray(context if item.context else [], dtype=np.int32)
+            before = np.asarray(context if item.context else [], dtype=np.int32)
             pairs = []
             for number in range(len(item.choices)):
-                rest = np.asarray(next(wholes if item.context else bare)[len(context) :], dtype=np.int32)
-                pair = (context, rest) if len(context) else _add_prefix(item, rest, prefix_id)
-                pairs.append(_fit(f"{item.where}: choices[{number}]", *pair, max_length, truncate_left))
+                rest = np.asarray(next(wholes if item.context else bare)[len(before) :], dtype=np.int32)
+                given, rest = (before, rest) if len(before) else _add_prefix(item, rest, prefix_id)
+                pairs.append(_fit(f"{item.where}: choices[{number}]", given, rest, max_length, truncate_left))
             encoded.append(pairs)
     return encoded
 
 
 def _encode_many(tokenizer, texts: Iterable[str], *options) -> Iterator[list[int]]:
     """As _encode_texts, a few texts at a time: a long context stands before each of its choices."""
-    part, size = [], 0
+    part: list[str] = []
+    size = 0
     for text in texts:
         part.append(text)
         size += len(text)
@@ -145,7 +146,7 @@ def _fit(where: str, context, continuation, max_length: int | None, truncate_lef
     if not len(continuation):
         raise UserError(f"{where} yields no token of its own; a choice must add at least one to its context")
     extra = 0 if max_length is None else len(context) + len(continuation) - 1 - max_length
-    if extra > 0 and not truncate_left:
+    if max_length is not None and extra > 0 and not truncate_left:
         raise UserError(
             f"{where} needs {max_length + extra} tokens of input and the model reads at most {max_length}; "
             "--truncate-left drops tokens from the start of the context"
@@ -193,7 +194,8 @@ def _head_rows(items, context_lengths: list[int], targets, starts) -> tuple[np.n
     Choices of one item that start alike share those tokens: a small trie per item, rooted at its context's end.
     """
     nodes: dict[tuple[int, int], int] = {}
-    tokens, row_of = [], []
+    tokens: list[int] = []
+    row_of: list[int] = []
     for item, length, choice, start in zip(items.tolist(), context_lengths, targets, starts.tolist(), strict=True):
         # Negative first parts are roots; contexts of one item that were cut to the same length are the same.
         key = (-1 - item, length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..models.files import read_json
 from .errors import UserError
@@ -89,7 +90,7 @@ def find_template(name_or_path: str) -> Template:
         raise UserError(f"{where} is neither {known} nor a file: {error.strerror or error}") from error
     except ValueError as error:
         raise UserError(f"--template {error}") from error
-    kinds = {"text": str, "yes": (str, int), "no": (str, int), "instruction": str}
+    kinds: dict[str, Any] = {"text": str, "yes": (str, int), "no": (str, int), "instruction": str}
     if not isinstance(fields, dict) or "text" not in fields:
         raise UserError(f'{where} must hold an object with "text" and perhaps "yes", "no" and "instruction"')
     for key, value in fields.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -17,13 +18,21 @@ UNFOLDED_PER_ROW = 8
 _SHARE_OF_FREE_MEMORY = 0.5
 
 
+class Limits(TypedDict):
+    """The limits of a folded batch, as `plan_folded` takes them."""
+
+    max_rows: int
+    max_tokens: int
+    max_positions: int | None
+
+
 @dataclass(frozen=True)
 class Budget:
     """The rows that the model computes of a batch at most, and the limits that follow from them."""
 
     max_rows: int
 
-    def limits(self, pads_states: bool) -> dict[str, int | None]:
+    def limits(self, pads_states: bool) -> Limits:
         """Return the limits of a folded batch, as `plan_folded` takes them.
 
         pads_states: whether the model gives hidden states padded, [sequences, longest, D].
