@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import array
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch.nn import functional as F
 
-from .._integers import TokenIds
 from .batches import Compute
 from .errors import UserError
 from .inputs import Record
@@ -40,7 +39,7 @@ class Texts(Items):
         super().__init__()
         self._skips = array.array("q")
 
-    def append(self, sequences: Iterable[tuple[TokenIds, int]]) -> None:
+    def append(self, sequences: Iterable[tuple[Sequence[int] | np.ndarray, int]]) -> None:
         """Add an item of (token ids, tokens to leave out) pairs."""
         sequences = list(sequences)
         self._skips.extend(skip for _, skip in sequences)
