@@ -21,7 +21,7 @@ def check_regular(path: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ValueError for a model's folder with anything but files and folders in it: whoever reads it may wait for ever."""
+    """Raise ValueError for a model's folder that holds more than files and folders: who reads it may wait for ever."""
     for entry in os.scandir(folder):
         with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere
             mode = entry.stat().st_mode
