@@ -29,7 +29,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links at the site's files. Of a link to any other file of the repository, such as code, the text stays."""
+    """Point links at the site's files; a link to any other file of the repository, such as code, leaves its text."""
     sources = {target: source for source, target in OUTSIDE.items()}
     here = PurePosixPath(sources.get(page.file.src_uri, f"docs/{page.file.src_uri}")).parent
 
