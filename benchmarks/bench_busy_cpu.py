@@ -1,7 +1,7 @@
-"""What a busy machine costs `radix-ops score`: folded against plain, alone and beside a busy loop on each processor.
+"""`radix-ops score` on a busy machine: folded against plain, alone and beside a busy loop on each processor.
 
 Both run questions of the demo (run `make demo` once) in one process, taking turns; each time is a median of rounds.
-Beside loops that never wait, a fair share is half of each processor. What folding gains must not shrink there: the
+Beside loops that never wait, a fair share is half of each processor. Folding must not gain less there: the
 share is plain / folded beside the loops, over plain / folded without. The loops end with the script, whatever ends it.
 GOMP_SPINCOUNT=300000 lets OpenMP's threads spin where they wait for each other as GNU's do by themselves, without what
 radix_ops sets (20000), and OMP_WAIT_POLICY=passive lets them sleep.

@@ -1,10 +1,10 @@
 """fold against the radix-mlp package.
 
---device cpu, on one thread: ids and positions are int64 for ours, uint32 for theirs. And radix_ops.compat, which takes
-and gives what radix-mlp does, over a grid like that of radix-mlp's own benches: how many times faster it is, by the
+--device cpu runs on one thread: ids and positions are int64 for ours, uint32 for theirs. A second table compares
+radix_ops.compat, which takes and gives what radix-mlp does, over a grid like that of radix-mlp's own benches, by the
 time that each spends on the processor.
---device cuda: radix-mlp's torch interface, both given and giving CUDA tensors. Each call is timed on the host's clock,
-from idle device to idle device.
+--device cuda compares with radix-mlp's torch interface; both take and give CUDA tensors. Each call is timed on the
+host's clock, from idle device to idle device.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def make(count: int, length: int, shared: float) -> list[np.ndarray]:
 
 
 def processor_seconds(functions: dict, rounds: int) -> dict[str, float]:
-    """The least mean time on the processor of a few calls, over rounds that alternate between the functions."""
+    """Return the least mean time on the processor of a few calls, over rounds that alternate between the functions."""
     best = dict.fromkeys(functions, float("inf"))
     calls = {}
     for name, function in functions.items():

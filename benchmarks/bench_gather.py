@@ -1,10 +1,10 @@
 """gather against index_select.
 
---device cpu: rows of hidden states, ids, and a call that is all overhead.
---device cuda: K and V together too, against two index_selects. The share is the time that reading each row once and
-writing each result once would take at the memory's measured bandwidths, over the time taken: by the bandwidth of fill
-in fp32, which is the highest seen, and in bf16. Each call reads another copy of the rows than the calls before it; a
-result that fits in the cache is written faster all the same.
+--device cpu gathers rows of hidden states, ids, and makes a call that is all overhead.
+--device cuda gathers K and V together too, against two index_selects. The share is the time that reading each row once
+and writing each result once would take at the memory's measured bandwidths, over the time taken: by the bandwidth of
+fill in fp32, which is the highest seen, and in bf16. Each call reads another copy of the rows than the calls before it;
+a result that fits in the cache is written faster all the same.
 """
 
 from __future__ import annotations

@@ -24,12 +24,12 @@ import radix_ops.hf
 from bench_qwen3 import Batch, real_batches
 
 WORKLOADS = ("gsm8k_8shot_cot", "msmarco_rerank_top8", "mmlu_4shot_4choice")
-# count, shared tokens, own tokens: from where folding can't pay to where it does.
+# (count, shared tokens, own tokens), from shapes where folding can't pay to shapes where it does.
 SMALL_BATCHES = ((2, 16, 16), (4, 32, 8), (8, 64, 16), (16, 96, 16), (32, 112, 16), (8, 256, 256), (16, 512, 512))
 
 
 def make_packed_attention():
-    """An attention function for packed rows: `ends` are cu_seqlens and the longest length."""
+    """Return an attention function for packed rows; `ends` are cu_seqlens and the longest length."""
     from torch.nn.attention.varlen import varlen_attn
 
     # The signature has moved between releases of torch.
@@ -46,7 +46,7 @@ def make_packed_attention():
 
 
 def packed_flops(config, batch: Batch) -> float:
-    """Of the same forward with nothing folded."""
+    """Return the FLOPs of the same forward with nothing folded."""
     lengths = batch.mask.sum(1).double()
     depths = float((lengths * (lengths + 1) / 2).sum())
     rows, batch_depths = batch.rows, batch.depths
@@ -57,7 +57,7 @@ def packed_flops(config, batch: Batch) -> float:
 
 
 def make_models(name: str, device: str, dtype: torch.dtype) -> tuple[dict, object]:
-    """Models that share their parameters, and our config of that name."""
+    """Return models that share their parameters, and our config of that name."""
     ours = bench_qwen3.make_model(name, device, dtype)
     models = {key: bench_qwen3.make_theirs(ours, name) for key in ("plain", "enabled", "forced")}
     radix_ops.hf.enable(models["enabled"])

@@ -82,7 +82,7 @@ def load(source: str):
 
 
 def evaluate(lm, tasks) -> tuple[float, dict]:
-    """Seconds of the call of loglikelihood, and the harness' results."""
+    """Return the seconds of the call of loglikelihood, and the harness' results."""
     import lm_eval
 
     score, seconds = lm.loglikelihood, []

@@ -47,7 +47,7 @@ def functions(hidden, weight, batch, ids, upstream) -> dict:
 
 
 def measure(loss, hidden, weight) -> tuple[float, torch.Tensor, torch.Tensor, float]:
-    """GiB at the peak, both gradients in fp32, and the loss."""
+    """Return GiB at the peak, both gradients in fp32, and the loss."""
     hidden.grad = weight.grad = None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -30,7 +30,7 @@ def many(rng) -> dict:
     order = rng.permutation(SEQUENCES)
     store, append = TokenStore(), 0.0
     for index in order:
-        # Each from its own seeds, so that nothing but the store holds the data.
+        # Each sequence comes from seeds of its own, so that nothing but the store holds the data.
         group = np.random.Generator(np.random.SFC64(int(index) // GROUP)).integers(0, 150_000, SHARED, dtype=np.int32)
         own = np.random.Generator(np.random.SFC64(SEQUENCES + int(index))).integers(
             0, 150_000, LENGTH - SHARED, dtype=np.int32

@@ -72,7 +72,7 @@ def make_model(name: str, device: str, dtype: torch.dtype) -> Qwen3Model:
 
 
 def make_theirs(model: Qwen3Model, name: str):
-    """transformers' model on the same parameters."""
+    """Return transformers' model on the same parameters."""
     import transformers
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
@@ -96,7 +96,7 @@ def make_theirs(model: Qwen3Model, name: str):
 
 
 class Batch:
-    """Packed ids, and what can be known of them before anything is timed."""
+    """Packed ids, with all numbers that are known before anything is timed."""
 
     def __init__(self, name: str, ids: torch.Tensor, cu_seqlens: torch.Tensor, device: str):
         self.name, self.ids, self.cu_seqlens = name, ids.to(device), cu_seqlens.to(device)
@@ -116,7 +116,7 @@ class Batch:
         return cls(f"{count} x ({prefix} + {own})", ids.flatten(), ends, device)
 
     def flops(self, config: Qwen3Config) -> float:
-        """Of a forward over rows: products with weights, and of each row with the rows on its path."""
+        """Count those of a forward over rows: products with weights, and of each row with the rows on its path."""
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         weights = config.hidden_size * (2 * heads + 2 * kv_heads) * dim
         weights += 3 * config.hidden_size * config.intermediate_size
@@ -129,7 +129,7 @@ def synchronize() -> None:
 
 
 def measure(functions: dict, rounds: int, budget: float) -> dict[str, tuple[float, float]]:
-    """The median seconds of each function, all in turn, and of its fold; fewer rounds, but 3, where they take long.
+    """Return the median seconds of each function, all in turn, and of its fold; 3 rounds at least where they take long.
 
     Each round begins with another function, since what ran before decides the clocks of a GPU at its power limit. A
     function returns (when its batch was made, result) and has been called before.
@@ -168,7 +168,7 @@ def forward_functions(model: Qwen3Model, theirs, batch: Batch) -> dict:
 
 
 def check(functions: dict, batch: Batch) -> dict[str, object]:
-    """Compares every result with packed's; returns their differences and whether compact's are the same bits.
+    """Compare every result with packed's; return their differences and whether compact's are the same bits.
 
     Rounding in bf16 grows from layer to layer, to several percent; a wrong token would be wrong by more than the norm.
     """
@@ -219,7 +219,7 @@ def training_functions(model: Qwen3Model, batch: Batch) -> dict:
 
 
 def training_row(name: str, model: Qwen3Model, batch: Batch, args) -> dict[str, object]:
-    """Forward and backward, and the peak of memory beyond the parameters and their gradients."""
+    """Measure forward and backward, and the peak of memory beyond the parameters and their gradients."""
     row: dict[str, object] = {"model": name, "batch": batch.name, "N/M": batch.tokens / batch.rows}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -248,7 +248,7 @@ def training_row(name: str, model: Qwen3Model, batch: Batch, args) -> dict[str, 
 
 
 def matmul_flops(device: str, dtype: torch.dtype) -> float:
-    """Of a square product per second: 8192 on CUDA."""
+    """Return the FLOPs a second of a square product, 8192 wide on CUDA."""
     size = 8192 if device == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     if device == "cuda":
@@ -273,7 +273,7 @@ def real_batches(args, device: str) -> list[Batch]:
 
 
 def plot(path: str, device: str) -> None:
-    """Speed-up over packed against the fraction of tokens that is shared, from the JSON."""
+    """Draw the speed-up over packed against the fraction of tokens that is shared, from the JSON."""
     from matplotlib import pyplot
 
     contents = [json.loads(file.read_text()) for file in sorted(harness.RESULTS.glob(f"qwen3_[!tq]*_{device}.json"))]

@@ -1,8 +1,8 @@
 """scatter_add against index_add_, by time and by error against a float64 sum.
 
---device cpu: the error is the Frobenius norm relative to that sum.
---device cuda: by share of copy bandwidth too. index_add_ includes making the zeros that it adds to, by the faster of
-int32 and int64 indices. Each call reads another copy of the source than the calls before it.
+The error is the Frobenius norm relative to that sum. With --device cuda the table tells the share of copy bandwidth
+too; index_add_ includes making the zeros that it adds to, by the faster of int32 and int64 indices, and each call reads
+another copy of the source than the calls before it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def error(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def errors_of(functions: dict, src: torch.Tensor, index: torch.Tensor, num_rows: int) -> dict[str, float]:
-    """The error of each function, and that of rounding the exact sum once; ours are checked."""
+    """Return the error of each function, and that of rounding the exact sum once; check ours."""
     exact = torch.zeros(num_rows, src.shape[1], dtype=torch.float64, device=src.device)
     exact.index_add_(0, index, src.double())
     errors = {name: error(function(), exact) for name, function in functions.items()}

@@ -1,4 +1,4 @@
-"""Holds the benchmarks of the CPU to the saved ratios, of a peer's time to that of each of our calls.
+"""Hold the benchmarks of the CPU to the saved ratios of a peer's time to that of our call.
 
 `make bench-check` runs it in a few minutes on a quiet machine and fails where a ratio is below 0.8 of that in
 benchmarks/results. Times are never compared, since they are a machine's; ratios too depend on the processor, and the
@@ -25,7 +25,7 @@ import harness
 
 LEAST = 0.8
 ROUNDS, MEASUREMENTS = 3, 3
-# The columns that tell a row of a table from the others, and its ratios of a peer's time to ours.
+# By table: the columns that tell a row from the others, and its ratios of a peer's time to ours.
 COLUMNS = {
     "fold_cpu": (["batch"], ["radix-mlp / fold"]),
     "fold_grid_cpu": (list(bench_fold.GRID), ["radix-mlp / compat"]),
@@ -55,7 +55,7 @@ def qwen3_row(model, theirs, shape: tuple[int, int, int], rounds: int) -> dict[s
 
 
 def shares(name: str, rows: list[harness.Case]) -> Iterator[tuple[str, str, float, float]]:
-    """Each ratio of each case: its name, the case, the saved ratio and the one measured here."""
+    """Yield each ratio of each case: its name, the case, the saved ratio and the one measured here."""
     content = json.loads((harness.RESULTS / f"{name}.json").read_text())
     torch.set_num_threads(content["environment"]["threads"])
     keys, ratios = COLUMNS[name]

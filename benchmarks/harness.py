@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating timing, the machine's description, JSON results and a table."""
+"""Common parts of the benchmarks: alternating timing, the machine's description, JSON results and a table."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ import radix_ops
 
 RESULTS = Path(__file__).parent / "results"
 DEVICES = ("cpu", "cuda")
-# Measures one row of a benchmark's table, in so many rounds.
+# A case measures one row of a benchmark's table, in so many rounds.
 Case = Callable[[int], dict[str, object]]
 
 
 def make_parser(
     description: str, *, threads: int = 1, rounds: int = 7, devices: tuple[str, ...] = ()
 ) -> argparse.ArgumentParser:
-    """The options that benchmarks have in common; --device where there are several devices."""
+    """Make a parser of the options that benchmarks have in common; --device where there are several devices."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=threads, help=f"threads of torch (default: {threads})")
     parser.add_argument(
@@ -48,7 +48,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def seconds_per_call(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The best median of each function over rounds that alternate between them, so that noise hits all alike."""
+    """Return the best median of each function over rounds that alternate between them, so that noise hits all alike."""
     calls = {}
     for name, function in functions.items():
         start = time.perf_counter()
@@ -78,7 +78,7 @@ def parse_cuda(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def cuda_seconds_per_call(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The best median of each function, between CUDA events around calls that follow each other without waiting."""
+    """Return the best median of each function, between CUDA events around calls that don't wait for each other."""
     calls = {}
     for name, function in functions.items():
         for _ in range(3):
@@ -102,7 +102,7 @@ def _event_seconds(function: Callable[[], object], calls: int) -> float:
 
 
 def rotating(tensor: torch.Tensor) -> itertools.cycle:
-    """Copies of a tensor in turn, as many as the second-level cache can't hold three times over, 64 at most.
+    """Return copies of a tensor in turn, as many as the second-level cache can't hold three times over, 64 at most.
 
     A call that finds its input in the cache, because the call before it read the same, looks faster than memory is.
     """
@@ -113,7 +113,7 @@ def rotating(tensor: torch.Tensor) -> itertools.cycle:
 
 
 def bandwidths() -> dict[str, float]:
-    """Bytes a second of the device's memory, by torch's own kernels over 1 GiB: the best of a few ways for each.
+    """Measure bytes a second of the device's memory, by torch's own kernels over 1 GiB: the best of a few ways each.
 
     copy counts bytes read and written. fill is the fastest dtype's (fp32); torch fills bf16 more slowly.
     """
@@ -140,7 +140,7 @@ def bandwidths() -> dict[str, float]:
 
 
 def in_terabytes(measured: dict[str, float]) -> dict[str, float]:
-    """Bandwidths in TB/s, named so, for `report`."""
+    """Return bandwidths in TB/s, named so, for `report`."""
     return {f"{name} TB/s": value / 1e12 for name, value in measured.items()}
 
 
@@ -172,7 +172,7 @@ def cuda_environment() -> dict[str, object]:
 
 
 def cpu_name() -> str:
-    """The processor as Linux describes it: model name and count."""
+    """Return the processor as Linux describes it: model name and count."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -182,7 +182,7 @@ def cpu_name() -> str:
 
 
 def shared_prefix_batch(count: int, prefix: int, own: int, device: str = "cuda") -> radix_ops.FoldedBatch:
-    """`count` sequences that share `prefix` tokens and have `own` more each."""
+    """Fold `count` sequences that share `prefix` tokens and have `own` more each."""
     length = prefix + own
     ids = torch.arange(count * length).view(count, length)
     ids[:, :prefix] = ids[0, :prefix]
@@ -190,7 +190,7 @@ def shared_prefix_batch(count: int, prefix: int, own: int, device: str = "cuda")
 
 
 def report(name: str, rows: list[dict[str, object]], save: bool, measured: dict[str, float] | None = None) -> None:
-    """Prints the rows as a table and, where asked to, writes them with the environment as JSON.
+    """Print the rows as a table and, where asked to, write them with the environment as JSON.
 
     `measured` are figures of the machine that the rows are to be read against.
     """
@@ -212,7 +212,7 @@ def report(name: str, rows: list[dict[str, object]], save: bool, measured: dict[
 
 
 def report_cases(cases: dict[str, list[Case]], args: argparse.Namespace) -> None:
-    """Measures the cases of each table and reports them."""
+    """Measure the cases of each table and report them."""
     for name, rows in cases.items():
         report(name, [row(args.rounds) for row in rows], args.save)
 

@@ -20,20 +20,20 @@ def _seed():
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
-    """Each device that the ops have kernels for."""
+    """Return each device that the ops have kernels for."""
     return request.param
 
 
 @pytest.fixture
 def default_device(device):
-    """The same, with new tensors on it."""
+    """Put new tensors on each device."""
     with torch.device(device):
         yield device
 
 
 @pytest.fixture
 def many_threads():
-    """Runs a test with more threads than one, for the parallel paths."""
+    """Run a test with more threads than one, for the parallel paths."""
     torch.set_num_threads(4)
     yield
     torch.set_num_threads(NUM_THREADS)

@@ -1,5 +1,5 @@
-"""Installs the wheel outside the checkout and uses it there, as `make check-wheel`: an editable install hides what a
-wheel lacks. Every module is imported, the files beside them are read, and the command says its version.
+"""Install the wheel outside the checkout and use it there: `make check-wheel`. An editable install hides what a wheel
+lacks. Every module is imported, the files beside them are read, and the command says its version.
 
 The wheel is built of the extension that stands in radix_ops/, since to compile it again would take minutes.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "radix_ops"
-DATA = ["_C.abi3.so", "hf/models.json"]
+DATA = ["_C.abi3.so", "hf/models.json", "py.typed"]
 USE = """
 import importlib, sys
 from importlib.resources import files
@@ -28,19 +28,19 @@ for name in modules:
     module = importlib.import_module(name)
     assert Path(module.__file__).is_relative_to(site), f"{name} comes from {module.__file__}"
 for name in data:
-    assert files("radix_ops").joinpath(name).read_bytes(), name
+    files("radix_ops").joinpath(name).read_bytes()
 """
 
 
 def modules() -> list[str]:
-    """The package's modules, as the checkout has them; a __main__ runs when it is imported."""
+    """Return the package's modules, as the checkout has them; a __main__ would run when it is imported."""
     paths = [path.relative_to(ROOT).with_suffix("") for path in PACKAGE.rglob("*.py")]
     names = [".".join(path.parts).removesuffix(".__init__") for path in paths if path.name != "__main__"]
     return sorted(names)
 
 
 def build(folder: Path) -> Path:
-    """The wheel of pyproject.toml, built in a folder with copies of what goes into it."""
+    """Build the wheel of pyproject.toml in a folder with copies of what goes into it."""
     shutil.copytree(PACKAGE, folder / "radix_ops", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)

@@ -13,12 +13,12 @@ from radix_ops import FoldedBatch, attention, reference
 
 LONG = [[*range(900), i] for i in range(3)] + [[*range(300), 5, *range(400)], list(range(650)), [*range(300), 5]]
 SHAPES = {"mha": (4, 4, 8, 8), "gqa": (6, 2, 8, 8), "mqa": (4, 1, 16, 16), "other_value_dim": (4, 2, 8, 5)}
-# Multiples of the rounding step of each dtype that plain PyTorch in that dtype stays well inside of.
+# Plain PyTorch in each dtype stays well inside these multiples of the dtype's rounding step.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2.5e-2, torch.float16: 3e-3}
 
 
 def dense_attention(q, k, v, lengths, scale, window):
-    """Packed q [N, H, D] attends in each sequence; an explicit mask, no fused kernel."""
+    """Attend with packed q [N, H, D] in each sequence, by an explicit mask and no fused kernel."""
     out = []
     for q_s, k_s, v_s in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
         group = q.shape[1] // k.shape[1]
@@ -40,7 +40,7 @@ LAYOUTS = ["compact", "trie", "unfold"]
 
 
 def check(sequences, shape, dtype, layout, window=None, scale=None, pad_multiple_of=4):
-    """On torch's default device."""
+    """Compare values and gradients on torch's default device."""
     batch = FoldedBatch.from_sequences(sequences, pad_multiple_of=pad_multiple_of).to(torch.get_default_device())
     tensors = inputs(batch, shape, dtype)
     exact = [x.detach().double().requires_grad_() for x in tensors]
@@ -76,7 +76,7 @@ def test_attention_of_named_batches(name, layout, window):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("default_device")
 def test_attention_of_long_runs(dtype, shape, window, layout):
-    """Runs longer than a block of queries, behind prefixes longer than one."""
+    """Runs are longer than a block of queries, and so are the prefixes before them."""
     check(LONG, shape, dtype, layout, window)
 
 
@@ -105,7 +105,7 @@ def test_a_window_past_every_sequence_is_none(dtype, layout, window, device):
 @pytest.mark.parametrize("layout", ["auto", *LAYOUTS])
 @pytest.mark.usefixtures("default_device")
 def test_a_batch_remembers_nothing_of_earlier_calls(layout, device):
-    """Inference first and training then; and a batch whose tensors are filled again."""
+    """Inference comes before training, and a batch's tensors are filled again."""
     sequences = [[1, 2, 3], [1, 2, 4], [1, 5, 6]], [[1, 2, 3], [1, 5, 6], [1, 5, 7]]
     batch, other = (FoldedBatch.from_sequences(s, pad_multiple_of=8).to(device) for s in sequences)
     tensors = inputs(batch, "gqa", torch.float64)

@@ -50,7 +50,7 @@ def test_dtypes_and_values_are_those_of_torch(device, layout, autocast, dtypes):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("compiles", [False, True])
 def test_gradients_of_a_backward_inside(layout, compiles):
-    """The backward computes in the dtypes that the forward had, as that of torch's attention does."""
+    """The backward computes in the dtypes of the forward, as torch's attention does."""
     batch, tensors = inputs("cpu", (FP32, FP32, BF16))
 
     def run(q, k, v):

@@ -13,7 +13,7 @@ from radix_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = ["auto", "compact", "trie", "unfold"]
-# Sharing little, much (each key would be repeated 20 times), and nothing.
+# They share little, much (each key would be repeated 20 times), and nothing.
 BATCHES = {"long": LONG, "much": [[*range(50), i] for i in range(33)], "disjoint": NAMED["disjoint"]}
 WITHOUT_GRADIENTS = [torch.no_grad, torch.inference_mode]
 
@@ -60,7 +60,7 @@ def test_qwen3(layout, dtype, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head", ["ForCausalLM", "ForSequenceClassification"])
 def test_enabled_llama(layout, dtype, head):
-    """In training with gradients, as a policy; frozen and in evaluation, as its reference."""
+    """A policy is in training and has gradients; its reference is frozen and in evaluation."""
     ids, mask = pad(TREE, "right")
     ids *= mask  # the last that is no padding is what is pooled
     policy, reference = (hf.enable(build("llama", head).to(dtype), threshold=1.0, layout=layout) for _ in range(2))

@@ -68,7 +68,7 @@ def test_from_sequences(sequences):
 
 
 def padded(sequences, left, right, dtype=torch.int64):
-    """Rows with left[i] and right[i] padding tokens of id 99 around sequence i."""
+    """Return rows with left[i] and right[i] padding tokens of id 99 around sequence i."""
     width = max((a + len(s) + b for a, s, b in zip(left, sequences, right, strict=True)), default=0)
     ids = torch.full((len(sequences), width), 99)
     mask = torch.zeros(len(sequences), width, dtype=dtype)
@@ -243,7 +243,7 @@ def test_repr():
 
 
 def test_repr_looks_at_no_value():
-    """So it neither waits for a device nor fails where there are no values, or where sizes are symbols."""
+    """It neither waits for a device nor fails where there are no values, or where sizes are symbols."""
     batch = FoldedBatch.from_sequences([[1, 2], [1, 3]])
     assert repr(batch.to("meta")) == repr(batch).replace("device=cpu", "device=meta")
     assert repr(tree_map(type, batch)).startswith("<radix_ops.batch.FoldedBatch object")

@@ -9,7 +9,7 @@ import torch
 
 from radix_ops import FoldedBatch, attention
 
-# What each layout reads of a batch, forward and backward.
+# The tables of a batch that each layout reads, forward and backward.
 READ = {
     "compact": ("kv_index", "kv_indptr", "kv_members", "cu_seqlens_q", "cu_seqlens_k"),
     "trie": ("kv_index", "cu_seqlens_q", "cu_seqlens_k"),

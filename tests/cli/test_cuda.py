@@ -11,12 +11,12 @@ from helpers.language_models import embedding_tokenizer, reranking_tokenizer, ti
 from radix_ops import cli
 
 pytestmark = pytest.mark.cuda
-# Rounding to bfloat16 moves what these models say by so much.
+# Rounding to bfloat16 moves these models' numbers by so much.
 BFLOAT16 = 0.05
 
 
 def model_folder(folder, kind, tokenizer):
-    # In narrow heads and with weights spread widely, rounding would say all.
+    # With narrow heads and widely spread weights, nothing but rounding would show.
     sizes = {"vocab_size": 360, "hidden_size": 64, "head_dim": 64, "initializer_range": 0.1}
     tiny_model(kind, **sizes, max_position_embeddings=512, pad_token_id=1).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -67,7 +67,7 @@ def test_a_model_of_bfloat16_stays_one(tmp_path, capsys):
 
 
 def test_batches_that_do_not_fit_run_in_halves(tmp_path, capsys):
-    """64 MB for texts whose states would take more at once than is left."""
+    """The states of these texts would take more at once than the 64 MB that are left."""
     model = model_folder(tmp_path / "model", "Qwen3", embedding_tokenizer())
     lines = [{"text": f"{number:04} " + "the river flows " * 20} for number in range(400)]
     expected = numbers(run(tmp_path, "embed", model, lines), "embedding")

@@ -31,14 +31,14 @@ def failing(capsys, model, *arguments):
 
 
 def plain_folder(folder, kind="Qwen3", **changes):
-    """A folder of transformers' base model, without a word about pooling."""
+    """Save transformers' base model in a folder, without a word about pooling."""
     tiny_model(kind, **changes).model.save_pretrained(folder)
     embedding_tokenizer().save_pretrained(folder)
     return folder
 
 
 def sentence_folder(folder, base, pooling="lasttoken", normalize=True, **options):
-    """A sentence-transformers folder of the same model, and the model itself."""
+    """Save the same model as a sentence-transformers folder; return both."""
     library = pytest.importorskip("sentence_transformers")
     modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
     include_prompt = options.pop("include_prompt", True)
@@ -66,7 +66,7 @@ def texts(tmp_path):
 
 
 def oracle(folder, texts=TEXTS, pooling="last", prompt=""):
-    """transformers, one text at a time, float64."""
+    """Return transformers' embeddings, one text at a time, in float64."""
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float64).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     rows = []
@@ -117,7 +117,7 @@ def test_embed_equals_sentence_transformers(tmp_path, texts, qwen3, pooling, nor
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_a_folders_truncate_dim_cuts_as_in_sentence_transformers(tmp_path, texts, qwen3, normalize):
-    """After the normalisation; --dim cuts before it."""
+    """It cuts after the normalisation; --dim cuts before it."""
     folder, library = sentence_folder(tmp_path / "st", qwen3, "mean", normalize)
     path = folder / "config_sentence_transformers.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "truncate_dim": 8}))
@@ -181,7 +181,7 @@ def test_numbers_read_back_as_the_same_float32():
 
 
 def stop_after(monkeypatch, batches, arguments):
-    """Ctrl-C in the batch behind so many."""
+    """Press Ctrl-C in the batch behind so many."""
     inner, count = Qwen3Runner.states, 0
 
     def stopping(*given):
@@ -245,7 +245,7 @@ def test_a_matrix_outlives_a_kill_at_any_step(tmp_path):
     again = MatrixFile(str(path), shape, "k", False)
     assert again.done.tolist() == [False, True, False]
     again.write(np.array([0, 2]), rows[[0, 2]])
-    # Killed between the two steps of finish.
+    # The run was killed between the two steps of finish.
     side = (tmp_path / "m.npy.rows").read_bytes()
     again.finish()
     (tmp_path / "m.npy.rows").write_bytes(side)

@@ -216,7 +216,7 @@ def test_packed_ids_of_any_byte_order_are_taken_by_value(tmp_path, capsys):
 
 
 def test_damaged_archives_end_in_a_sentence(tmp_path, capsys):
-    """Each byte of a small archive changed, the shapes of its arrays made huge, and ends that overflow."""
+    """Each byte of a small archive is changed, the shapes of its arrays are huge, and ends overflow."""
     path = tmp_path / "ids.npz"
     np.savez_compressed(path, input_ids=np.arange(9), cu_seqlens=[0, 9])
     whole = path.read_bytes()
@@ -239,7 +239,7 @@ def test_damaged_archives_end_in_a_sentence(tmp_path, capsys):
         assert "cu_seqlens must start at 0, not decrease and end at the 1 tokens" in failing_inspect(capsys, path)
 
 
-# What is said.
+# What the report says.
 
 
 def verdict_of(text: str) -> str:

@@ -58,7 +58,7 @@ def queries(tmp_path):
 
 
 def model_card(folder, lines, max_length=512):
-    """Scores as the model card of Qwen/Qwen3-Reranker-0.6B computes them, one pair at a time."""
+    """Return scores as the model card of Qwen/Qwen3-Reranker-0.6B computes them, one pair at a time."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     token_false_id = tokenizer.convert_tokens_to_ids("no")

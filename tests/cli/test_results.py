@@ -107,8 +107,8 @@ def test_results_that_wait_take_no_memory(tmp_path, capsys, kind):
 
 def test_a_budget_is_what_half_of_the_free_memory_holds(monkeypatch):
     config = tiny_model("Qwen3", num_key_value_heads=2).config
-    # In elements: 4 hidden, 2 (heads + kv_heads) head_dim, 3 intermediate; for each of 8 tokens 2 kv_heads head_dim and
-    # 2 hidden. Besides 8 bytes for each of the longest sequence's tokens.
+    # A row takes 4 hidden, 2 (heads + kv_heads) head_dim and 3 intermediate elements, each of its 8 tokens
+    # 2 kv_heads head_dim and 2 hidden, and each token of the longest sequence 8 bytes.
     elements = 4 * 32 + 2 * (4 + 2) * 8 + 3 * 64 + 8 * (2 * 2 * 8 + 2 * 32)
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         a_row = size * elements + 8 * 100

@@ -1,4 +1,4 @@
-"""The radix-ops command: outputs, resuming, errors, and the demo's questions."""
+"""radix-ops score: against transformers one sequence at a time, outputs, resuming, refusals."""
 
 import importlib.util
 import json
@@ -93,7 +93,7 @@ def test_score_puts_the_finished_file_into_input_order(model_folder, questions, 
 
 
 def interrupted_run(monkeypatch, model, output, questions, batches):
-    """Stop a plain run after some batches; returns the lines that a kill at that moment would have left."""
+    """Stop a plain run after some batches; return the lines that a kill at that moment would have left."""
     inner, on_disk = TransformersRunner.states, []
 
     def stopping(*arguments):

@@ -1,4 +1,4 @@
-"""What the radix-ops command prints: on closed, full and ASCII streams, and of input that holds control characters."""
+"""The radix-ops command on closed, full and ASCII streams, and with input that holds control characters."""
 
 import json
 import shlex
@@ -19,7 +19,7 @@ IDS = [{"input_ids": [1, 2, 3]}, {"input_ids": [1, 2, 4]}]
 
 
 def in_a_shell(command, **environment):
-    """Runs `radix-ops command`, with its redirections, by a shell; returns status, output and errors."""
+    """Run `radix-ops command`, with its redirections, in a shell; return status, output and errors."""
     command = f"{shlex.quote(sys.executable)} -m radix_ops.cli {command}"
     environment = processes.python_environment(**environment)
     done = subprocess.run(command, shell=True, env=environment, capture_output=True, timeout=processes.LONGEST)

@@ -24,7 +24,7 @@ def test_links_beside_an_output_are_not_followed(tmp_path, name, suffix):
     (tmp_path / (name + suffix)).symlink_to(victim)
     with pytest.raises(UserError, match="is a symbolic link; remove it"):
         KINDS[name][0](path)
-    if suffix == ".rows":  # replaced, as it is the link that goes
+    if suffix == ".rows":  # the link is replaced
         KINDS[name][0](path, True)
     else:
         with pytest.raises(UserError, match="is a symbolic link; remove it"):
@@ -57,7 +57,7 @@ def test_a_link_to_itself_is_no_output(tmp_path):
 
 @pytest.fixture
 def held():
-    """A function by which another process holds an output, which returns its id; it is killed in the end."""
+    """Return two functions: one has another process hold an output and returns its id, the other kills it."""
     holders = []
 
     def hold(path):

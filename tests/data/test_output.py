@@ -1,4 +1,4 @@
-"""Outputs outlive kills at any point, damage, removed files and links, and one run at a time writes to them."""
+"""Outputs outlive kills at any point, damage, and files that are removed or take their place."""
 
 import itertools
 import os
@@ -28,7 +28,7 @@ from radix_ops.data.results import ResultFile
 
 
 def killed_after(num_lines, work, *arguments) -> bool:
-    """Runs work in a process that is killed, with all that it buffers, before it runs this line of our files."""
+    """Run work in a process that is killed, with all that it buffers, before it runs this line of our files."""
     if (child := os.fork()) == 0:
         count = 0
 
@@ -55,7 +55,7 @@ def killed_after(num_lines, work, *arguments) -> bool:
 
 @either
 def test_the_same_run_continues_after_a_kill_at_any_line(tmp_path, name):
-    """Every fifth time after a second one, too. No later kill loses what an earlier one kept."""
+    """Every fifth time a second kill follows. No later kill loses what an earlier one kept."""
     (run, check), rng, counts = KINDS[name], random.Random(0), []
     for first in itertools.count():
         folder = tmp_path / str(first)

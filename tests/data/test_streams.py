@@ -28,7 +28,7 @@ def refusal(path, parse=text_of, **options) -> str:
 
 
 def with_blanks(seed):
-    """The lines among blank ones, and the numbers that they have then."""
+    """Return the lines among blank ones, and the numbers that they have then."""
     rng, content, numbers = random.Random(seed), [], []
     for line in LINES:
         content += [rng.choice(["", " ", "\t\r", "\r"])] * rng.choice([0, 0, 0, 1, 3])
@@ -99,7 +99,7 @@ def test_gzip_that_is_cut_or_changed_ends_in_a_sentence(tmp_path):
             found = list(Records(_written(path, bytes(changed)), text_of))
         except UserError:
             continue
-        assert found == whole  # what was changed is its name, its time or its system
+        assert found == whole  # the changed byte is of its name, its time or its system
     assert "is damaged: of its gzip, CRC check failed" in refusal(_written(path, packed[:-8] + bytes(8)))
     assert "is damaged: of its gzip, Not a gzipped file" in refusal(_written(path, packed + b"tail"))
 
@@ -222,7 +222,7 @@ def test_a_key_that_stands_twice_among_many_is_found_in_linear_time(tmp_path):
         started = time.process_time()
         assert message in refusal(path)
         times.append(time.process_time() - started)
-    assert times[1] < 20 * times[0]  # it was 500 times
+    assert times[1] < 20 * times[0]  # a quadratic reader takes 500 times as long
 
 
 def test_integers_too_long_are_named(tmp_path):

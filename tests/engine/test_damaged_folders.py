@@ -25,7 +25,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def score(tmp_path, folder, capsys):
-    """The one sentence that scoring with the folder's model ends in."""
+    """Return the one sentence that scoring with the folder's model ends in."""
     path = write_jsonl(tmp_path / "q.jsonl", [{"context": "a", "choices": ["b"]}])
     return lambda: failing_command(capsys, "score", "--plain", "--device", "cpu", "--model", folder, path)
 
@@ -58,7 +58,7 @@ def test_shards_outside_of_the_folder_are_not_read(folder, tmp_path, score):
 
 
 def round_weights(folder, dtype):
-    """Writes one of its weights in this dtype; returns its name."""
+    """Write one of its weights in this dtype; return its name."""
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     safetensors.torch.save_file(
@@ -95,7 +95,7 @@ def test_pickles_of_whole_numbers_are_not_scored(folder, score, zipped, tmp_path
 
 
 def test_weights_of_whole_numbers_of_the_hub_are_not_scored(folder, tmp_path, monkeypatch, capsys):
-    """In its cache, offline."""
+    """They stand in the hub's cache, offline."""
     constants = pytest.importorskip("huggingface_hub").constants
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -153,7 +153,7 @@ def test_arguments_that_are_no_utf8_are_wrong_usage(arguments, option, capsys):
 
 
 def test_a_file_that_may_be_on_the_hub_is_not_taken_for_absent(tmp_path, monkeypatch):
-    """Offline: a cache that transformers alone filled says nothing of how a model's states are pooled."""
+    """A cache that transformers alone filled says nothing, offline, of how a model's states are pooled."""
     constants = pytest.importorskip("huggingface_hub").constants
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -175,7 +175,7 @@ def test_a_file_that_may_be_on_the_hub_is_not_taken_for_absent(tmp_path, monkeyp
 
 
 def answering_hub(monkeypatch, error=None):
-    """A hub that says that it has a model, or fails to; returns what it was asked for."""
+    """Stand in for a hub that has a model, or that fails; return what it was asked for."""
     hub, asked = pytest.importorskip("huggingface_hub"), []
 
     def model_info(self, name, timeout):

@@ -16,7 +16,7 @@ PROMPTS = {"query": "Instruct: find the river\nQuery:", "document": "", "of": "t
 
 
 def sentence_folder(folder, pooling, include_prompt=True, **options):
-    """A saved folder and its SentenceTransformer."""
+    """Return a saved folder and its SentenceTransformer."""
     tiny_model("Qwen3").model.save_pretrained(folder / "base")
     embedding_tokenizer().save_pretrained(folder / "base")
     parts = [modules.Transformer(str(folder / "base")), modules.Pooling(32, pooling, include_prompt=include_prompt)]
@@ -57,7 +57,7 @@ def test_embeddings_are_those_of_sentence_transformers(folders, pooling):
 
 
 def test_texts_of_several_prompts_meet_in_one_batch(folders):
-    """As in a server; a mean leaves out of each text its own prompt."""
+    """A server does so; a mean leaves out of each text its own prompt."""
     folder, model = folders["rest"]
     embedder, together, found = Embedder(folder, device="cpu"), None, {}
     for name in ("query", "of"):

@@ -1,4 +1,4 @@
-"""What a folder that sentence-transformers saved may hold: known, or refused by name, before weights are read."""
+"""Fields of a folder that sentence-transformers saved are known, or refused by name, before weights are read."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def refusal(folders, tmp_path, capsys, monkeypatch):
-    """A function of (kind of folder, file, what to write there) that gives the command's one sentence."""
+    """Return a function of (kind of folder, file, what to write there) that gives the command's one sentence."""
     monkeypatch.setattr(_engine, "load_runner", lambda *arguments: pytest.fail("loaded the weights"))
 
     def message_of(kind, file, change):
@@ -131,7 +131,7 @@ def test_fields_that_are_wrong_or_not_known_are_refused_by_name(refusal):
         ("rerank", "config.json", {"sentence_transformers": 3}, "config.json, sentence_transformers, must hold a JSON"),
         ("rerank", "config.json", {"sentence_transformers": {"x": 3}}, 'config.json, sentence_transformers, sets "x"'),
     ]:  # fmt: skip
-        # What the model's own file says goes first.
+        # The model's own file goes first.
         if file == "config.json":
             changed = setting(**changes)
 
@@ -188,7 +188,7 @@ def test_files_that_are_no_json_objects(refusal, file):
 
 
 def test_settings_that_change_nothing_are_taken(folders, tmp_path):
-    """What sentence-transformers 5 and 6 write beside, and what only other calls than encode read."""
+    """sentence-transformers 5 and 6 write some of them, and calls other than encode read the rest."""
     from radix_ops.engine.recipes import find_recipe
 
     folder = tmp_path / "model"

@@ -34,7 +34,7 @@ class Words(PreTrainedTokenizerFast):
 
 @pytest.fixture
 def marker(tmp_path, monkeypatch):
-    """A file that a folder's code makes when it runs. Whoever asks on standard input is told yes."""
+    """Return a file that a folder's code makes when it runs. Whoever asks on standard input is told yes."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("yes\n" * 100))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     return tmp_path / "ran"
@@ -42,7 +42,7 @@ def marker(tmp_path, monkeypatch):
 
 @pytest.fixture
 def files(tmp_path):
-    """Arguments of each command but for its model."""
+    """Return the arguments of each command but for its model."""
     (tmp_path / "template.json").write_text(json.dumps(TEMPLATE))
     lines = {"score": QUESTION, "embed": TEXTS, "rerank": QUERIES}
     paths = {name: str(write_jsonl(tmp_path / f"{name}.jsonl", found)) for name, found in lines.items()}
@@ -52,7 +52,7 @@ def files(tmp_path):
 
 
 def stranger(folder, marker, kind="stranger", **mapped):
-    """A Llama that says that its code is in the folder, as what `mapped` says of config.json's auto_map."""
+    """Save a Llama whose config.json says by `mapped`, an auto_map, that its code is in the folder."""
     tiny_model().save_pretrained(folder)
     tiny_tokenizer(adds_bos=True).save_pretrained(folder)
     (folder / "code.py").write_text(CODE.format(marker=str(marker), kind=kind))

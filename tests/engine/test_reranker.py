@@ -21,7 +21,7 @@ def cross_encoder(kind="Qwen3"):
 
 @pytest.fixture(scope="module", params=["Qwen3", "Llama"])
 def saved(request, tmp_path_factory):
-    """A folder of a cross-encoder and sentence-transformers' model of it."""
+    """Return a folder of a cross-encoder and sentence-transformers' model of it."""
     library = pytest.importorskip("sentence_transformers")
     folder = tmp_path_factory.mktemp("cross")
     cross_encoder(request.param).save_pretrained(folder)

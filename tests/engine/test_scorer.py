@@ -1,4 +1,4 @@
-"""Scorer, and what all engines have in common: against transformers one sequence at a time."""
+"""Scorer, and all that engines have in common, against transformers one sequence at a time."""
 
 import threading
 
@@ -111,7 +111,7 @@ def test_threads_share_one_scorer(scorer, kind):
 
 
 def test_a_batch_of_several_askers_gives_each_its_own(scorer, kind):
-    """As a server does: items that were encoded one by one meet in one batch."""
+    """In a server, items that were encoded one by one meet in one batch."""
     items = [scorer.parse(_engine.Record(f"request {n}", question)) for n, question in enumerate(QUESTIONS)]
     together = scoring.Choices()
     for item in items:

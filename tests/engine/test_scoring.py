@@ -27,7 +27,7 @@ def choices_of(sequences: list[Sequence]) -> scoring.Choices:
 
 
 def run(model, sequences: list[Sequence], budget: int, folded: bool, **options):
-    """All scores as (log-probabilities, greedy flags), and the run's counts."""
+    """Return all scores as (log-probabilities, greedy flags), and the run's counts."""
     choices, runner = choices_of(sequences), TransformersRunner(model)
     logprobs, greedy = np.full(len(sequences), np.nan), np.zeros(len(sequences), bool)
 
@@ -39,7 +39,7 @@ def run(model, sequences: list[Sequence], budget: int, folded: bool, **options):
 
 
 def random_sequences(seed: int, num_items: int, vocab: int = 340) -> list[Sequence]:
-    """Items in three groups with a group prefix each, two to five choices of one to six tokens that may start alike."""
+    """Return items in three groups of one prefix each, with two to five choices of one to six tokens."""
     rng = np.random.default_rng(seed)
     prefixes = [rng.integers(2, vocab, size).astype(np.int32) for size in (5, 17, 40)]
     sequences = []

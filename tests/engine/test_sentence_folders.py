@@ -34,7 +34,7 @@ def embed(model, *options, lines=TEXTS):
 
 
 def rerank(model, *options, pairs=PAIRS):
-    """Each pair's score; a query with its documents is a line."""
+    """Return each pair's score; a query with its documents is a line."""
     lines = [{"query": query, "documents": [document]} for query, document in pairs]
     return np.array(run("rerank", model, lines, *options, field="scores"))[:, 0]
 
@@ -113,7 +113,7 @@ def test_a_template_that_drops_a_text_is_refused(tmp_path, capsys):
 def test_pairs_are_rendered_as_predict_renders_them(tmp_path, template, kind):
     folder, made = cross_encoder(tmp_path, template, kind)
     check(rerank(folder), made.predict(PAIRS))
-    # The folder that it was made of says nothing of the template.
+    # The folder of which it was made doesn't mention the template.
     base = tmp_path / "base"
     check(rerank(base, *(["--template", "chat"] if template else [])), made.predict(PAIRS))
     made[0].modality_config.pop("message", None)
@@ -195,7 +195,7 @@ def test_a_query_behind_the_document_outlives_the_cut(tmp_path):
 
 
 def test_a_template_without_these_roles_is_refused_where_the_folder_asks_for_it(tmp_path, capsys):
-    """And left aside in a folder that says nothing."""
+    """A folder that says nothing leaves it aside."""
     template = "{% for m in messages if m.role in ('user', 'system') %}{{ m['content'] }} {% endfor %}"
     folder, _ = cross_encoder(tmp_path, template)
     assert "drops query and document" in failing(capsys, "rerank", folder)
