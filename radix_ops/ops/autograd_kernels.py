@@ -35,6 +35,18 @@ class Formula:
         return tensors
 
 
+class _KeysBelowAutograd(dict):
+    """Maps a dispatch key set's bits to the key set of the kernels below autograd; to compute it costs 0.3 us."""
+
+    def __init__(self, keys_of_bits: Callable[[int], torch._C.DispatchKeySet], below: torch._C.DispatchKeySet):
+        super().__init__()
+        self.keys_of_bits, self.below = keys_of_bits, below
+
+    def __missing__(self, bits: int) -> torch._C.DispatchKeySet:
+        keys = self[bits] = self.keys_of_bits(bits) & self.below
+        return keys
+
+
 @dataclasses.dataclass(frozen=True)
 class _SingleLevel:
     """Private parts of torch, which an Autograd kernel needs to run at one level of function transforms."""
@@ -42,8 +54,7 @@ class _SingleLevel:
     function: type  # torch.autograd.Function would start from the top level
     enabled: Callable[[], AbstractContextManager]
     below_autograd: Callable[[], AbstractContextManager]
-    keys: Callable[[int], torch._C.DispatchKeySet]  # from a dispatch key set's bits
-    keys_below_autograd: torch._C.DispatchKeySet
+    keys_below: _KeysBelowAutograd
 
     @classmethod
     def find(cls) -> _SingleLevel | None:
@@ -57,32 +68,21 @@ class _SingleLevel:
                 _SingleLevelFunction,
                 enable_single_level_autograd_function,
                 torch._C._AutoDispatchBelowAutograd,
-                torch._C.DispatchKeySet.from_raw_repr,
-                torch._C._after_autograd_keyset,
+                _KeysBelowAutograd(torch._C.DispatchKeySet.from_raw_repr, torch._C._after_autograd_keyset),
             )
         except (ImportError, AttributeError):
             return None
 
 
-class _KeysBelowAutograd(dict):
-    """Maps a dispatch key set's bits to the key set of the kernels below autograd; to compute it costs 0.3 us."""
-
-    def __missing__(self, bits: int) -> torch._C.DispatchKeySet:
-        keys = self[bits] = _single_level.keys(bits) & _single_level.keys_below_autograd
-        return keys
-
-
-_keys_below_autograd = _KeysBelowAutograd()
-
-
-def _register_single_level(formula: Formula) -> None:
+def _register_single_level(formula: Formula, parts: _SingleLevel) -> None:
     op, num_inputs = formula.op, formula.num_inputs
+    keys_below, enabled, grad_enabled = parts.keys_below, parts.enabled, torch.is_grad_enabled
 
-    class Function(_single_level.function):
+    class Function(parts.function):
         @staticmethod
         def forward(ctx, keyset, *arguments):
-            with _single_level.below_autograd():
-                outputs = op.redispatch(_keys_below_autograd[keyset.raw_repr()], *arguments)
+            with parts.below_autograd():
+                outputs = op.redispatch(keys_below[keyset.raw_repr()], *arguments)
             ctx.save_for_forward(*formula.save_for_backward(ctx, arguments, outputs))
             return outputs
 
@@ -98,8 +98,8 @@ def _register_single_level(formula: Formula) -> None:
             return formula.jvp(ctx.saved_tensors, ctx.rest, *tangents[:num_inputs])
 
     Function.__name__ = Function.__qualname__ = op.name().replace("::", "_").replace(".", "_")
-    redispatch = op._handle.redispatch_boxed if hasattr(op, "_handle") else op.redispatch
-    grad_enabled, enabled = torch.is_grad_enabled, _single_level.enabled
+    # The op's own redispatch calls this one, and takes a little longer.
+    redispatch = getattr(getattr(op, "_handle", None), "redispatch_boxed", op.redispatch)
 
     def autograd_kernel(keyset, first, *others):
         # None, which the kernel refuses, arrives here too.
@@ -110,7 +110,7 @@ def _register_single_level(formula: Formula) -> None:
         if (needs_gradient and grad_enabled()) or forward_ad._current_level >= 0:
             with enabled():
                 return Function.apply(keyset, first, *others)
-        return redispatch(_keys_below_autograd[keyset.raw_repr()], first, *others)
+        return redispatch(keys_below[keyset.raw_repr()], first, *others)
 
     _library.impl(op, autograd_kernel, "Autograd", with_keyset=True)
 
@@ -154,4 +154,4 @@ def register(formula: Formula) -> None:
     if _single_level is None:
         _register_with_library(formula)
     else:
-        _register_single_level(formula)
+        _register_single_level(formula, _single_level)

@@ -21,7 +21,7 @@ def inputs(device, dtypes):
 
 
 def plain(q, k, v, batch):
-    """Packed [N, H, D]."""
+    """Attend over packed [N, H, D]."""
     parts = zip(*(x[batch.unfold_index.long()].split(batch.lengths.tolist()) for x in (q, k, v)), strict=True)
     out = [
         F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in part), is_causal=True, enable_gqa=True)

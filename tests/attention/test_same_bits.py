@@ -1,4 +1,4 @@
-"""A forward has the same bits with and without gradients: a policy that is trained is compared with what is not."""
+"""A forward has the same bits with and without gradients: a policy that is trained is compared with one that is not."""
 
 from __future__ import annotations
 

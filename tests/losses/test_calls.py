@@ -46,7 +46,7 @@ def test_error_is_that_of_plain_torch(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_gradient_of_the_head_is_rounded_once(dtype):
-    """However many blocks of rows it is summed over; summed in half precision it would be many times as far off."""
+    """It is summed over many blocks of rows; in half precision the sum would be many times as far off."""
     batch = FoldedBatch.from_sequences([list(range(i, i + 30)) for i in range(0, 900, 30)])
     hidden, weight, _ = tensors(batch, False, torch.float32, vocabulary=900, width=16)
     hidden, weight = (x.detach().to(dtype).requires_grad_() for x in (hidden, weight))
@@ -210,7 +210,7 @@ def test_opcheck():
 
 
 class Sharded(torch.Tensor):
-    """Has what tells a DTensor, of which there is none without a group of processes."""
+    """Stands for a DTensor, which takes a group of processes to make."""
 
     full_tensor = None
 

@@ -32,7 +32,7 @@ MOST_CPU_SECONDS = 20  # of a case, before it counts as one that hangs
 
 
 def spoil_values(rng, x):
-    """Another table of as many numbers."""
+    """Return another table of as many numbers."""
     x = x.clone()
     limits = torch.iinfo(x.dtype)
     extremes = [value for value in EXTREMES if limits.min <= value <= limits.max]
@@ -60,7 +60,7 @@ def spoil_length(rng, x):
 
 
 def spoil_layout(rng, x):
-    """The same or other numbers, otherwise in memory."""
+    """Return the same or other numbers, otherwise in memory."""
     kind = rng.integers(6)
     if kind == 0 and x.dim():
         return x.repeat_interleave(2, 0)[::2]
@@ -113,7 +113,7 @@ def spoil_number(rng, value):
 
 
 def mutated(rng, arguments, other):
-    """The arguments with some of them spoilt, and how many; `other` are those of the same op for another batch."""
+    """Return arguments with some of them spoilt, and how many; `other` are those of the same op for another batch."""
     arguments = list(arguments)
     count = int(rng.choice([0, 1, 1, 1, 2, 3]))
     # One mutation each: torch itself crashes on a tensor whose storage is gone.
@@ -134,7 +134,7 @@ def batches_of(seed: int, number: int):
 
 
 def run_case(seed: int, number: int, without: set[str]) -> tuple[str, str]:
-    """The op of a case and what became of it. Raises AssertionError for a wrong answer."""
+    """Return the op of a case and what became of it. Raises AssertionError for a wrong answer."""
     rng = np.random.default_rng((seed, number))
     torch.manual_seed(int(rng.integers(2**31)))
     made, other = batches_of(seed, number // CASES_OF_A_BATCH)
@@ -154,7 +154,7 @@ def run_case(seed: int, number: int, without: set[str]) -> tuple[str, str]:
 
 
 def run_cases(seed: int, first: int, count: int | None, seconds: float, without: set[str], progress: str) -> None:
-    """Writes each case's number to a file before it runs: a crash leaves nothing else."""
+    """Write each case's number to a file before it runs: a crash leaves nothing else."""
     torch.set_num_threads(1)
     outcomes: Counter = Counter()
     until = time.monotonic() + seconds

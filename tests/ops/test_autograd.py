@@ -1,4 +1,4 @@
-"""Gradients that one op does not tell: of padding rows, of one of a pair, under function transforms, and of none."""
+"""Gradients of padding rows, of one of a pair and under function transforms, and calls that need none."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_function_transforms(name, arguments, transform, device):
 
 @pytest.mark.parametrize("transform", ["jvp", "jacfwd", "jacrev"])
 def test_function_transforms_of_pairs(transform, device):
-    """Against the same ops on one tensor at a time, which are tested above."""
+    """Pairs agree with the same ops on one tensor at a time, which are tested above."""
     for name in PAIRS:
         k, v, *rest = samples_of(name, device)[0]
         pair, single = op_of(name), op_of(name.replace("_kv", ""))

@@ -85,7 +85,7 @@ def test_fold_is_exact_under_hash_collisions(colliding):
 
 
 COUNT = 100_000  # sequences of one token each
-# Under which the hash of a token at position 0 is the token, but for its place.
+# With this key the hash of a token at position 0 is the token, but for its place.
 KNOWN_KEY = (ctypes.c_uint64 * 3)(0, 1, 1)
 NUMBERS = torch.arange(COUNT)
 NOUGHT = torch.zeros_like(NUMBERS)

@@ -209,7 +209,7 @@ def loose(x):
     ids=["one row", "one head", "no rows", "empty values"],
 )
 def test_a_stride_that_leads_to_nothing_may_be_any_number(sequences, shape):
-    """So that its product with the size of an element overflows, which UBSan sees and `make sanitize` shows."""
+    """Its product with the size of an element overflows, which UBSan sees and `make sanitize` shows."""
     batch = FoldedBatch.from_sequences(sequences)
     tensors = inputs_of(batch, shape, torch.float32)
     outputs = attend(batch, tensors, 0.25)

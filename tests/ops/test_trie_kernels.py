@@ -200,7 +200,7 @@ def test_kernels_interpreted(what):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed, which no CPU needs")
 @pytest.mark.parametrize("group", [1, 7, 40])
 def test_more_pairs_than_int32_counts_are_refused(group, monkeypatch):
-    """Before anything is launched: the tensors here are views of one row."""
+    """They are refused before anything is launched: the tensors here are views of one row."""
     from radix_ops.ops import trie_launch
 
     tables = tables_of(FoldedBatch.from_sequences([[1]]))
@@ -285,7 +285,7 @@ def test_damaged_tables_change_nothing_but_results(window):
 
 @pytest.mark.cuda
 def test_offsets_past_32_bits():
-    """Heads 2^31 elements apart."""
+    """Heads lie 2^31 elements apart."""
     batch = FoldedBatch.from_sequences(LONG, device="cuda")
     storage = torch.empty(2**31 + 2**20, dtype=torch.bfloat16, device="cuda")
     far = storage.as_strided((batch.num_rows, 2, 16), (16, 2**31, 1))
