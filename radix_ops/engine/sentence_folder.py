@@ -168,7 +168,7 @@ def find_modules(model: str, command: str, check: Callable[[list[str]], None]) -
     found, names = [], set()
     for index, module in enumerate(listed):
         settings = Settings(model, f"modules.json, module {index},", command, module)
-        kind, path = kind_of_class(module["type"]), settings.text("path")
+        kind, path = kind_of_class(settings.text("type") or ""), settings.text("path")
         if path is None:
             raise UserError(f"{where} does not list modules with type and path")
         if not is_inside(path):
