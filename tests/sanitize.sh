@@ -4,8 +4,8 @@
 #
 # Left out are tests that fault on purpose (device asserts), that read the profiler, capture graphs or need the host to
 # run ahead of the device (which allow no checker or no allocation beside them), that compare times, and that need tens
-# of gigabytes; test_gradcheck_and_gradgradcheck, which takes over 400 s and launches the kernels that opcheck and the
-# function transforms launch. Random batches are fewer by RADIX_TEST_DIVISOR.
+# of gigabytes; of the guards over every op all but opcheck: gradcheck takes over 400 s and launches the kernels that
+# opcheck and the function transforms launch. Random batches are fewer by RADIX_TEST_DIVISOR.
 # racecheck leaves out what takes minutes and launches kernels that other tests launch: those of autograd and of bad
 # input, and test_kernels of trie attention, of which the other tests in its file run the same kernels in under 3 minutes.
 set -euo pipefail
@@ -14,8 +14,7 @@ logs=$(mkdir -p "${1:-sanitizer}" && cd "${1:-sanitizer}" && pwd)
 tools=("${@:2}")
 [ ${#tools[@]} -gt 0 ] || tools=(memcheck racecheck)
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1 RADIX_TEST_DIVISOR="${RADIX_TEST_DIVISOR:-40}"
-skip="not past_2_to and not device_asserts and not 2_to_the_28 and not very_different_widths and not copies_at_most and not copy_nothing and not capture and not one_wait and not current_stream and not take_no_longer and not gradcheck"
-rest_of_opcheck="half_precision or folds or backwards"
+skip="not past_2_to and not device_asserts and not 2_to_the_28 and not very_different_widths and not copies_at_most and not copy_nothing and not capture and not one_wait and not current_stream and not take_no_longer"
 
 check() { # tool, name of the log, pytest arguments
   local log=$logs/$1.$2.log
@@ -34,9 +33,9 @@ for tool in "${tools[@]}"; do
   check "$tool" scatter_add "$tests/ops/test_scatter_add.py" -k "$skip and not float64_sum" &
   check "$tool" fold "$tests/ops/test_fold.py" "$tests/ops/test_fold_collisions.py" "$tests/ops/test_fuzz.py" -k "$skip" &
   if [ "$tool" != racecheck ]; then
-    autograd=$tests/ops/test_autograd.py
-    check "$tool" opcheck "$autograd" -k "$skip and opcheck and not ($rest_of_opcheck)" &
-    check "$tool" opcheck.rest "$autograd" -k "$skip and opcheck and ($rest_of_opcheck)" &
+    every_op=$tests/ops/test_every_op.py autograd=$tests/ops/test_autograd.py
+    check "$tool" opcheck "$every_op" -k "opcheck and not attention" &
+    check "$tool" opcheck.attention "$every_op" "$autograd" -k "opcheck and attention" &
     check "$tool" autograd "$autograd" "$tests/ops/test_bad_input.py" "$tests/ops/test_bad_tensors.py" -k "$skip and not opcheck" &
   fi
   wait
