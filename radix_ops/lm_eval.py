@@ -37,7 +37,7 @@ from .plan.planner import Plan, TokenStore, plan_folded
 
 __all__ = ["RadixLM"]
 
-# Of a batch, tokens for each row: bounds its index arrays where very much is shared.
+# A batch has at most so many tokens for each row, which bounds its index arrays where very much is shared.
 _MAX_TOKENS_PER_ROW = 64
 _PROBE_LENGTH = 8
 
@@ -187,7 +187,7 @@ class RadixLM(HFLM):
         return found if count == "auto" else max(count * longest, min(count * self.max_length, found))
 
     def _batches(self, inputs: TokenStore, continuations: list[list[int]]) -> Iterator[tuple[np.ndarray, list]]:
-        """Indices of each batch's sequences, and their answers."""
+        """Yield the indices of each batch's sequences, and their answers."""
         max_rows = self._max_rows(int(inputs.lengths.max()))
         has_own = has_own_attention(self._rows.stack.config)
 
@@ -205,7 +205,7 @@ class RadixLM(HFLM):
         yield from in_memory(len(inputs), max_rows, plan, score)
 
     def _score(self, sequences: list[np.ndarray], continuations: list[list[int]]) -> list[tuple[float, bool]]:
-        """What the harness wants of each continuation, the last tokens of its sequence and one more."""
+        """Return what the harness wants of each continuation, the last tokens of its sequence and one more."""
         batch = FoldedBatch.from_sequences(sequences)
         counts = np.array([len(continuation) for continuation in continuations])
         starts = np.cumsum(counts) - counts  # of each continuation among all scored tokens

@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 1 for an error that one sentence names, 2 for wrong usage."""
+    """Run the command and return the exit status: 0, 1 for an error that one sentence names, 2 for wrong usage."""
     _check_streams()
     args = _parser().parse_args(argv)
     try:
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         message, status = error.as_option, 1
     except torch.OutOfMemoryError:
         message, status = "out of memory", 1
-    except BrokenPipeError:  # what reads standard output has gone
+    except BrokenPipeError:  # the reader of standard output has gone
         message, status = None, 1
     except OSError as error:
         message, status = str(error), 1
@@ -92,7 +92,7 @@ def _warnings_shown() -> Iterator[None]:
 
 
 def _check_streams() -> None:
-    """Makes standard streams that are closed, or take ASCII alone, harmless."""
+    """Make standard streams that are closed, or take ASCII alone, harmless."""
     # A file that is opened must not get the number of a standard stream, to which libraries may print.
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -104,7 +104,7 @@ def _check_streams() -> None:
 
 
 def _drop_what_cannot_be_written() -> None:
-    """What a full disk or a closed pipe has left in the buffer of standard output must not fail once more at exit."""
+    """Empty the buffer of standard output, which a full disk or a closed pipe would let fail once more at exit."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

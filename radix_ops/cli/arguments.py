@@ -1,4 +1,4 @@
-"""What the subcommands share: their common arguments, reading input with progress, and checks of outputs."""
+"""Arguments that subcommands share, their types, and input that is read with a progress bar."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ MOST_THREADS = 1024
 
 
 def printable(text: str) -> str:
-    """The text on one line; what doesn't print, or could move a terminal's cursor, is escaped."""
+    """Return the text on one line, with an escape for whatever doesn't print or could move a terminal's cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def add_command(commands, name: str, summary: str, description: str, run: Callable) -> argparse.ArgumentParser:
-    """A parser for the subcommand, whose description keeps its line breaks."""
+    """Add a parser for the subcommand, whose description keeps its line breaks."""
     parser = commands.add_parser(
         name, help=summary, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,7 +47,7 @@ def add_format_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=("jsonl", "text"),
-        help="of FILE: jsonl, or text, one text a line (default: text where its name ends in .txt, else jsonl)",
+        help="format of FILE: jsonl, or text, one text a line (default: text where its name ends in .txt, else jsonl)",
     )
 
 
@@ -55,12 +55,12 @@ def add_trust_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run Python code that the model's folder or repository brings along; without it such code never runs",
+        help="permission to run Python code that the model's folder or repository brings along; without it none runs",
     )
 
 
 def utf8_text(text: str) -> str:
-    """A type for arguments: what a tokenizer can read. Bytes that aren't UTF-8 come as halves of surrogate pairs."""
+    """A type for arguments: text that a tokenizer reads. Bytes that aren't UTF-8 come as halves of surrogate pairs."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -85,7 +85,7 @@ def thread_count(text: str) -> int:
 
 
 def progress_bar(total: int, desc: str, unit: str, delay: float = 0):
-    """A tqdm bar on standard error; with a delay it shows only what takes longer (seconds)."""
+    """Return a tqdm bar on standard error; it shows after `delay` seconds."""
     try:
         from tqdm import tqdm
     except ImportError as error:
@@ -94,23 +94,23 @@ def progress_bar(total: int, desc: str, unit: str, delay: float = 0):
 
 
 def read_records(path: str, parse: Callable[[Record], T], shape: str, format: str | None = "jsonl") -> Records[T]:
-    """The whole file, checked (see `Records`), with a progress bar where that takes long."""
+    """Read and check the whole file (see `Records`), with a progress bar where that takes long."""
     size = os.path.getsize(path) if os.path.isfile(path) else 0
     with progress_bar(size, "checking the input", "B", delay=2) as bar:
         return Records(path, parse, format=format, shape=shape, on_bytes=bar.update)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, results: str) -> None:
-    """The arguments of every command that runs a model; `results` says what goes to --output."""
+    """Add the arguments of every command that runs a model; `results` says what goes to --output."""
     parser.add_argument("--model", required=True, metavar="M", help="a local folder, a hub id or a .gguf file")
     parser.add_argument("--output", metavar="PATH", help=results)
-    parser.add_argument("--overwrite", action="store_true", help="replace what --output holds")
+    parser.add_argument("--overwrite", action="store_true", help="replacement of what --output holds")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--plain", action="store_true", help="don't fold: batches sorted by length")
+    mode.add_argument("--plain", action="store_true", help="batches sorted by length and not folded")
     mode.add_argument(
         "--compare",
         action="store_true",
-        help="run plain and folded and print both times; results (the folded run's) go to --output only",
+        help="a plain run, a folded one, and both times; results (the folded run's) go to --output only",
     )
     parser.add_argument(
         "--token-budget",
@@ -121,9 +121,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, results: str) -> None:
         "65,536 on CUDA)",
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of weights and computation (default: see above)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of weights and computation (default: see above)",
     )
-    parser.add_argument("--device", help="as torch names it (default: cuda where there is one, else cpu)")
+    parser.add_argument("--device", help="device, as torch names it (default: cuda where there is one, else cpu)")
     parser.add_argument("--threads", type=thread_count, metavar="N", help="CPU threads (default: torch's)")
     add_trust_argument(parser)
 
@@ -135,4 +137,4 @@ def add_length_arguments(parser: argparse.ArgumentParser, what: str, cut: str) -
         metavar="N",
         help=f"tokens of a {what} at most, special tokens included (default: as the model and its tokenizer say)",
     )
-    parser.add_argument("--truncate-right", action="store_true", help=f"cut {cut} at their end where that is too long")
+    parser.add_argument("--truncate-right", action="store_true", help=f"a cut at the end of {cut} that are too long")

@@ -78,20 +78,22 @@ def add_parser(commands) -> None:
         type=utf8_text,
         default="text",
         metavar="KEY",
-        help="of the text in a JSON object (default: %(default)s)",
+        help="key of the text in a JSON object (default: %(default)s)",
     )
     add_model_arguments(
-        command, "where the embeddings go, a matrix where it ends in .npy (default: JSON lines on standard output)"
+        command, "file for the embeddings, a matrix where it ends in .npy (default: JSON lines on standard output)"
     )
     command.add_argument(
-        "--pooling", choices=POOLINGS, help="of hidden states (default: as the model's folder says, else last)"
+        "--pooling", choices=POOLINGS, help="pooling of hidden states (default: as the model's folder says, else last)"
     )
     command.add_argument(
         "--prompt",
         type=utf8_text,
         metavar="TEXT",
-        help='stands before each text; "" for none (default: as the model\'s folder says)',
+        help='text before each text; "" for none (default: as the model\'s folder says)',
     )
-    command.add_argument("--dim", type=positive_int, metavar="N", help="keep the first N numbers (default: all)")
-    command.add_argument("--no-normalize", action="store_true", help="leave embeddings at the length that they have")
+    command.add_argument(
+        "--dim", type=positive_int, metavar="N", help="numbers that are kept, the first N (default: all)"
+    )
+    command.add_argument("--no-normalize", action="store_true", help="embeddings at the length that they have")
     add_length_arguments(command, "text", "texts")

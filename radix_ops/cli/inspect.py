@@ -1,4 +1,4 @@
-"""`radix-ops inspect`: how much a data set shares, before anything is decided."""
+"""`radix-ops inspect` says how much a data set shares, before anything is decided."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _pads_states(args: argparse.Namespace) -> bool:
 
 
 def _read(args: argparse.Namespace, tokenizer) -> tuple[Items, str, object]:
-    """The sequences, what they are, and the tokenizer: that of --model where one is needed and none was given."""
+    """Return the sequences, what they are, and the tokenizer: --model's where one is needed and none was given."""
     if args.file.endswith(".npz") and args.format is None:
         items = packed_arrays(args.file)
         if not len(items.store):
@@ -124,7 +124,7 @@ def _read(args: argparse.Namespace, tokenizer) -> tuple[Items, str, object]:
 
 
 def _shower(items: Items, tokenizer) -> Callable[[int, int, int], str]:
-    """A function of (sequence, start, stop) that shows these tokens on one line, a long piece by its ends."""
+    """Return a function of (sequence, start, stop) that shows these tokens on one line, a long piece by its ends."""
 
     def show(sequence: int, start: int, stop: int) -> str:
         ids = items.store[sequence][start:stop].tolist()
@@ -154,17 +154,19 @@ def add_parser(commands) -> None:
     command.add_argument(
         "--tokenizer", metavar="T", help="a local folder, a hub id or a .gguf file (default: that of --model)"
     )
-    command.add_argument("--model", metavar="M", help="whose config, alone, gives speed-ups of FLOPs")
+    command.add_argument(
+        "--model", metavar="M", help="model whose config gives speed-ups in FLOPs; no weights are read"
+    )
     add_format_argument(command)
     command.add_argument(
-        "--text-key", type=utf8_text, default="text", metavar="KEY", help="of the texts (default: %(default)s)"
+        "--text-key", type=utf8_text, default="text", metavar="KEY", help="key of the texts (default: %(default)s)"
     )
-    command.add_argument("--prompt", type=utf8_text, default="", metavar="TEXT", help="stands before each of the texts")
+    command.add_argument("--prompt", type=utf8_text, default="", metavar="TEXT", help="text before each of the texts")
     command.add_argument(
         "--template",
         metavar="T",
-        help=f"of queries with documents: {' or '.join(TEMPLATES)}, a JSON file as for `radix-ops rerank`, or {PAIRS} "
-        "as a cross-encoder reads them",
+        help=f"template for queries with documents: {' or '.join(TEMPLATES)}, a JSON file as for `radix-ops rerank`, "
+        f"or {PAIRS} as a cross-encoder reads them",
     )
     command.add_argument(
         "--batch-sizes",
@@ -182,5 +184,5 @@ def add_parser(commands) -> None:
         "the CPU and 65,536 on CUDA)",
     )
     add_trust_argument(command)
-    command.add_argument("--plot", metavar="FILE", help="where a picture goes: .png, .svg or .pdf")
-    command.add_argument("--json", action="store_true", help="print one JSON object and no report")
+    command.add_argument("--plot", metavar="FILE", help="file for a picture: .png, .svg or .pdf")
+    command.add_argument("--json", action="store_true", help="one JSON object in place of the report")

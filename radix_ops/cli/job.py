@@ -26,12 +26,12 @@ from ..engine.loading import find_device
 from .arguments import printable, progress_bar
 
 _RESULTS_AT_ONCE = 1024  # written
-Numbers = list[np.ndarray]  # of an item: an array of each kind
+Numbers = list[np.ndarray]  # an item's: an array of each kind
 
 
 @contextlib.contextmanager
 def prepared(args: argparse.Namespace, may_be_matrix: bool = False) -> Iterator[dict]:
-    """Hold --output for this run; gives the arguments of every engine."""
+    """Hold --output for this run, and give the arguments of every engine."""
     with checked_output(
         args.output, args.file, may_be_matrix=may_be_matrix, overwrite=args.overwrite, times_runs=args.compare
     ):
@@ -157,7 +157,7 @@ class _Lines:
         self.done, self.finish = results.done, results.finish
 
     def write(self, found: list[tuple[int, Numbers]]) -> None:
-        # All of a batch are looked at before one is written.
+        # A number that isn't finite is an error before any line of its batch is written.
         fields = [{"line": self._job.records.line_of(i)} | self._job.fields_of(i, numbers) for i, numbers in found]
         for (item, _), line in zip(found, fields, strict=True):
             self._results.add(item, line)
@@ -178,7 +178,7 @@ class _Rows:
 
 
 class Comparison(ABC):
-    """How the results of a plain run and a folded one differ."""
+    """The differences between the results of a plain run and a folded one."""
 
     def store(self, job: Job) -> MutableMapping[int, Numbers]:
         """Return what holds the numbers of all items of a run."""
@@ -194,8 +194,8 @@ class Comparison(ABC):
 
 
 class Agreement(Comparison):
-    """How often `choice`, a field of a result, agrees, and how far `numbers`, another, are apart; `choices` and
-    `number` are what the report calls them."""
+    """Counts how often `choice`, a field of a result, agrees, and how far `numbers`, another, are apart; the report
+    calls them `choices` and `number`."""
 
     def __init__(self, choice: str, choices: str, number: str, numbers: str):
         self._choice, self._choices, self._number, self._numbers = choice, choices, number, numbers
@@ -214,7 +214,7 @@ class Agreement(Comparison):
 
 
 class Closeness(Comparison):
-    """How far embeddings are apart."""
+    """Measures how far embeddings are apart."""
 
     def __init__(self):
         self._largest, self._least_cosine = 0.0, 1.0
@@ -275,7 +275,7 @@ def summary(verb: str, stats: RunStats) -> str:
 
 
 def comparison_table(plain: RunStats, folded: RunStats) -> str:
-    """The two runs side by side, then the speed-up and what share of tokens / rows it is."""
+    """Return the two runs side by side, then the speed-up and what share of tokens / rows it is."""
     speed_up, sharing = plain.seconds / folded.seconds, folded.tokens / folded.rows
     counts = {
         "tokens": (plain.tokens, folded.tokens),

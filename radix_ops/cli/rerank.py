@@ -72,11 +72,11 @@ def run(args: argparse.Namespace) -> None:
 def add_parser(commands) -> None:
     command = add_command(commands, "rerank", "order documents by relevance to their query", HELP, run)
     command.add_argument("file", metavar="FILE", help="the queries with their documents, JSONL")
-    add_model_arguments(command, "where the results go (default: standard output)")
+    add_model_arguments(command, "file for the results (default: standard output)")
     command.add_argument(
         "--template",
         metavar="T",
-        help=f"{' or '.join(TEMPLATES)}, or a JSON file (default: qwen3-reranker for Qwen3 language models); of a "
-        f"cross-encoder also {' or '.join(READINGS)}, see above",
+        help=f"template: {' or '.join(TEMPLATES)}, or a JSON file (default: qwen3-reranker for Qwen3 language models); "
+        f"for a cross-encoder also {' or '.join(READINGS)}, see above",
     )
     add_length_arguments(command, "query with its document", "documents")

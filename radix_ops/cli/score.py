@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
 def add_parser(commands) -> None:
     command = add_command(commands, "score", "score multiple-choice questions with a language model", HELP, run)
     command.add_argument("file", metavar="FILE", help="the questions, JSONL")
-    add_model_arguments(command, "where the results go (default: standard output)")
+    add_model_arguments(command, "file for the results (default: standard output)")
     command.add_argument(
-        "--truncate-left", action="store_true", help="cut contexts that are too long for the model from their start"
+        "--truncate-left", action="store_true", help="a cut at the start of contexts that are too long"
     )

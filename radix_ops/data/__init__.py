@@ -1,1 +1,1 @@
-"""Files of the command: what is read from them and written to them."""
+"""The files that the command reads and writes."""

@@ -15,7 +15,7 @@ _MOST_THREADS = 16
 
 
 def fingerprint(runner, *further):
-    """A SHA-256, as hashlib's object, of the model and of `further`, what else decides about results.
+    """Return a SHA-256, as hashlib's object, of the model and of `further`, which decides about results too.
 
     Of the model it takes the class, the config, and of each parameter and buffer (those that are not saved, too) the
     name, dtype, shape and every byte; on any device it is the same. It reads about 1 GB/s a thread.
@@ -39,7 +39,7 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _plain(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The tensor, or those that a tensor subclass (a quantised weight) is made of."""
+    """Yield the tensor, or those that a tensor subclass (a quantised weight) is made of."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield name, tensor
         return

@@ -1,4 +1,4 @@
-"""What the lines of a data file hold, and the token sequences that commands and trainers make of them.
+"""The formats of a data file's lines, and the token sequences that are made of them.
 
 parser = FormatParser(formats())
 records = Records("data.jsonl", parser)  # the first line tells the format, all lines are checked
@@ -32,7 +32,7 @@ class Format:
     """Lines with these keys. `parse` checks one, `encode` makes an item of each of those that it returned."""
 
     keys: tuple[str, ...]
-    meaning: str  # of a line, and which sequences are made of it
+    meaning: str  # what a line holds, and which sequences are made of it
     parse: Callable[[Record], object]
     encode: Callable[[Iterable, object], Items]
     needs_tokenizer: bool = True
@@ -64,7 +64,7 @@ class FormatParser:
 
 
 def formats(text_key: str = "text", prompt: str = "", template: str | None = None) -> list[Format]:
-    """All formats, the most telling keys first.
+    """Return all formats, the most telling keys first.
 
     `prompt` stands before each text under `text_key`; `template` is a name or file of `find_template`, or PAIRS.
     """
@@ -120,7 +120,7 @@ def formats(text_key: str = "text", prompt: str = "", template: str | None = Non
 
 
 def packed_arrays(path: str) -> Items:
-    """The sequences of a .npz file: input_ids [N] end to end and cu_seqlens [B + 1]. UserError for anything else."""
+    """Read a .npz file of input_ids [N], end to end, and cu_seqlens [B + 1]. UserError for anything else."""
     if os.path.isfile(path) and not zipfile.is_zipfile(path):
         raise UserError(f"{path} is no .npz file, which is a zip archive of arrays")
     try:
@@ -167,7 +167,7 @@ def _encode_ids(lines: Iterable[np.ndarray], tokenizer) -> Items:
 
 @dataclass(frozen=True)
 class _Line:
-    """What stands in a line: texts, or conversations, which the tokenizer's chat template makes texts of."""
+    """The contents of a line: texts, or conversations, which the tokenizer's chat template makes texts of."""
 
     where: str
     contents: list[str] | list[list[dict]]
@@ -183,7 +183,7 @@ def _parse_messages(record: Record) -> _Line:
 
 
 def _parse_answers(record: Record, *answers: str) -> _Line:
-    """A prompt with each of its answers: strings, or messages where the prompt is an array."""
+    """Return a prompt with each of its answers: strings, or messages where the prompt is an array."""
     if isinstance(record.fields.get("prompt"), list):
         prompt = _messages(record, "prompt")
         return _Line(record.where, [prompt + _messages(record, key) for key in answers], _tools(record))
@@ -212,7 +212,7 @@ def _tools(record: Record) -> list | None:
 
 
 def _encode_lines(lines: Iterable[_Line], tokenizer) -> Items:
-    """Texts with the special tokens that the tokenizer puts around them; what a chat template writes has its own."""
+    """Tokenise texts with special tokens around them; what a chat template writes has its own."""
     items, lines = Items(), iter(lines)
     while part := list(itertools.islice(lines, _LINES_AT_ONCE)):
         texts = [text for line in part if not line.is_chat for text in line.contents]

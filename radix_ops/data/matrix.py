@@ -20,12 +20,12 @@ _MAGIC = npy.magic(1, 0)
 
 
 def is_matrix(path: str) -> bool:
-    """Whether embeddings go to this file as a matrix."""
+    """Return whether embeddings go to this file as a matrix."""
     return path.lower().endswith(".npy")
 
 
 def check_incomplete(path: str) -> None:
-    """UserError for a file that no run made, finished or not; of which run it is is seen when its key is known."""
+    """UserError for a file that no run made, finished or not. The key, once known, tells whether it is this run's."""
     if not os.path.exists(path) or os.path.exists(beside(path, ".rows")):
         return
     with open(path, "rb") as file:
@@ -36,7 +36,7 @@ def check_incomplete(path: str) -> None:
 
 
 def scratch_matrix(shape: tuple[int, int]) -> np.ndarray:
-    """float32, in a temporary file that goes with the array."""
+    """Return a float32 matrix in a temporary file that goes with the array."""
     file = tempfile.TemporaryFile(prefix="radix_ops-")  # noqa: SIM115
     _reserve(file, 4 * shape[0] * shape[1])
     return np.memmap(file, np.float32, "r+", shape=shape)
@@ -64,7 +64,7 @@ class MatrixFile:
                 raise UserError(f"{self._part} exists and is of no run; --overwrite replaces it")
             self._start()
         self._marks = marks = self._open_marks()
-        # Where a kill came just before the side file would have gone, the matrix is in its place.
+        # A kill just before the side file would have gone leaves the matrix in its place.
         self._is_placed = bool(marks.all()) and not os.path.lexists(self._part)
         source = self.path if self._is_placed else self._part
         self.rows = None
@@ -86,14 +86,14 @@ class MatrixFile:
         self._is_placed, self.done = True, np.ones(self._shape[0], bool)
 
     def _map_if_ours(self, file, mode: str = "r+") -> np.ndarray | None:
-        """The rows of the file; None unless its header and its size are those of this run."""
+        """Return the rows of the file; None unless its header and its size are those of this run."""
         size = len(self._header) + 4 * self._shape[0] * self._shape[1]
         if file.read(len(self._header)) != self._header or os.fstat(file.fileno()).st_size != size:
             return None
         return np.memmap(file, np.float32, mode, len(self._header), self._shape)
 
     def _is_of_a_start(self) -> bool:
-        """Whether .part, if it is there, is what this run left when it was stopped before its side file stood."""
+        """Return whether .part, if it is there, is what this run left when it stopped before its side file stood."""
         if not os.path.lexists(self._part):
             return True
         with open_helper(self._part) as file:
@@ -133,7 +133,7 @@ class MatrixFile:
         self.done[indices] = True
 
     def finish(self) -> None:
-        """The matrix in its place, and no file beside it."""
+        """Put the matrix in its place, and remove the files beside it."""
         if not self._is_placed:
             self.rows.flush()
             put_in_place(self._file, self._part, self.path)
@@ -144,7 +144,7 @@ class MatrixFile:
 
 
 def _header_of(shape: tuple[int, int], key: str) -> bytes:
-    """Of a .npy file. The white space that may stand at its end spells 64 bits of the key, a tab for each that is 1."""
+    """Return the header of a .npy file. White space at its end spells 64 bits of the key, a tab for each that is 1."""
     descr = npy.dtype_to_descr(np.dtype(np.float32))
     text = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape!r}, }}"
     bits = int.from_bytes(hashlib.sha256(key.encode()).digest()[: _KEY_BITS // 8], "little")
@@ -155,7 +155,7 @@ def _header_of(shape: tuple[int, int], key: str) -> bytes:
 
 
 def _checksums(rows: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
-    """Of each row, or of the chosen ones, a CRC-32 that is never 0; of others 0. uint32 [len(rows)]."""
+    """Return a CRC-32, never 0, of each row or of the chosen ones, and 0 for others: uint32 [len(rows)]."""
     found, rows = np.zeros(len(rows), np.uint32), np.asarray(rows)  # a memory map is slow to index
     for index in range(len(rows)) if chosen is None else np.flatnonzero(chosen).tolist():
         found[index] = zlib.crc32(rows[index]) or 1
@@ -163,12 +163,12 @@ def _checksums(rows: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray
 
 
 def _reserve(file, size: int) -> None:
-    """Makes the file so long. A full disk is an OSError here, where a mapped file would kill the process later."""
+    """Make the file so long. A full disk is an OSError here, where a mapped file would kill the process later."""
     file.flush()
     try:
         os.posix_fallocate(file.fileno(), 0, size)
     except (AttributeError, OSError) as error:
-        # Neither every system nor every file system can.
+        # Some systems and some file systems can't.
         if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         file.truncate(size)

@@ -1,4 +1,4 @@
-"""What runs share about --output: one of them at a time writes to it, by way of files beside it."""
+"""Files beside --output, by way of which one run at a time writes to it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from typing import BinaryIO
 
 from ..engine.errors import UserError
 
-# Of files beside --output while it is made.
+# The helper files have these names while --output is made.
 HELPER_SUFFIXES = (".part", ".rows", ".rows.tmp", ".lock")
 _LOCK_START = b"radix-ops: "
 
 
 def beside(output: str | Path, suffix: str) -> Path:
-    """A helper file of `output`, beside what it may be a link to."""
+    """Return the path of a helper file of `output`, beside what it may be a link to."""
     return Path(os.path.realpath(output) + suffix)
 
 
 def open_helper(path: Path, flags: int = 0) -> BinaryIO:
-    """A helper file, to read and write; `flags` are further ones of os.open.
+    """Open a helper file, to read and write; `flags` are further ones of os.open.
 
     UserError where a link or anything else but a regular file stands there.
     """
@@ -43,7 +43,7 @@ def open_helper(path: Path, flags: int = 0) -> BinaryIO:
 
 
 def stands_at(file: BinaryIO, path: Path) -> bool:
-    """Whether the open file still has this name."""
+    """Return whether the open file still has this name."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
     except FileNotFoundError:
@@ -51,7 +51,7 @@ def stands_at(file: BinaryIO, path: Path) -> bool:
 
 
 def put_in_place(file: BinaryIO, part: Path, path: Path) -> None:
-    """Gives the open file, which was made as `part`, the name `path`, at once and whole.
+    """Give the open file, which was made as `part`, the name `path`, at once and whole.
 
     Where `part` was removed meanwhile, what the file holds is written anew. UserError where it was replaced.
     """
@@ -76,7 +76,7 @@ def put_in_place(file: BinaryIO, part: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def claimed(output: str | None) -> Iterator[None]:
-    """Holds `output`, if there is one, for this process alone. UserError where another one holds it.
+    """Hold `output`, if there is one, for this process alone. UserError where another one holds it.
 
     The lock is the system's, on PATH.lock, so that it goes with its process, however that ends; the file, which says
     whose it is, is removed in the end, and one that a kill left behind is taken over.
@@ -101,7 +101,7 @@ def _lock(path: Path, output: str) -> BinaryIO | None:
             with file:
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                     raise UserError(f"--output {output} is being written by {_holder_of(file)}") from error
-            # Not every file system has locks.
+            # Some file systems have no locks.
             print(
                 f"--output {output} can't be locked ({error.strerror}): let no other run write to it", file=sys.stderr
             )

@@ -70,14 +70,14 @@ class Records(Generic[T]):
         return len(self._starts)
 
     def __getitem__(self, index: int) -> T:
-        """Record `index`, from 0. UserError where the file has changed since it was checked."""
+        """Return record `index`, from 0. UserError where the file has changed since it was checked."""
         return self._parsed(self.raw(index), self.line_of(index))
 
     def __iter__(self) -> Iterator[T]:
         return map(self.__getitem__, range(len(self)))
 
     def raw(self, index: int) -> bytes:
-        """The line of record `index` as it stands in the file, without its newline."""
+        """Return the line of record `index` as it stands in the file, without its newline."""
         self._check_index(index)
         end = self._starts[index + 1] if index + 1 < len(self) else self._lines.end
         try:
@@ -86,13 +86,13 @@ class Records(Generic[T]):
             raise UserError(f"{self.path}{error}") from error
 
     def line_of(self, index: int) -> int:
-        """The line of the file that record `index` stands in, counted from 1."""
+        """Return the line of the file that record `index` stands in, counted from 1."""
         self._check_index(index)
         before = bisect_right(self._behind_blanks, index)
         return index + 1 + (self._num_blank[before - 1] if before else 0)
 
     def index_of(self, line: int) -> int | None:
-        """The record that stands in this line; None where none does."""
+        """Return the record that stands in this line; None where none does."""
         index = bisect_left(range(len(self)), line, key=self.line_of)
         return index if index < len(self) and self.line_of(index) == line else None
 
@@ -101,7 +101,7 @@ class Records(Generic[T]):
             raise IndexError(f"{self.path} has {len(self)} lines, asked for index {index}")
 
     def _check(self, on_bytes) -> None:
-        """Parses each line and notes where records start."""
+        """Parse each line and note where records start."""
         num_blank = num_read = 0
         for index, (line, start, raw) in enumerate(self._lines):
             try:
@@ -146,7 +146,7 @@ def _parse(raw: bytes, where: str) -> dict:
 
 
 def _may_be_deep(raw: bytes) -> bool:
-    """False where there are too few brackets; where they are rare, `find` is 50 times as fast as `count`."""
+    """Return False where there are too few brackets; where they are rare, `find` is 50 times as fast as `count`."""
     for sign in (b"[", b"{"):
         found = -1
         for _ in range(_DEEPEST // 2 + 1):

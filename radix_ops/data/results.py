@@ -21,7 +21,7 @@ _REPLACE = "--overwrite replaces it"
 
 
 def check_first_line(path: str) -> None:
-    """UserError for a file whose first line is no run's result; of which run is seen when all keys are known."""
+    """UserError for a file whose first line is no run's result. Keys, once known, tell whether it is this run's."""
     with open(path, "rb") as file:
         # A file of another kind may be one huge line.
         start = file.read(len(_TORN_START))
@@ -41,13 +41,13 @@ def check_part(path: str | Path) -> None:
 
 
 def _may_be_torn(line: bytes) -> bool:
-    """Whether a line that breaks off may be of a result; a crash of the machine may leave zeros in place of its end."""
+    """Return whether a line that breaks off may be a result's; a crash of the machine may leave zeros for its end."""
     line = line.rstrip(b"\0")
     return line.startswith(_TORN_START[: len(line)])
 
 
 def _fields_of(line: bytes) -> dict | None:
-    """The object of a complete line, None unless it has what every result has."""
+    """Return the object of a complete line, None unless it has what every result has."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError):  # JSON with integers of too many digits is a ValueError, too
@@ -119,7 +119,7 @@ class ResultFile:
         self.done[index] = True
 
     def add(self, index: int, fields: dict) -> None:
-        """The result of item `index`, which gets its key."""
+        """Add the result of item `index`, with its key."""
         line = json.dumps({**fields, "key": self.key_of(index)}).encode() + b"\n"
         self._file.write(line)
         self._note(index, len(line))
@@ -162,7 +162,7 @@ class ResultStream:
         self._next = 0
 
     def add(self, index: int, fields: dict) -> None:
-        """The result of item `index`, which gets its key."""
+        """Add the result of item `index`, with its key."""
         line = json.dumps({**fields, "key": self.key_of(index)})
         self.done[index] = True
         if index == self._next:
@@ -173,7 +173,7 @@ class ResultStream:
         self._sizes[index] = self._waiting.write(line.encode())
 
     def flush(self) -> None:
-        """Prints what has waited for the lines that are out."""
+        """Print the lines that have waited for those before them."""
         while self._next < len(self.done) and self.done[self._next]:
             self._waiting.seek(self._starts[self._next])
             print(self._waiting.read(self._sizes[self._next]).decode())
@@ -186,7 +186,7 @@ class ResultStream:
 
 
 def key_of_parts(base, *parts: bytes | memoryview) -> str:
-    """16 hex digits of `base`, a hash object, and the parts, whose borders count."""
+    """Return 16 hex digits of `base`, a hash object, and of the parts, whose borders count."""
     found = base.copy()
     for part in parts:
         found.update(len(part).to_bytes(8, "little"))

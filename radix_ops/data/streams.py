@@ -1,4 +1,4 @@
-"""The bytes of an input file as lines: of a plain file, of gzip and of a pipe, and the names of what is none of them.
+"""The lines of an input file, be it plain, gzip or a pipe, and the names of files that are none of them.
 
 lines = LineFile("texts.jsonl.gz", skips_blank=True)
 starts = [start for number, start, line in lines]  # once, in order
@@ -24,7 +24,7 @@ _HEAD_SIZE = 512
 _UTF16, _UTF32 = "text in UTF-16", "text in UTF-32"
 _UNPACK = "decompress it first (of compressed files gzip alone is read)"
 _CONVERT = "write it as JSON lines first"
-# What a file starts with; of two that fit, the first.
+# The starts of files of other kinds; the first that fits counts.
 _SIGNS = (
     (b"\xff\xfe\0\0", _UTF32),
     (b"\0\0\xfe\xff", _UTF32),
@@ -50,7 +50,7 @@ _SIGNS = (
 
 
 class StreamError(ValueError):
-    """What a file holds can't be read as lines; the message goes on where the file's name stands."""
+    """A file can't be read as lines; the message goes on where the file's name stands."""
 
 
 class LineFile:
@@ -109,7 +109,7 @@ class LineFile:
                 yield number, start, line
 
     def at(self, start: int, end: int) -> bytes:
-        """The line at this position, without its newline; `end` is that of the next one or of the file.
+        """Return the line at this position, without its newline; `end` is that of the next one or of the file.
 
         StreamError where the file has changed since it was opened.
         """
@@ -122,7 +122,7 @@ class LineFile:
 
     @property
     def num_read(self) -> int:
-        """How far into the file itself iteration is, in bytes; of a pipe 0."""
+        """How many bytes of the file itself iteration has read; 0 for a pipe."""
         if not self._raw.seekable():
             return 0
         return self._raw.tell() if self._is_copied else self.end

@@ -1,4 +1,4 @@
-"""`Embedder`: embeddings of texts by a causal model."""
+"""`Embedder` makes embeddings of texts by a causal model."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Engine(ABC, Generic[I]):
         model: str | os.PathLike | nn.Module,
         tokenizer,
         *,
-        source: str | None = None,  # of the model, where its name stands for more than that
+        source: str | None = None,  # the model's folder, where `model` names a larger one
         device: str | torch.device | None,
         dtype: str | torch.dtype | None,
         token_budget: int | None,
@@ -57,8 +57,8 @@ class Engine(ABC, Generic[I]):
         self._budget = None if token_budget is None else Budget(token_budget)
         self._model: nn.Module | None = None
         self._runner: Runner | None = None
-        self._checked: set[bool] = set()  # modes in which the model is known to run
-        # The tokenizer, too, is for one thread at a time.
+        self._checked: set[bool] = set()  # the modes, folded or not, that the model is known to run in
+        # Neither the model nor the tokenizer serves two threads at once.
         self._lock = threading.RLock()
         if isinstance(model, nn.Module):
             if tokenizer is None:
@@ -83,7 +83,7 @@ class Engine(ABC, Generic[I]):
     @property
     @abstractmethod
     def identity(self) -> tuple:
-        """All that decides about results beside the model, an item's fields, its tokens and the mode."""
+        """What decides about results beside the model, an item's fields, its tokens and the mode."""
 
     @abstractmethod
     def parse(self, record: Record) -> I:
@@ -95,7 +95,7 @@ class Engine(ABC, Generic[I]):
 
     @abstractmethod
     def _compute(self, items: Any) -> Compute:
-        """Return what computes the numbers of the sequences of a batch."""
+        """Return the function that computes the numbers of a batch's sequences."""
 
     @abstractmethod
     def result(self, item: I, encoded: list, *numbers: np.ndarray) -> dict:

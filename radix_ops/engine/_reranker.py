@@ -1,4 +1,4 @@
-"""`Reranker`: documents by relevance to a query."""
+"""`Reranker` orders documents by relevance to a query."""
 
 from __future__ import annotations
 

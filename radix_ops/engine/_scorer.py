@@ -1,4 +1,4 @@
-"""`Scorer`: multiple-choice questions by a causal language model."""
+"""`Scorer` scores multiple-choice questions by a causal language model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sequences taken through a runner in planned batches, which shrink where memory ends.
+"""The way of sequences through a runner, in planned batches that shrink where memory ends.
 
     stats = run(runner, items, budget, folded=True, compute=compute, on_batch=collect)
 
@@ -35,18 +35,17 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class RunStats:
-    """What one run did; all counts and times are measured."""
+    """Counts and times of one run, all measured."""
 
     tokens: int = 0  # of all sequences
-    rows: int = 0  # that went through the decoder stack, a padded run's padding included
-    head_rows: int = 0  # that went through a language model's head
+    rows: int = 0  # through the decoder stack, a padded run's padding included
+    head_rows: int = 0  # through a language model's head
     batches: int = 0
     seconds: float = 0.0
 
 
 def plan_batches(runner: Runner, items: Items, budget: Budget, folded: bool, pending: np.ndarray | None = None) -> Plan:
-    """Return batches of the items' sequences, or of those of them that are `pending`: shared prefixes meet, or padding
-    stays small."""
+    """Plan batches of the items' sequences, or of the `pending` ones: shared prefixes meet, or padding stays small."""
     store, lengths = items.store, items.lengths
     if pending is not None and len(pending) < len(store):
         store, lengths = TokenStore.from_sequences(store[i] for i in pending), lengths[pending]
@@ -121,10 +120,10 @@ def in_memory(
                 if len(chosen) == 1:
                     raise OutOfMemory("out of memory: one sequence alone does not fit into it") from error
             if found is None:
-                # Outside of the handler nothing holds on to what was computed.
+                # The handler's traceback would keep the batch's tensors alive.
                 torch.cuda.empty_cache()
                 _logger.warning("out of memory: going on with batches of half the size")
-                # Sequences that are all alike have one row whatever their number.
+                # Equal sequences have one row, however many they are.
                 max_rows, max_sequences = (rows // 2, max_sequences) if rows > 1 else (1, len(chosen) // 2)
                 break
             is_done[chosen] = True
@@ -133,7 +132,7 @@ def in_memory(
 
 
 def _parts(plan: Plan, max_sequences: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield batches of at most so many sequences, and the rows of the planned batch that each is of."""
+    """Yield batches of at most so many sequences, each with the rows of the planned batch that it comes from."""
     for batch, rows in zip(plan, plan.rows.tolist(), strict=True):
         for part in np.array_split(batch, -(-len(batch) // max_sequences)):
             yield part, rows

@@ -15,14 +15,13 @@ from ..plan.flops import ForwardCost, attention_flops, weight_flops
 from .errors import UserError
 from .loading import load_config, loading
 
-# Types that radix_ops folds and whose FLOPs, by torch's FlopCounterMode on small models, are others than these or could
-# not be compared.
+# radix_ops folds these types, but torch's FlopCounterMode counts other FLOPs on small models of them, or can't count.
 _NOT_COUNTED = ("dbrx", "diffllama", "gemma3n_text", "hrm_text", "llama4_text", "longcat_flash")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k")
 
 
 def forward_cost(name: str, trust_remote_code: bool = False) -> ForwardCost:
-    """Of a model of transformers by folder, hub id or .gguf file; no weights are read.
+    """Return the cost of a model of transformers by folder, hub id or .gguf file; no weights are read.
 
     UserError where radix_ops does not fold such models, and where the config doesn't say enough.
     """
@@ -44,7 +43,7 @@ def forward_cost(name: str, trust_remote_code: bool = False) -> ForwardCost:
         model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
     try:
         linear, attention = _linear_flops(model, name), _attention_flops(config, name)
-    except RuntimeError as error:  # transformers' own, of fields that differ from layer to layer
+    except RuntimeError as error:  # transformers raises it for fields that differ from layer to layer
         raise UserError(f"the config of {name} differs from layer to layer, so FLOPs are not known") from error
     return ForwardCost(linear, attention, folds_attention=not has_own_attention(config))
 
@@ -87,7 +86,7 @@ def _attention_flops(config, name: str) -> dict[int | None, int]:
 
 
 def _window(config, layer_type: str | None) -> int | None:
-    """How many tokens a layer of this type looks back at, None for all."""
+    """Return how many tokens a layer of this type looks back at, None for all."""
     slides = layer_type == "sliding_attention" or (layer_type is None and getattr(config, "use_sliding_window", True))
     return getattr(config, "sliding_window", None) if slides else None
 

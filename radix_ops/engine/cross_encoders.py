@@ -1,4 +1,4 @@
-"""How a cross-encoder scores a pair of texts, as sentence-transformers, or its config alone, writes it down."""
+"""The settings by which a cross-encoder scores a pair of texts, read from its folder or from its config alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .errors import UserError
 from .messages import Chat, Messages
 from .sentence_folder import Module, Settings, find_model_settings, find_modules, find_transformer, kind_of_class
 
-READINGS = ("pairs", "chat")  # of a pair: by the tokenizer, or by its chat template
+READINGS = ("pairs", "chat")  # a pair is read by the tokenizer, or by its chat template
 _ACTIVATIONS = {
     "torch.nn.modules.activation.Sigmoid": "sigmoid",
     "torch.nn.Sigmoid": "sigmoid",
@@ -21,15 +21,15 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class CrossEncoder:
-    """How a query and a document become a score, where no template of radix-ops' own is used."""
+    """The way from a query and a document to a score, where no `Template` is used."""
 
     classifies: bool  # by a classification head; else by a token's logit against another's
-    answers: tuple[int, int | None] | None = None  # those tokens; of one alone the logit counts
+    answers: tuple[int, int | None] | None = None  # those tokens; without a second one the first's logit counts
     activation: str = "sigmoid"  # or "identity"
     prompt: str = ""  # stands before the query, or is the system's message
     max_length: int | None = None
     messages: Messages | None = None  # where a chat template renders each pair
-    is_open: bool = False  # whether nothing is said of that
+    is_open: bool = False  # whether neither folder nor config says if a template renders pairs
 
 
 def find_cross_encoder(name: str, config, loaded: str | None = None) -> CrossEncoder | None:
@@ -98,7 +98,7 @@ def _answers(name: str, module: Module, config) -> tuple[int, int | None]:
 
 
 def _of_config(name: str, config) -> tuple[str, bool]:
-    """(activation, whether sentence-transformers saved it before it had modules) by the config.json."""
+    """Return (activation, whether sentence-transformers saved it before it had modules) by the config.json."""
     given = getattr(config, "sentence_transformers", None)
     settings = Settings(name, "config.json, sentence_transformers,", "rerank", {} if given is None else given)
     older = getattr(config, "sbert_ce_default_activation_function", None)
@@ -125,7 +125,7 @@ def _activation(name: str, activation) -> str:
 
 
 def chat_of(name: str, encoder: CrossEncoder, reading: str | None, tokenizer, config) -> Chat | None:
-    """What renders the pairs of a cross-encoder, None where they are pairs to the tokenizer; `reading` is "chat" or
+    """Return what renders a cross-encoder's pairs, None where they are pairs to the tokenizer; `reading` is "chat" or
     "pairs" where the user says so.
 
     UserError for a template that drops a query or a document, and where a folder leaves open whether a template that
@@ -151,5 +151,5 @@ def _takes(chat: Chat, tokenizer, roles: tuple[str, ...]) -> bool:
         return False
     try:
         return not chat.dropped(roles)
-    except UserError:  # of a template that knows no such roles
+    except UserError:  # the template knows no such roles
         return False

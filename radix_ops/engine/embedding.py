@@ -55,7 +55,7 @@ class Texts(Items):
 
 
 def parse_text(key: str) -> Callable[[Record], Text]:
-    """A parser of {key: str, ...}."""
+    """Return a parser of {key: str, ...}."""
 
     def parse(record: Record) -> Text:
         return Text(record.where, record.text(key), record.others((key,), RESERVED_KEYS))
@@ -64,8 +64,8 @@ def parse_text(key: str) -> Callable[[Record], Text]:
 
 
 def encode(texts: Iterable[Text], tokenizer, recipe: Recipe, truncate_right: bool) -> Texts:
-    """Token ids of prompt and text, with the special tokens that the tokenizer puts around a text, or as the recipe's
-    messages, which its chat template renders.
+    """Return the token ids of prompt and text, with the special tokens that the tokenizer puts around a text, or as the
+    recipe's messages, which its chat template renders.
 
     A text of more than `recipe.max_length` tokens is a UserError or, with `truncate_right`, loses its end; special
     tokens behind it stay. So is one of no tokens, and one that leaves a mean nothing behind its prompt.
@@ -110,7 +110,7 @@ def _as_messages(texts: list[Text], tokenizer, recipe: Recipe, truncate_right: b
 
 
 def tokens_to_skip(tokenizer, recipe: Recipe) -> int:
-    """The tokens of the prompt that a mean leaves out, counted as sentence-transformers does."""
+    """Return how many of a prompt's tokens a mean leaves out, counted as sentence-transformers does."""
     if recipe.pools_prompt or recipe.pooling != "mean" or not recipe.prompt:
         return 0
     ids = tokenizer(recipe.prompt)["input_ids"]

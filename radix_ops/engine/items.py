@@ -30,7 +30,7 @@ class Items:
         return len(self._ends)
 
     def of(self, item: int) -> range:
-        """The sequences of an item."""
+        """Return the sequences of an item."""
         return range(self._ends[item - 1] if item else 0, self._ends[item])
 
     def __getitem__(self, item: int) -> list:
@@ -43,7 +43,7 @@ class Items:
 
     @property
     def ends(self) -> np.ndarray:
-        """Behind the last sequence of each item, int64 [items]."""
+        """Where each item's sequences end, int64 [items]."""
         return np.array(self._ends, np.int64)
 
     @property
@@ -73,13 +73,13 @@ def shortest_decimals(numbers: np.ndarray) -> list[float]:
 
 
 class Collector:
-    """Gathers the numbers of sequences from batches, and gives out an item's as soon as all of its sequences have some.
+    """Gathers the numbers of sequences from batches, and gives an item's out as soon as all its sequences have some.
 
     Memory holds the numbers of items that are under way alone.
     """
 
     def __init__(self, ends: np.ndarray):
-        self._ends = ends  # int64 [items], behind the last sequence of each
+        self._ends = ends  # int64 [items], as Items.ends
         self._found: dict[int, list[np.ndarray]] = {}
         self._missing: dict[int, int] = {}
 

@@ -22,7 +22,7 @@ from ..models.files import check_folder, check_no_adapter, shards
 from .errors import UserError
 from .runners import ClassifierRunner, Qwen3Runner, Runner, TransformersRunner
 
-# As safetensors and torch name them.
+# The names are safetensors' and torch's.
 _FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
 _HUB_TIMEOUT = 10  # seconds
 _on_hub: set[str] = set()  # models that are known to be there
@@ -31,7 +31,7 @@ _logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(name: str, option: str = "--model", trust_remote_code: bool = False):
-    """The tokenizer of transformers; `option` is what the user gave the name by."""
+    """Load the tokenizer of transformers; `option` is what the user gave the name by."""
     source, options = _source(name, option)
     with loading("tokenizer", source):
         from transformers import AutoTokenizer
@@ -40,7 +40,7 @@ def load_tokenizer(name: str, option: str = "--model", trust_remote_code: bool =
 
 
 def load_config(name: str, option: str = "--model", trust_remote_code: bool = False):
-    """The config of transformers."""
+    """Load the config of transformers."""
     source, options = _source(name, option)
     with loading("config", source):
         from transformers import AutoConfig
@@ -168,7 +168,7 @@ def _on_device(model, device: torch.device, dtype: str | None):
 
 
 def _source(name: str, option: str) -> tuple[str, dict]:
-    """(folder or hub id, further options) for transformers' from_pretrained."""
+    """Return (folder or hub id, further options) for transformers' from_pretrained."""
     if importlib.util.find_spec("transformers") is None:
         raise UserError("radix-ops needs transformers: pip install transformers")
     path = Path(name)
@@ -211,8 +211,8 @@ def _check_on_hub(name: str, option: str) -> None:
             f"{option} {name} is neither a folder nor a model on the hub, or one that only its owner may read"
         ) from error
     except (HfHubHTTPError, HFValidationError):
-        return  # a mirror may have the files and no more, and who loads it says what a name may hold
-    except Exception as error:  # of the connection
+        return  # a mirror may have the files and no more; the loader says what a name may hold
+    except Exception as error:  # the connection's, of whatever library makes it
         raise UserError(f"{option} {name} is no folder, and the hub can't be asked for it: {error}") from error
     _on_hub.add(name)
 
@@ -233,9 +233,9 @@ def check_weights(folder: Path, is_quantised: bool) -> None:
 
 
 def _dtypes_of(path: Path) -> Iterator[tuple[str, str]]:
-    """Name and dtype of each tensor in a file of weights, none of which is read."""
+    """Yield name and dtype of each tensor in a file of weights, none of which is read."""
     if path.suffix == ".bin":
-        is_mappable = zipfile.is_zipfile(path)  # others are of torch before 1.6
+        is_mappable = zipfile.is_zipfile(path)  # torch before 1.6 wrote others
         found = torch.load(path, map_location="meta", weights_only=True, mmap=is_mappable)
         yield from ((name, str(tensor.dtype)) for name, tensor in found.items() if isinstance(tensor, torch.Tensor))
         return
@@ -248,7 +248,7 @@ def _dtypes_of(path: Path) -> Iterator[tuple[str, str]]:
 
 @contextlib.contextmanager
 def loading(what: str, source: str):
-    """Turns any error inside into a UserError about `what` of `source`."""
+    """Turn any error inside into a UserError about `what` of `source`."""
     try:
         yield
     except Exception as error:
@@ -280,7 +280,7 @@ def context_length(config, tokenizer) -> int | None:
 
 
 def hub_file(name: str, file: str) -> Path | None:
-    """A file of a local folder or of a model on the hub; None where it has none, and for a .gguf file."""
+    """Return a file of a local folder or of a model on the hub; None where it has none, and for a .gguf file."""
     if name.endswith(".gguf"):
         return None
     if Path(name).is_dir():
@@ -293,7 +293,7 @@ def hub_file(name: str, file: str) -> Path | None:
         try:
             return Path(hf_hub_download(name, file))
         except LocalEntryNotFoundError:
-            # Offline, what is not in the cache may be on the hub all the same.
+            # Offline, a file that the cache lacks may still be on the hub.
             if _is_known_to_lack(name, file):
                 return None
             raise
@@ -302,9 +302,9 @@ def hub_file(name: str, file: str) -> Path | None:
 
 
 def _is_known_to_lack(name: str, file: str) -> bool:
-    """Whether the cache says that a hub model has no such file: by a mark, or as it holds all that there is."""
+    """Return whether the cache says that a hub model has no such file: by a mark, or as it holds all that there is."""
     from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 
-    # Of a model that was downloaded whole; nobody asks for this file alone.
+    # This file comes with a model that was downloaded whole; nobody asks for it alone.
     is_whole = isinstance(try_to_load_from_cache(name, ".gitattributes"), str)
     return is_whole or try_to_load_from_cache(name, file) is _CACHED_NO_EXIST

@@ -9,10 +9,10 @@ from typing import Any
 
 from .errors import UserError
 
-# Types whose templates take the content as it is, whatever they look like.
+# The templates of these types take the content as it is, whatever they look like.
 _FLAT_TYPES = ("apertus", "deepseek_v3", "gpt_oss", "seed_oss")
 _STRUCTURED_MARKS = ("content[0]", ".type", "'type'", '"type"', "item.type", "message.content[")
-# What stands in for a text where the template's own tokens are looked for. They share no token at their ends.
+# Texts by which a template's own tokens are found. They share no token at their ends.
 _FILLERS = ("0", "1 2 3 4")
 _PROBES = ("alpha", "foxtrot")
 
@@ -21,15 +21,15 @@ Turn = tuple[str, str]  # role and text
 
 @dataclass(frozen=True)
 class Messages:
-    """How texts become messages."""
+    """The way from texts to messages."""
 
-    # Of their content: "flat", the text; "structured", a list of typed parts; "auto", see `fitted`.
+    # A message's content is the text ("flat") or a list of typed parts ("structured"); `fitted` resolves "auto".
     format: str = "auto"
-    arguments: dict = field(default_factory=dict)  # of the template
+    arguments: dict = field(default_factory=dict)  # for the template
     keeps_tail: bool = True  # whether what the template puts behind a text outlives a cut
 
     def fitted(self, tokenizer, model_type: str) -> Messages:
-        """With the format that "auto" stands for: what the template looks as if it takes."""
+        """Return these with the format that "auto" stands for: what the template looks as if it takes."""
         if self.format != "auto":
             return self
         template: Any = getattr(tokenizer, "chat_template", None)
@@ -56,7 +56,7 @@ class Chat:
             )
 
     def dropped(self, roles: Sequence[str]) -> list[str]:
-        """The roles whose texts change nothing of what is rendered, found by trying."""
+        """Return the roles whose texts change nothing of what is rendered, found by trying."""
         turns = [("system", self._prompt)] * bool(self._prompt) + [(role, _PROBES[0]) for role in roles]
         base = self._rendered(turns)
         changed = lambda place: [*turns[:place], (turns[place][0], _PROBES[1]), *turns[place + 1 :]]  # noqa: E731
@@ -67,7 +67,7 @@ class Chat:
             return self._tokenizer.apply_chat_template(self._of(turns), tokenize=False, **self._messages.arguments)
 
     def ids(self, conversations: Sequence[Sequence[Turn]]) -> list[list[int]]:
-        """Token ids of each conversation; the template brings all special tokens along."""
+        """Return the token ids of each conversation; the template brings all special tokens along."""
         prompt = [("system", self._prompt)] * bool(self._prompt)
         with _rendering():
             return self._tokenizer.apply_chat_template(
@@ -79,13 +79,13 @@ class Chat:
             )["input_ids"]
 
     def cut(self, ids: list[int], turns: Sequence[Turn], max_length: int, where: str) -> list[int]:
-        """At most `max_length` of a conversation's ids: the end of its last turn goes, what is behind that stays.
+        """Return at most `max_length` of a conversation's ids: its last turn loses its end, and what is behind stays.
 
         UserError where no token of it would be left.
         """
         first, second = self.ids([[*turns[:-1], (turns[-1][0], filler)] for filler in _FILLERS])
         head, tail = _shared(first, second), _shared(first[::-1], second[::-1])
-        # Renders that never part tell nothing of where the text stands.
+        # Where the two never part, they don't tell where the text stands.
         size = tail if self._messages.keeps_tail and tail < min(len(first), len(second)) else 0
         if head + size >= max_length:
             raise UserError(
@@ -101,7 +101,7 @@ class Chat:
 
 
 def _shared(one: list[int], other: list[int]) -> int:
-    """How many tokens two lists share at their starts."""
+    """Return how many tokens two lists share at their starts."""
     return next(
         (place for place, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(map(len, (one, other)))
     )
@@ -109,7 +109,7 @@ def _shared(one: list[int], other: list[int]) -> int:
 
 @contextlib.contextmanager
 def _rendering() -> Iterator[None]:
-    """A template is a program of the model's author, which may fail in any way on what it is given."""
+    """Turn any error of a template, a program of the model's author, into a UserError."""
     try:
         yield
     except Exception as error:

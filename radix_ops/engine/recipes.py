@@ -1,4 +1,4 @@
-"""How a model's folder wants embeddings to be made of its hidden states, as sentence-transformers writes it down."""
+"""The recipe of a model's folder for embeddings, as sentence-transformers writes it down."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .sentence_folder import (
 )
 
 POOLINGS = ("last", "mean")
-# What sentence-transformers calls poolings, and how old folders say it.
+# The names that sentence-transformers gives poolings, and the flags of old folders.
 _POOLING_NAMES = {"lasttoken": "last", "mean": "mean"}
 _OLD_POOLING_NAMES = {
     "pooling_mode_cls_token": "cls",
@@ -33,7 +33,7 @@ _POOLED = "sentence_embedding"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a text becomes an embedding."""
+    """The way from a text to an embedding."""
 
     source: str  # folder, hub id or .gguf file of the transformers model
     pooling: str = "last"
@@ -48,12 +48,12 @@ class Recipe:
 
     @property
     def identity(self) -> tuple:
-        """All that decides about an embedding beside the tokens of its text."""
+        """What decides about an embedding beside the tokens of its text."""
         return ("", self.pooling, self.normalize, "", self.pools_prompt, self.dim, self.cuts_last, None, None)
 
 
 def find_recipe(name: str) -> Recipe:
-    """What a sentence-transformers folder or hub model (one with a modules.json) says; elsewhere the defaults.
+    """Return what a sentence-transformers folder or hub model (one with a modules.json) says; elsewhere the defaults.
 
     UserError for modules and settings that would need something else than pooling and normalisation.
     """
@@ -74,7 +74,7 @@ def find_recipe(name: str) -> Recipe:
         prompt=model.prompt,
         dim=model.truncate_dim,
         cuts_last=model.truncate_dim is not None,
-        # The messages' prompt is not told from the rest.
+        # A template's tokens don't tell where the prompt ends.
         pools_prompt=recipe.pools_prompt or transformer.messages is not None,
     )
 

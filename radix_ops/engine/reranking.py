@@ -37,7 +37,7 @@ class Query:
 
 
 def parse_query(record: Record) -> Query:
-    """{"query": str, "documents": [str, ...], "instruction": str, ...}, of which the instruction may be missing."""
+    """Return the query of {"query": str, "documents": [str, ...], ...}, perhaps with an "instruction"."""
     query, documents = record.text("query"), record.texts("documents")
     instruction = record.text("instruction") if "instruction" in record.fields else None
     extra = record.others(("query", "documents", "instruction"), RESERVED_KEYS)
@@ -45,7 +45,7 @@ def parse_query(record: Record) -> Query:
 
 
 def check_instruction(query: Query, template: Template | None) -> Query:
-    """The query. UserError where it brings an instruction that nothing takes, or lacks one."""
+    """Return the query. UserError where it brings an instruction that nothing takes, or lacks one."""
     takes = template is not None and template.takes_instruction
     if query.instruction is not None and not takes:
         raise UserError(
@@ -66,8 +66,8 @@ def encode(
     chat: Chat | None = None,
     prompt: str = "",
 ) -> Items:
-    """Token ids of each query with each of its documents: in the template, as the messages of a chat, or else as the
-    pair that the tokenizer makes of prompt and query, and document.
+    """Return the token ids of each query with each of its documents: in the template, as the messages of a chat, or
+    else as the pair that the tokenizer makes of prompt and query, and document.
 
     A template's text brings all special tokens along; a pair gets those that the tokenizer puts around one. Where that
     is more than `max_length` tokens it is a UserError or, with `truncate_right`, the document loses its end; at least
@@ -180,12 +180,12 @@ def scorer(runner: Runner, answers: tuple[int, int | None] | None, activation: s
 
 
 def order_of(scores: np.ndarray) -> list[int]:
-    """Documents by score, the best first; equal ones in their order."""
+    """Return the documents by score, the best first; equal ones in their order."""
     return np.argsort(-scores, kind="stable").tolist()
 
 
 def result(query: Query, scores: np.ndarray) -> dict:
-    """The output object of one query. UserError for a score that isn't finite.
+    """Return the output object of one query. UserError for a score that isn't finite.
 
     Equal documents get what the first of them did, which rounding may set apart where they ran in different batches.
     """

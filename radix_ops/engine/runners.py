@@ -24,7 +24,7 @@ from .errors import UserError
 if TYPE_CHECKING:
     from ..hf.forward import Verify
 
-_TOKENS_AT_ONCE = 16_384  # whose hidden states a mean takes in fp32
+_TOKENS_AT_ONCE = 16_384  # a mean holds the hidden states of so many in fp32
 
 
 @dataclass
@@ -41,16 +41,16 @@ class States:
         return np.cumsum(self.lengths) - self.lengths
 
     def at(self, tokens: np.ndarray) -> Tensor:
-        """[len(tokens), D] of packed tokens."""
+        """Return those of packed tokens, [len(tokens), D]."""
         return self.rows[self.token_rows[torch.from_numpy(tokens)].to(self.rows.device)]
 
     def last(self) -> Tensor:
-        """[B, D] of each sequence's last token."""
+        """Return those of each sequence's last token, [B, D]."""
         return self.at(self.starts + self.lengths - 1)
 
     def mean(self, skip: int | np.ndarray = 0) -> Tensor:
-        """[B, D] in fp32 over each sequence's tokens but the first `skip`, int64 [B] or one for all; every sequence
-        must have more."""
+        """Return the mean over each sequence's tokens but the first `skip`, [B, D] in fp32; `skip` is int64 [B] or one
+        for all, and every sequence must have more."""
         device = self.rows.device
         sums = torch.zeros(len(self.lengths), self.rows.shape[1], device=device)
         sequence_of = np.repeat(np.arange(len(self.lengths)), self.lengths)
@@ -62,7 +62,7 @@ class States:
 
 
 class Runner(Protocol):
-    """What a task needs of a model: hidden states, or a classification head's logits, of batches of sequences."""
+    """A model as tasks use it: hidden states, or a classification head's logits, of batches of sequences."""
 
     model: nn.Module
     hf_config: Any  # transformers'
@@ -99,7 +99,7 @@ class Runner(Protocol):
 class Qwen3Runner:
     """Our Qwen3, a Qwen3Model or Qwen3ForCausalLM in eval mode; its plain batches are packed."""
 
-    max_padding = float("inf")  # there is none
+    max_padding = float("inf")  # packed batches have none
     pads_states = False
     own_attention = False  # scores have neither cap nor sinks
 
@@ -120,7 +120,7 @@ class Qwen3Runner:
         return self.model.config.vocab_size
 
     def check(self, probe: np.ndarray, folded: bool) -> None:
-        """Nothing to find out: folded and packed are one code, compared with transformers' by its tests."""
+        """Do nothing: folded and packed batches run the same code, which tests compare with transformers'."""
 
     @contextlib.contextmanager
     def running(self, folded: bool) -> Iterator[None]:
@@ -128,7 +128,6 @@ class Qwen3Runner:
         yield
 
     def states(self, sequences: list[np.ndarray]) -> States:
-        """Hidden states of sequences of token ids, int32, none empty."""
         lengths = np.array([len(sequence) for sequence in sequences])
         ends = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
         batch = (fold if self.folded else pack)(torch.from_numpy(np.concatenate(sequences)), ends)
@@ -148,7 +147,7 @@ class TransformersRunner:
         self.stack, self.head = self._parts(model)
         self.folded = False
         self.head_rows = 0
-        self._rows = 0  # of runs that have ended, and of padded batches
+        self._rows = 0  # in runs that have ended and in padded batches
 
     @staticmethod
     def _parts(model: Any) -> tuple[Any, Any]:
@@ -196,7 +195,7 @@ class TransformersRunner:
                     f"{type(self.model).__name__} does more to its logits than its output head, so it can't be used"
                 )
         if folded:
-            # Batches are large: the proof that folding is right for this model is a small one.
+            # A few tokens are enough to try whether folding is right for this model.
             probe = torch.cat([probe, probe.roll(1, 1)], 1).repeat(2, 1)
             probe[1, -1] = probe[0, 0]
             try:
@@ -223,7 +222,7 @@ class TransformersRunner:
     def _folding(self, verify: Verify):
         from .. import hf
 
-        # Every planned batch is folded: as a padded one it would hold much padding.
+        # A batch that was planned for folding would hold much padding.
         return hf.folded(self.model, threshold=1.0, layout=self.layout, verify=verify)
 
     @contextlib.contextmanager
@@ -240,7 +239,6 @@ class TransformersRunner:
                 del config.use_cache
 
     def states(self, sequences: list[np.ndarray]) -> States:
-        """Hidden states of sequences of token ids, int32, none empty."""
         inputs = self._padded(sequences)
         token_rows = inputs["attention_mask"].flatten().nonzero()[:, 0]
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
@@ -270,6 +268,6 @@ class ClassifierRunner(TransformersRunner):
         return model.base_model, None
 
     def logits(self, sequences: list[np.ndarray]) -> Tensor:
-        """[B] in fp32: the one logit of each sequence."""
+        """Compute the one logit of each sequence, [B] in fp32."""
         inputs = {name: x.to(self.device) for name, x in self._padded(sequences, self.pad_token_id).items()}
         return self.model(**inputs).logits[:, 0].float()

@@ -24,11 +24,11 @@ from .inputs import Record
 from .items import Items, first_equals
 from .runners import Runner
 
-MAX_LOGIT_BYTES = 64 * 2**20  # of one chunk of fp32 logits
+MAX_LOGIT_BYTES = 64 * 2**20  # of logits that are held at a time
 RESERVED_KEYS = ("logprobs", "tokens", "greedy", "best", "best_per_char")
 SHAPE = 'one object {"context": ..., "choices": [...]} a line'
-_ITEMS_AT_ONCE = 256  # whose contexts are given to the tokenizer
-_TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 2**22  # of contexts with their choices
+_ITEMS_AT_ONCE = 256  # contexts for one call of the tokenizer
+_TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 2**22  # contexts with their choices, likewise
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Choices(Items):
         self._context_lengths = array.array("i")
 
     def append(self, sequences: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
-        """An item of (context, choice) pairs of token ids, int32."""
+        """Add an item of (context, choice) pairs of token ids, int32."""
         sequences = list(sequences)
         self._context_lengths.extend(len(context) for context, _ in sequences)
         super().append(np.concatenate(pair) for pair in sequences)
 
     def parts(self, sequence: int) -> tuple[np.ndarray, np.ndarray]:
-        """(context, choice) of a sequence."""
+        """Return (context, choice) of a sequence."""
         ids, size = self.store[sequence], self._context_lengths[sequence]
         return ids[:size], ids[size:]
 
@@ -71,7 +71,7 @@ class Choices(Items):
 
 
 def parse_item(record: Record) -> Item:
-    """{"context": str, "choices": [str, ...], ...} of an input line. UserError for anything else."""
+    """Return the item of {"context": str, "choices": [str, ...], ...}. UserError for anything else."""
     context, choices = record.text("context"), record.texts("choices")
     for index, choice in enumerate(choices):
         if not choice:
@@ -80,7 +80,7 @@ def parse_item(record: Record) -> Item:
 
 
 def encode(items: Iterable[Item], tokenizer, max_length: int | None = None, truncate_left: bool = False) -> Choices:
-    """Token ids of every (context, choice) pair, split as lm-evaluation-harness 0.4.13 splits them.
+    """Return the token ids of every (context, choice) pair, split as lm-evaluation-harness 0.4.13 splits them.
 
     Trailing white space of the context counts as the continuation's. The continuation is what the encoding of the
     whole text has behind as many tokens as the context alone encodes to. Special tokens are the tokenizer's
@@ -110,7 +110,7 @@ def encode(items: Iterable[Item], tokenizer, max_length: int | None = None, trun
 
 
 def _encode_many(tokenizer, texts: Iterable[str], *options) -> Iterator[list[int]]:
-    """As _encode_texts, a few texts at a time: a long context stands before each of its choices."""
+    """Yield what _encode_texts makes, of a few texts at a time: a long context stands before each of its choices."""
     part: list[str] = []
     size = 0
     for text in texts:
@@ -189,7 +189,7 @@ def scorer(runner: Runner, choices: Choices) -> Compute:
 
 
 def _head_rows(items, context_lengths: list[int], targets, starts) -> tuple[np.ndarray, np.ndarray]:
-    """Packed tokens of the batch that need logits, and for each scored token which of them predicts it.
+    """Return the packed tokens of the batch that need logits, and for each scored token which of them predicts it.
 
     Choices of one item that start alike share those tokens: a small trie per item, rooted at its context's end.
     """
@@ -197,7 +197,7 @@ def _head_rows(items, context_lengths: list[int], targets, starts) -> tuple[np.n
     tokens: list[int] = []
     row_of: list[int] = []
     for item, length, choice, start in zip(items.tolist(), context_lengths, targets, starts.tolist(), strict=True):
-        # Negative first parts are roots; contexts of one item that were cut to the same length are the same.
+        # A root's first part is negative. Contexts of one item that were cut to the same length are the same.
         key = (-1 - item, length)
         for offset, token in enumerate(choice.tolist()):
             row = nodes.setdefault(key, len(tokens))
@@ -238,7 +238,7 @@ def score_targets(
 
 
 def result(item: Item, num_tokens: list[int], logprobs: np.ndarray, greedy: np.ndarray) -> dict:
-    """The output object of one item; `best_per_char` divides by characters without leading white space (acc_norm).
+    """Return an item's output object; `best_per_char` divides by characters without leading white space (acc_norm).
 
     Equal choices get what the first of them did, which rounding may set apart where they ran in different batches; the
     first is the best of them. UserError for a log-probability that isn't finite.

@@ -1,4 +1,4 @@
-"""What a folder or hub model that sentence-transformers saved says of itself, read file by file and field by field.
+"""The settings of a folder or hub model that sentence-transformers saved, read file by file and field by field.
 
 Each field is known or refused: one that is ignored may be the one that makes an embedding what it is. The files are as
 sentence-transformers 5 and 6 write them, and mean what 6.2 takes them to mean.
@@ -21,17 +21,17 @@ _TRANSFORMER_FILES = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-# What a Transformer module does: the task's default feature, and what of transformers' output that is.
+# By a Transformer module's task: its default feature, and which of transformers' outputs that is.
 _OUTPUTS = {
     "feature-extraction": ("token_embeddings", "last_hidden_state"),
     "sequence-classification": ("scores", "logits"),
     "text-generation": ("causal_logits", "logits"),
 }
-# Names of the options that from_pretrained gets, of sentence-transformers 5 and of 6, and those that change no number
-# beyond rounding or, as trust_remote_code, are never taken from a folder.
+# These options of from_pretrained change no number beyond rounding or, as trust_remote_code, are never taken from a
+# folder. sentence-transformers 5 and 6 name them differently.
 _MODEL_OPTIONS = {"dtype", "torch_dtype", "attn_implementation", "trust_remote_code"}
 _TOKENIZER_OPTIONS = {"model_max_length", "padding_side", "trust_remote_code"}
-# Of apply_chat_template, not of the template.
+# These are options of apply_chat_template, not of the template.
 _RENDERING_OPTIONS = {
     "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenize", "tokenizer_kwargs",
     "common_kwargs", "conversation", "return_assistant_tokens_mask", "sanitize_control_tokens",
@@ -56,7 +56,7 @@ class Settings:
         return key in self._fields
 
     def take(self, key: str, what: str, is_right: Callable[[object], bool], default=None):
-        """The value of a field, which null leaves out. UserError for one that is not right, `what` a right one is."""
+        """Return the value of a field, which null leaves out. UserError for one that is not `what` it must be."""
         value = self._fields.pop(key, None)
         if value is None:
             return default
@@ -81,7 +81,7 @@ class Settings:
         return inner
 
     def options(self, keys: tuple[str, ...], known: set[str]) -> dict:
-        """The object under one of its names, of which other keys than `known` can't be had."""
+        """Return the object under its names. UserError for one with other keys than `known`."""
         found: dict = {}
         for key in keys:
             given = self.take(key, "an object", lambda value: isinstance(value, dict), {})
@@ -94,7 +94,7 @@ class Settings:
         raise UserError(f"{self.where} sets {key}, which radix-ops {self.command} can't do")
 
     def rest(self) -> dict:
-        """All fields that are left, taken."""
+        """Take all fields that are left."""
         found, self._fields = self._fields, {}
         return found
 
@@ -117,7 +117,7 @@ def _shortened(value) -> str:
 
 
 def read_file(model: str, file: str):
-    """The value of a JSON file of the model; None where it has no such file."""
+    """Return the value of a JSON file of the model; None where it has no such file."""
     path = hub_file(model, file)
     if path is None:
         return None
@@ -150,7 +150,7 @@ def check_classes(model: str, types: list[str], command: str, kinds: tuple[str, 
 
 
 def find_modules(model: str, command: str, check: Callable[[list[str]], None]) -> list[Module] | None:
-    """The modules of a model in their order; None where it was not saved by sentence-transformers.
+    """Return the modules of a model in their order; None where it was not saved by sentence-transformers.
 
     UserError for what is no list of modules, for what `check` refuses of their classes, and for classes that are not
     sentence-transformers' own.
@@ -178,7 +178,7 @@ def find_modules(model: str, command: str, check: Callable[[list[str]], None]) -
             raise UserError(f"{where} names two modules {name!r}")
         names.add(name)
         settings.take("idx", "a whole number", lambda value: isinstance(value, int))
-        # Names of options of encode that the module takes.
+        # It names the options of encode that the module takes.
         settings.take("kwargs", "an array of names", lambda value: isinstance(value, (list, dict)))
         settings.close()
         found.append(Module(kind, path.rstrip("/")))
@@ -187,16 +187,16 @@ def find_modules(model: str, command: str, check: Callable[[list[str]], None]) -
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What config_sentence_transformers.json says."""
+    """The settings in config_sentence_transformers.json."""
 
     prompts: dict[str, str] = field(default_factory=dict)
     prompt: str = ""  # the default one
     truncate_dim: int | None = None
-    activation: str | None = None  # of a cross-encoder, as Python names it
+    activation: str | None = None  # a cross-encoder's, as Python names it
 
 
 def find_model_settings(model: str, command: str, model_type: str) -> ModelSettings:
-    """UserError unless the folder is of a `model_type`, "SentenceTransformer" or "CrossEncoder"."""
+    """Return them. UserError unless the folder is of a `model_type`, "SentenceTransformer" or "CrossEncoder"."""
     settings = Settings(model, "config_sentence_transformers.json", command)
     # Files of sentence-transformers before 3 have no such key; null is none of its names.
     found = settings.text("model_type") if settings.has("model_type") else "SentenceTransformer"
@@ -213,7 +213,7 @@ def find_model_settings(model: str, command: str, model_type: str) -> ModelSetti
         lambda name: isinstance(name, str) and name in known,
     )
     prompt = check_text(known[default], f"{settings.where}: the prompt {default!r}") if default else ""
-    settings.take("similarity_fn_name", "a string", lambda value: isinstance(value, str))  # compares what is made
+    settings.take("similarity_fn_name", "a string", lambda value: isinstance(value, str))  # which compares embeddings
     settings.take("__version__", "an object", lambda value: isinstance(value, dict))
     dim = settings.count("truncate_dim")
     activation = settings.text("activation_fn") if model_type == "CrossEncoder" else None
@@ -227,7 +227,7 @@ def _are_prompts(value) -> bool:
 
 @dataclass(frozen=True)
 class TransformerSettings:
-    """What a Transformer module says."""
+    """The settings of a Transformer module."""
 
     source: str  # folder or hub id of the transformers model
     max_length: int | None = None
@@ -235,7 +235,7 @@ class TransformerSettings:
 
 
 def find_transformer(model: str, module: Module, command: str, task: str) -> TransformerSettings:
-    """UserError for a task other than `task` and for whatever it asks for that is not done here."""
+    """Return a module's settings. UserError for a task other than `task`, and for any setting that is not done here."""
     if module.path and not Path(model).is_dir():
         raise UserError(f"--model {model} has its weights in {module.path}: download it and name the folder")
     for file in _TRANSFORMER_FILES:
@@ -247,9 +247,9 @@ def find_transformer(model: str, module: Module, command: str, task: str) -> Tra
     if settings.flag("do_lower_case"):
         settings.refuse("do_lower_case")
     max_length = settings.count("max_seq_length")
-    for key in ("query_length", "document_length"):  # of encode_query and encode_document
+    for key in ("query_length", "document_length"):  # which encode_query and encode_document take
         settings.count(key)
-    settings.flag("unpad_inputs")  # how a batch is laid out in memory
+    settings.flag("unpad_inputs")  # which changes a batch's place in memory alone
     settings.options(("model_args", "model_kwargs"), _MODEL_OPTIONS)
     settings.options(("config_args", "config_kwargs"), {"trust_remote_code"})
     tokenizer = settings.options(("tokenizer_args", "processor_kwargs", "tokenizer_kwargs"), _TOKENIZER_OPTIONS)
@@ -264,7 +264,7 @@ def find_transformer(model: str, module: Module, command: str, task: str) -> Tra
 
 
 def _messages(settings: Settings, task: str) -> Messages | None:
-    """How the chat template is used where the module has the modality "message"; it goes before "text"."""
+    """Return how the chat template is used where the module has the modality "message"; it goes before "text"."""
     feature, output = _OUTPUTS[task]
     has_modalities = settings.take("modality_config", "an object", lambda value: isinstance(value, dict))
     if (settings.text("module_output_name") or feature) != feature:
@@ -286,7 +286,7 @@ def _messages(settings: Settings, task: str) -> Messages | None:
 
 
 def _processing(settings: Settings) -> tuple[dict, bool]:
-    """What the chat template gets, and whether its end outlives a cut."""
+    """Return the chat template's arguments, and whether its end outlives a cut."""
     text = settings.object("text")
     # The last token's logits are among those that are kept.
     text.take("logits_to_keep", "a whole number", lambda value: isinstance(value, int))

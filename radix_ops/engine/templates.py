@@ -39,14 +39,14 @@ class Template:
         return "{instruction}" in self.text
 
     def parts(self, query: str, instruction: str | None) -> tuple[str, str]:
-        """What stands before the document and what behind it."""
+        """Return the texts before and behind the document."""
         values = {"query": query, "instruction": instruction or ""}
         head, _, tail = self.text.partition("{document}")
         head, tail = (_PLACEHOLDER.sub(lambda match: values[match[1]], part) for part in (head, tail))
         return head, tail
 
     def token_ids(self, tokenizer) -> tuple[int, int]:
-        """The ids of (yes, no)."""
+        """Return the ids of (yes, no)."""
         yes, no = _token_id(tokenizer, "yes", self.yes), _token_id(tokenizer, "no", self.no)
         if yes == no:
             raise UserError(f"the template's yes ({self.yes!r}) and no ({self.no!r}) are one token, {yes}")
@@ -64,7 +64,7 @@ def _token_id(tokenizer, name: str, token: str | int) -> int:
     return ids[0]
 
 
-# As the model card of Qwen/Qwen3-Reranker-0.6B has it.
+# The text is that of Qwen/Qwen3-Reranker-0.6B's model card.
 QWEN3_RERANKER = Template(
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
     'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
@@ -76,7 +76,7 @@ TEMPLATES = {"qwen3-reranker": QWEN3_RERANKER}
 
 
 def find_template(name_or_path: str) -> Template:
-    """A template by name, or of a JSON file that holds its fields:
+    """Return a template by name, or that of a JSON file with its fields:
 
     {"text": "Query: {query}\\nDocument: {document}\\nRelevant:", "yes": " yes", "no": " no"} and perhaps an
     "instruction". UserError for anything else.

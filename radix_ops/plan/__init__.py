@@ -1,4 +1,4 @@
-"""Which sequences go into which batch, so that shared prefixes meet (folded) or padding stays small (padded).
+"""Plans of batches in which shared prefixes meet (folded) or padding stays small (padded).
 
     store = TokenStore.from_sequences(token_lists)
     plan = plan_folded(store, max_rows=16384)

@@ -1,4 +1,4 @@
-"""How large a batch may be: a token budget from the memory that is free and the model's shape."""
+"""The size of batches: a token budget from the memory that is free and the model's shape."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Budget:
 
 
 def find_budget(config, dtype: torch.dtype, device: torch.device, longest: int, own_attention: bool) -> Budget:
-    """The budget for the memory that is free on `device` now; `config` is transformers', `longest` in tokens.
+    """Return the budget for the memory that is free on `device` now; `config` is transformers', `longest` in tokens.
 
     own_attention: whether the model's own attention computes the scores of padded batches in full.
 
@@ -88,14 +88,14 @@ def _head_dim(config) -> int:
 
 
 def _number(config, *names: str) -> int:
-    """The first of these that the config says, the largest where it says one a layer, else 0."""
+    """Return the first of these that the config says, the largest where it says one a layer, else 0."""
     config = config.get_text_config()
     values = (getattr(config, name, None) for name in names)
     return next((max(value) if isinstance(value, (list, tuple)) else value for value in values if value), 0)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated; on the CPU the least of what the system and the process's control group leave."""
+    """Return how many bytes can be allocated; on the CPU the least that the system and the control group leave."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached

@@ -18,15 +18,15 @@ class ForwardCost:
     folds_attention: bool = True  # whether attention is computed on rows, too, and not on the padded batch
 
     def of(self, num_rows: int, num_keys: Callable[[int | None], int]) -> float:
-        """FLOPs of so many rows, which attend to num_keys(window) keys in all where a row sees at most `window`."""
+        """Return the FLOPs of rows that attend to num_keys(window) keys in all, where a row sees at most `window`."""
         return self.linear * num_rows + sum(flops * num_keys(window) for window, flops in self.attention.items())
 
 
 def weight_flops(num_weights: int) -> int:
-    """FLOPs of one row in products with so many weights."""
+    """Return the FLOPs of one row in products with so many weights."""
     return 2 * num_weights
 
 
 def attention_flops(num_heads: int, query_width: int, value_width: int) -> int:
-    """FLOPs of one row with one key in one layer; a key is as wide as a query."""
+    """Return the FLOPs of one row with one key in one layer; a key is as wide as a query."""
     return 2 * num_heads * (query_width + value_width)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .store import TokenStore
 
-_LEAST_GAIN = 0.02  # of the rows: for less "auto" doesn't leave the caller's order
-_BATCH_COST = 0.01  # of max_rows: what a batch more may cost in rows, which keeps batches from being cut small
+_LEAST_GAIN = 0.02  # the share of rows that sorting must save
+_BATCH_COST = 0.01  # the share of max_rows that a batch more must save, which keeps batches from being cut small
 _NO_LIMIT = 2**62
 _LIMITS = ("max_rows", "max_tokens", "max_positions", "max_sequences")
 Order: TypeAlias = Literal["auto", "sorted", "given"]
@@ -58,7 +58,7 @@ def plan_folded(
     lengths: npt.NDArray[np.integer] | None = None,
     order: Order = "auto",
 ) -> Plan:
-    """Batches in which shared prefixes meet.
+    """Plan batches in which shared prefixes meet.
 
     Args:
         store: the B sequences.
@@ -119,7 +119,7 @@ def _cut(
     ranked: npt.NDArray[np.int64],
     given_rows: int | None = None,
 ) -> Plan:
-    """The plan of `order`, whose rows are counted in the sorted order, `ranked`."""
+    """Return the plan of `order`, whose rows are counted in the sorted order, `ranked`."""
     lengths = sequences[2].numpy()[order]
     shared = torch.ops.radix.common_prefix_lengths(*sequences, torch.from_numpy(order)).numpy()
     ends = cut(lengths, shared, limits["max_rows"], **limits)
@@ -137,7 +137,7 @@ def _cut(
 
 
 def plan_padded(lengths: npt.NDArray[np.integer], *, max_positions: int, max_padding: float = 0.05) -> Plan:
-    """Batches of sequences of similar length [B], longest first.
+    """Plan batches of sequences of similar length [B], longest first.
 
     A batch has at most `max_positions` positions (sequences times longest), of which at most `max_padding` of its
     tokens are padding. A sequence longer than that is a batch of its own.

@@ -1,4 +1,4 @@
-"""How much the sequences of a data set share: its trie, its shared prefixes, and the rows of batches by size and order.
+"""The sharing of a data set: its trie, its shared prefixes, and the rows of batches by size and order.
 
     sharing = Sharing(store)  # one sort of the sequences
     sharing.num_tokens / sharing.num_rows  # what one trie of all of them would save
@@ -19,7 +19,7 @@ import torch
 
 from .planner import TokenStore, cut, is_worth_sorting, plan_padded
 
-SEED = 0  # of the shuffled order
+SEED = 0  # for the shuffled order
 _SAMPLED_SEQUENCES, _SAMPLED_TOKENS = 10_000, 4_000_000
 
 
@@ -40,11 +40,11 @@ class Batches:
         return int((self.lengths - self.shared).sum())
 
     def num_keys(self, window: int | None = None) -> int:
-        """Keys that all rows attend to, causally, each to the `window` tokens up to it or to all."""
+        """Return how many keys all rows attend to, causally, each to the `window` tokens up to it or to all."""
         return int((_keys(self.lengths, window) - _keys(self.shared, window)).sum())
 
     def num_padded_keys(self, window: int | None = None) -> int:
-        """Those that all positions attend to where each batch is padded to its longest sequence."""
+        """Return how many keys all positions attend to where each batch is padded to its longest sequence."""
         if not len(self):
             return 0
         sizes = np.diff(self.ends, prepend=0)
@@ -78,7 +78,7 @@ class Prefixes:
 
 
 class Sharing:
-    """What B sequences share; takes O(tokens + B log B) time and about 100 bytes a sequence besides the store.
+    """The prefixes that B sequences share. It takes O(tokens + B log B) time and about 100 bytes a sequence.
 
     lengths: int64 [B], in the caller's order; what stands behind them in the store does not count. order: int64 [B],
     the sequences sorted by their tokens. rank: its inverse. shared: int64 [B], how many tokens each of `order` shares
@@ -102,7 +102,7 @@ class Sharing:
 
     @property
     def num_rows(self) -> int:
-        """Of one trie that holds all sequences."""
+        """Rows of one trie that holds all sequences."""
         return self.num_tokens - int(self.shared.sum())
 
     @property
@@ -134,7 +134,7 @@ class Sharing:
         return np.arange(len(self))
 
     def shuffled(self) -> np.ndarray:
-        """The same order every time."""
+        """Return a shuffled order, the same every time."""
         return np.random.default_rng(SEED).permutation(len(self))
 
     def planned(self, **limits: int | None) -> Batches:
@@ -166,11 +166,11 @@ class Sharing:
         return Batches(self.lengths[self.order[ranks]], shared, ends)
 
     def packed(self) -> Batches:
-        """Nothing folded and no padding: each token is a row."""
+        """Return batches without folding and padding: each token is a row."""
         return _unfolded(self.lengths, _ends(len(self), 1))
 
     def padded(self, *, max_sequences: int | None = None, max_positions: int | None = None) -> Batches:
-        """Batches by length, padded to their longest: each position is a row. One of the two limits is given."""
+        """Return batches by length, padded to their longest: each position is a row. One of the two limits is given."""
         if max_sequences is not None:
             lengths, ends = -np.sort(-self.lengths), _ends(len(self), max_sequences)
         elif max_positions is None:
@@ -182,7 +182,7 @@ class Sharing:
         return _unfolded(np.repeat(lengths[ends - sizes], sizes), ends)
 
     def _shared(self, ranks: np.ndarray) -> np.ndarray:
-        """How many tokens the sequences of these ranks share, each with the one before it; int64, 0 for the first."""
+        """Return how many tokens each sequence of these ranks shares with the one before it; int64, 0 for the first."""
         found = np.zeros(len(ranks), np.int64)
         low, high = np.minimum(ranks[1:], ranks[:-1]), np.maximum(ranks[1:], ranks[:-1])
         # The least of shared[low + 1 .. high] is that of two stretches of 2 ** level that cover them.
@@ -195,7 +195,7 @@ class Sharing:
         return found
 
     def prefixes(self) -> Prefixes:
-        """All shared prefixes, at most B - 1. Takes a Python step a sequence."""
+        """Return all shared prefixes, at most B - 1. Takes a Python step a sequence."""
         columns = first, last, start, stop = tuple(array("q") for _ in range(4))
         open_prefixes = [(0, 0)]  # of the sequences before: (tokens, first sequence), shortest first
         for at, tokens in enumerate([*self.shared[1:].tolist(), 0], start=1):
@@ -216,13 +216,13 @@ def _unfolded(lengths: np.ndarray, ends: np.ndarray) -> Batches:
 
 
 def _keys(lengths: np.ndarray, window: int | None) -> np.ndarray:
-    """Keys that the first so many tokens of a sequence attend to."""
+    """Return how many keys the first so many tokens of a sequence attend to."""
     inside = lengths if window is None else np.minimum(lengths, window)
     return inside * (inside + 1) // 2 + (lengths - inside) * (window or 0)
 
 
 def _ends(count: int, size: int) -> np.ndarray:
-    """Where batches of `size` of `count` sequences end."""
+    """Return where batches of `size` of `count` sequences end."""
     return np.minimum(np.arange(size, count + size, size), count)
 
 
@@ -233,8 +233,8 @@ def _inverse(order: np.ndarray) -> np.ndarray:
 
 
 def sharing_from_end(store: TokenStore, lengths: np.ndarray) -> dict:
-    """Of the first `sequences`, at most 10,000 and 4,000,000 tokens: tokens over rows of one trie of them, read from
-    their starts, `from_start`, and from their ends, `from_end`."""
+    """Return tokens over rows of one trie of the first `sequences`, at most 10,000 and 4,000,000 tokens: `from_start`,
+    read from their starts, and `from_end`, read from their ends."""
     count = int(np.searchsorted(np.cumsum(lengths[:_SAMPLED_SEQUENCES]), _SAMPLED_TOKENS, "right"))
     sequences = [store[i][:length] for i, length in enumerate(lengths[:count].tolist())]
     tries = [Sharing(TokenStore.from_sequences(s)) for s in (sequences, [ids[::-1] for ids in sequences])]

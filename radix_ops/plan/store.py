@@ -40,7 +40,7 @@ class TokenStore:
 
     @classmethod
     def from_sequences(cls, sequences: Iterable[TokenIds]) -> TokenStore:
-        """A store of lists, arrays or tensors of token ids; errors are those of `append`."""
+        """Make a store of lists, arrays or tensors of token ids; errors are those of `append`."""
         store = cls()
         for sequence in sequences:
             store.append(sequence)
@@ -48,7 +48,7 @@ class TokenStore:
 
     @classmethod
     def from_packed(cls, input_ids: TokenIds, cu_seqlens: TokenIds) -> TokenStore:
-        """A store of packed sequences: ids [N] end to end and the cumulative lengths [B + 1], 0 first.
+        """Make a store of packed sequences: ids [N] end to end and the cumulative lengths [B + 1], 0 first.
 
         Raises TypeError for cu_seqlens that are no integers, ValueError where they do not start at 0, decrease or do
         not end at N; otherwise as `append`.
@@ -71,7 +71,7 @@ class TokenStore:
         return store
 
     def append(self, ids: TokenIds) -> None:
-        """Adds a sequence: a list, array or tensor of token ids, which may be empty.
+        """Add a sequence: a list, array or tensor of token ids, which may be empty.
 
         Raises TypeError for anything but integers, ValueError for more than one dimension and for ids that are negative
         or larger than int32 holds.
@@ -112,7 +112,7 @@ class TokenStore:
             self._waiting = larger
 
     def _write(self) -> None:
-        """Moves what is in memory behind what is in the file; it stays in memory where that fails."""
+        """Move what is in memory behind what is in the file; it stays in memory where that fails."""
         if self._file is None:
             self._file, self._writer = _temporary_file(), os.getpid()
         elif self._writer != os.getpid():
@@ -135,7 +135,7 @@ class TokenStore:
         return len(self._ends)
 
     def __getitem__(self, index: int | np.integer[Any]) -> npt.NDArray[np.int32]:
-        """The ids of a sequence, int32; a view, not to be written to."""
+        """Return the ids of a sequence, int32; a view, not to be written to."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"the store holds {len(self)} sequences, asked for {index}")
         index = int(index) % len(self)
@@ -149,7 +149,7 @@ class TokenStore:
 
     @property
     def input_ids(self) -> npt.NDArray[np.int32]:
-        """All tokens, int32 [num_tokens]; a view, not to be written to. Of a store on disk a mapped file."""
+        """All tokens, int32 [num_tokens]; a view, not to be written to. A store on disk gives a mapped file."""
         if self._file is None:
             return self._waiting[: self._num_waiting]
         if self._num_waiting:
@@ -170,7 +170,7 @@ class TokenStore:
 
 
 def _largest(ids: np.ndarray) -> int:
-    """The largest id, or one above the largest allowed where one is negative."""
+    """Return the largest id, or one above the largest allowed where one is negative."""
     if ids.dtype == object:
         return int(ids.max()) if ids.min() >= 0 else 2**64
     if not ids.dtype.isnative:
@@ -184,7 +184,7 @@ def _temporary_file() -> IO[bytes]:
 
 
 def _write_at(file: IO[bytes], offset: int, ids: np.ndarray) -> None:
-    """Writes to a place that is known, so that what an earlier write left half done is written over."""
+    """Write to a place that is known, so that what an earlier write left half done is written over."""
     content = memoryview(ids.view(np.uint8))
     while len(content):
         size = os.pwrite(file.fileno(), content, offset)

@@ -1,1 +1,1 @@
-"""What `radix-ops inspect` prints and draws."""
+"""The report and the picture of `radix-ops inspect`."""

@@ -14,7 +14,7 @@ from .summary import ORDERS
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 _MAX_COLUMNS, _MAX_DEPTHS = 1200, 600  # of the icicle
-_MAX_PARTED = 300  # sequences between which lines are drawn
+_MAX_PARTED = 300  # sequences, beyond which no lines part them
 _COLORS = {"given": "#4477aa", "shuffled": "#bbbbbb", "planned": "#cc3311"}
 _LABELS = {"given": "as given", "shuffled": "shuffled", "planned": "planned"}
 _ALONE = "#d9dde2"
@@ -33,7 +33,7 @@ def check_plot_path(path: str, data: str) -> None:
 
 
 def plot(sharing: Sharing, summary: dict, path: str) -> None:
-    """Draws to `path`, with no display; what stood there is replaced."""
+    """Draw to `path`, with no display; what stood there is replaced."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5.2), layout="constrained")
@@ -51,7 +51,7 @@ def plot(sharing: Sharing, summary: dict, path: str) -> None:
 
 
 def _draw_ratios(axes, summary: dict) -> None:
-    """Lines over batches of so many sequences, and on the right end the batches of the verdict."""
+    """Draw lines over batches of so many sequences, and on the right end the batches of the verdict."""
     sized = [batches for batches in summary["batches"] if "max_sequences" in batches]
     budget = next(batches for batches in summary["batches"] if "max_rows" in batches)
     ticks = [f"{batches['max_sequences']:,}" for batches in sized[:-1]] + ["all", f"{budget['max_rows']:,}\nrows"]
@@ -102,7 +102,7 @@ def _draw_trie(figure, axes, sharing: Sharing) -> None:
 
 
 def _shown_depth(sharing: Sharing) -> tuple[int, str]:
-    """Positions that are drawn: those of all, but for a few sequences that are far longer."""
+    """Return how many positions are drawn: all, but for a few sequences that are far longer."""
     longest, most = int(sharing.lengths.max(initial=0)), int(np.percentile(sharing.lengths, 99))
     if longest <= 1.5 * most or most == 0:
         return max(1, longest), ""
@@ -110,8 +110,8 @@ def _shown_depth(sharing: Sharing) -> tuple[int, str]:
 
 
 def _icicle(sharing: Sharing, prefixes: Prefixes, depth: int) -> np.ndarray:
-    """How many sequences share the row of a position of a sequence, 0 behind its end: [positions, sequences], sampled
-    evenly where there are more than can be seen."""
+    """Return how many sequences share the row of a position of a sequence, 0 behind its end: [positions, sequences],
+    sampled evenly where there are more than can be seen."""
     sequences = _samples(len(sharing), _MAX_COLUMNS)
     positions = _samples(depth, _MAX_DEPTHS)
     lengths = sharing.lengths[sharing.order[sequences]]
@@ -127,6 +127,6 @@ def _icicle(sharing: Sharing, prefixes: Prefixes, depth: int) -> np.ndarray:
 
 
 def _samples(count: int, most: int) -> np.ndarray:
-    """Up to `most` of 0 to count - 1, evenly spaced."""
+    """Return up to `most` of 0 to count - 1, evenly spaced."""
     size = min(count, most)
     return (np.arange(size) * 2 + 1) * count // (2 * max(1, size))

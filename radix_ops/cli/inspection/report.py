@@ -13,7 +13,7 @@ _BY_ROWS = _BASELINES + "Speed-ups compare rows; attention and overheads take so
 
 
 def to_text(summary: dict) -> str:
-    """What `summarise` found: what the data is and shares, rows by batch and order, and the verdict."""
+    """Return the summary in words: what the data is and shares, rows by batch and order, and the verdict."""
     parts = [_facts(summary), _prefixes_text(summary), _sharers_text(summary), _batches_text(summary)]
     return "\n\n".join([*filter(None, parts), "\n".join(map(_wrapped, summary["verdict"]["text"]))])
 
@@ -68,7 +68,7 @@ def _sharers_text(summary: dict) -> str:
 
 
 def _saved(summary: dict, part: dict) -> str:
-    """Tokens that a part of the prefixes saves, and their share of all tokens."""
+    """Return the tokens that a part of the prefixes saves, and their share of all tokens."""
     share = f"({part['saved'] / summary['tokens']:.1%})"
     return f"{part['saved']:>{_saved_width(summary) - 8},}{share:>8}"
 

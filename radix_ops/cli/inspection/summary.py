@@ -1,4 +1,4 @@
-"""What `radix-ops inspect` finds out about a data set, as one dictionary, and whether folding pays."""
+"""The findings of `radix-ops inspect` about a data set, as one dictionary, and whether folding pays."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...plan.sharing import Batches, Prefixes, Sharing
 
 LEAST_SPEED_UP = 1.05  # folding itself takes up to 5% where all rows stay
 _SHOWN_PREFIXES = 8
-_LEAST_SHOWN = 0.001  # of all tokens, saved by a prefix
+_LEAST_SHOWN = 0.001  # a shown prefix saves this share of all tokens
 _SHARERS = ((2, 4), (5, 16), (17, 64), (65, 256), (257, None))
 ORDERS = ("given", "shuffled", "planned")
 
@@ -60,7 +60,7 @@ def _ratio(tokens: float, rows: float) -> float:
 
 
 def _largest(sharing: Sharing, prefixes: Prefixes, show) -> list[dict]:
-    """The prefixes that save most, each beyond the next shorter one; one at least, and no negligible ones."""
+    """Return the prefixes that save most, each beyond the next shorter one; one at least, and no negligible ones."""
     saved = prefixes.num_saved
     largest = np.argsort(-saved, kind="stable")[:_SHOWN_PREFIXES]
     largest = largest[: max(1, int((saved[largest] >= _LEAST_SHOWN * sharing.num_tokens).sum()))]
@@ -74,7 +74,7 @@ def _largest(sharing: Sharing, prefixes: Prefixes, show) -> list[dict]:
 
 
 def _by_sharers(prefixes: Prefixes) -> list[dict]:
-    """The saved tokens by how many sequences share them."""
+    """Return the saved tokens by how many sequences share them."""
     sharers, saved = prefixes.num_sequences, prefixes.num_saved
     found = []
     for least, most in _SHARERS:
@@ -84,22 +84,22 @@ def _by_sharers(prefixes: Prefixes) -> list[dict]:
 
 
 def _sized(sharing: Sharing, size: int, cost: ForwardCost | None) -> dict:
-    """Batches of so many sequences."""
+    """Return the counts of batches of so many sequences."""
     orders = sharing.given(), sharing.shuffled(), sharing.order
     made = [sharing.batches(order, max_sequences=size) for order in orders]
     return {"max_sequences": size} | _counted(sharing, made, sharing.padded(max_sequences=size), cost)
 
 
 def _limited(sharing: Sharing, limits: dict[str, int | None], cost: ForwardCost | None) -> dict:
-    """Batches within the limits of a run; the planned ones are the run's."""
+    """Return the counts of batches within the limits of a run; the planned ones are the run's."""
     made = [sharing.batches(order, **limits) for order in (sharing.given(), sharing.shuffled())]
     padded = sharing.padded(max_positions=limits["max_rows"])
     return {"max_rows": limits["max_rows"]} | _counted(sharing, [*made, sharing.planned(**limits)], padded, cost)
 
 
 def _counted(sharing: Sharing, made: list[Batches], padded: Batches, cost: ForwardCost | None) -> dict:
-    """Rows in each order and the speed-up over packed batches; positions of padded batches, and the speed-up of planned
-    ones over them."""
+    """Return rows in each order and the speed-up over packed batches; positions of padded batches, and the speed-up of
+    planned ones over them."""
     counted: dict = {}
     made, packed = dict(zip(ORDERS, made, strict=True)), sharing.packed()
     for name, batches in made.items():
@@ -112,7 +112,7 @@ def _counted(sharing: Sharing, made: list[Batches], padded: Batches, cost: Forwa
 
 
 def _speed_up(before: Batches, after: Batches, cost: ForwardCost | None) -> float:
-    """Of FLOPs or, where no model was named, of rows; only `after` is folded."""
+    """Return the ratio of FLOPs or, where no model was named, of rows; only `after` is folded."""
     if cost is None:
         return _ratio(before.num_rows, after.num_rows)
     num_keys = after.num_keys if cost.folds_attention else after.num_padded_keys
@@ -120,7 +120,7 @@ def _speed_up(before: Batches, after: Batches, cost: ForwardCost | None) -> floa
 
 
 def verdict(summary: dict) -> dict:
-    """Whether folding pays, and why, in sentences."""
+    """Return whether folding pays, and why, in sentences."""
     batches = next(batches for batches in summary["batches"] if "max_rows" in batches)
     planned = batches["planned"]["speed_up"]
     pays = planned >= LEAST_SPEED_UP
