@@ -69,7 +69,8 @@ RadixMLP's (arXiv 2601.15013, section 3).
 sums each row's entries one after another, in ascending order (the .csr overload: in the order of members), in fp32
 (fp64 for float64; integers wrap): the result is the same bits on every run and for any number of threads. On CUDA a row
 of more than 128 entries is summed in up to 128 parts, and the parts in order: the same bits on every run there too.
-The attention ops can be differentiated once.
+The attention ops can be differentiated once. A torch without the private parts that the ops' Autograd kernels
+need gives the same gradients in backward mode; forward mode and torch.func's transforms are errors there.
 
 Malformed arguments raise RuntimeError, which names the argument, before memory outside the arguments is read; so do
 tensors whose storage was resized below what they claim. Tensors have at most 64 dimensions. On the CPU no entry of an
