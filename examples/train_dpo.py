@@ -1,4 +1,4 @@
-"""Trains by DPO of TRL on folded batches: a prompt is computed once for the chosen and the rejected answer.
+"""Train by DPO of TRL on folded batches: a prompt is computed once for the chosen and the rejected answer.
 
     python examples/train_dpo.py
 

@@ -1,4 +1,4 @@
-"""Trains a small Qwen3 on folded batches over several processes: fully_shard, accumulated gradients, losses on rows.
+"""Train a small Qwen3 on folded batches over several processes: fully_shard, accumulated gradients, losses on rows.
 
     torchrun --standalone --nproc-per-node 2 examples/train_fsdp.py
 
@@ -30,12 +30,12 @@ SMALL = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6,
 }  # fmt: skip
 PROMPTS, ANSWERS, PROMPT_LENGTH, ANSWER_LENGTHS = 4, 6, 48, (4, 16)
-MAX_ROWS = 160  # of a micro-batch
+MAX_ROWS = 160  # in a micro-batch
 IGNORED = -100
 
 
 class TokenLogprobs(nn.Module):
-    """The decoder and the log-probabilities of its tokens in one forward.
+    """Compute the decoder and the log-probabilities of its tokens in one forward.
 
     The head's weight is used without calling the head. So this has to happen inside the forward of the module that
     fully_shard was given last: there the weight is gathered, and its gradient is reduced over the processes.
@@ -50,7 +50,7 @@ class TokenLogprobs(nn.Module):
 
 
 def sample(rule: np.ndarray, rng: np.random.Generator) -> tuple[list[list[int]], list[list[int]]]:
-    """Token sequences and their labels: answers are to be learned, prompts are not."""
+    """Draw token sequences and their labels: answers are to be learned, prompts are not."""
 
     def follow(token: int, length: int) -> list[int]:
         tokens = []
@@ -70,7 +70,7 @@ def sample(rule: np.ndarray, rng: np.random.Generator) -> tuple[list[list[int]],
 
 
 def micro_batches(sequences: list[list[int]], rank: int, num_ranks: int) -> list[np.ndarray]:
-    """Of each micro-batch of this process its sequences' indices.
+    """Yield the indices of the sequences of each micro-batch of this process.
 
     All processes have to make equally many forwards, so some may get an empty batch at the end.
     """

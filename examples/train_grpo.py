@@ -1,4 +1,4 @@
-"""Trains by GRPO of TRL on folded batches: a prompt is computed once for all of its sampled answers.
+"""Train by GRPO of TRL on folded batches: a prompt is computed once for all of its sampled answers.
 
     python examples/train_grpo.py
 

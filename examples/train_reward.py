@@ -1,4 +1,4 @@
-"""Trains a reward model by TRL on folded batches: a prompt is computed once for all of its answers.
+"""Train a reward model by TRL on folded batches: a prompt is computed once for all of its answers.
 
     python examples/train_reward.py
 
@@ -32,7 +32,7 @@ def preferences(num_prompts: int) -> Dataset:
 
 
 class GroupedRewardTrainer(RewardTrainer):
-    """Shuffles prompts with all of their pairs, and not pairs."""
+    """Shuffle prompts with all of their pairs, and not pairs."""
 
     def _get_train_sampler(self, dataset=None):
         prompts = [tuple(ids[:PROMPT_LENGTH]) for ids in self.train_dataset["chosen_ids"]]

@@ -1,4 +1,4 @@
-"""The doors of the package: what each offers, that it says so, and that nothing else stands in it."""
+"""The doors of the package: their public names, the documentation of these, and nothing else in them."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_public_names_are_those_that_programs_hold_on_to():
 
 
 def undocumented(public: type) -> list[str]:
-    """The class's own public methods and properties without a docstring, but for those that a base class describes."""
+    """List the class's own public methods and properties without a docstring, but for those that a base class has."""
     inherited = {name for base in public.__mro__[1:] for name in vars(base)}
     own = {name: x for name, x in vars(public).items() if not name.startswith("_") and name not in inherited}
     return [

@@ -1,4 +1,4 @@
-"""What each room of the package knows, by its imports: arrows point down, to the rooms that it stands on."""
+"""The imports of each room of the package point down, to the rooms that it stands on."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ OPENING = {"open", "read_text", "write_text", "read_bytes", "write_bytes"}
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name."""
+    """Find every module of the package by its dotted name."""
     names = {path: path.relative_to(PACKAGE.parent).with_suffix("").parts for path in PACKAGE.rglob("*.py")}
     return {".".join(parts).removesuffix(".__init__"): path for path, parts in names.items()}
 
@@ -67,14 +67,14 @@ MODULES = modules()
 
 
 def room_of(name: str) -> str:
-    """The room that a dotted name lies in, be it a module's or what a module holds."""
+    """Return the room of a dotted name, be it a module's or a name in one."""
     parts = name.split(".")[1:]
     rooms = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
     return next((room for room in rooms if room in ROOMS), "radix_ops")
 
 
 def imported(tree: ast.AST, package: str) -> Iterator[str]:
-    """The dotted names that a module of the package imports, at its top or later."""
+    """Yield the dotted names that a module of the package imports, at its top or later."""
     for node in ast.walk(tree):
         match node:
             case ast.Import():
@@ -84,14 +84,14 @@ def imported(tree: ast.AST, package: str) -> Iterator[str]:
                 yield from (f"{base}.{alias.name}" for alias in node.names)
             case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name), args=[first, *_]):
                 if name in ("import_module", "__import__"):
-                    # Of an f-string, what stands in front of its first value.
+                    # An f-string counts up to its first value.
                     start = first.values[0] if isinstance(first, ast.JoinedStr) else first
                     if isinstance(start, ast.Constant):
                         yield resolve_name(start.value, package)
 
 
 def faults(source: str, module: str, is_package: bool = False) -> list[str]:
-    """The imports that the module's room may not have."""
+    """List the imports that the module's room may not have."""
     room = room_of(module)
     package = module if is_package else module.rpartition(".")[0]
     found = []
@@ -162,7 +162,7 @@ def test_a_right_import_is_none_of_them(module, source):
 
 
 def calls(tree: ast.AST) -> set[str]:
-    """The names of what a module calls, as functions or as methods."""
+    """Return the names of the functions and methods that a module calls."""
     functions = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
     return {getattr(function, "id", getattr(function, "attr", "")) for function in functions}
 
@@ -177,5 +177,5 @@ def test_rooms_below_the_command_print_nothing(module):
 
 @pytest.mark.parametrize("module", [name for name in MODULES if room_of(name) == "engine"])
 def test_the_engine_opens_no_files(module):
-    """Those of a model's folder are read by models.files and by libraries."""
+    """models.files and libraries read those of a model's folder."""
     assert not calls(ast.parse(MODULES[module].read_text())) & OPENING

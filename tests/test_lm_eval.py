@@ -31,7 +31,7 @@ def make_both(model=None, **options):
 
 
 def random_requests(seed: int, count: int, longest: int = 60) -> list:
-    """Requests with three shared prefixes and continuations of one to five tokens that overlap; a third come twice."""
+    """Draw requests of three shared prefixes and overlapping continuations of 1 to 5 tokens; a third come twice."""
     rng = random.Random(seed)
     prefixes = [[rng.randrange(2, 340) for _ in range(size)] for size in (1, longest // 3, longest)]
     requests = []
@@ -42,7 +42,7 @@ def random_requests(seed: int, count: int, longest: int = 60) -> list:
 
 
 def alone(model, request, max_length: int) -> tuple[float, bool]:
-    """One plain forward of one sequence in float64, cut on its left to max_length tokens of input."""
+    """Run one plain forward of one sequence in float64, cut on its left to max_length tokens of input."""
     _, context, continuation = request
     ids = torch.tensor(context + continuation)[-(max_length + 1) :]
     with torch.no_grad():

@@ -72,7 +72,7 @@ def document(rng: random.Random) -> dict:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model, its tokenizer and tasks with their documents, as files."""
+    """Save a model, its tokenizer and tasks with their documents in a folder."""
     folder = tmp_path_factory.mktemp("lm_eval")
     tiny_model(max_position_embeddings=300).save_pretrained(folder / "model")
     tiny_tokenizer(adds_bos=True).save_pretrained(folder / "model")
@@ -116,7 +116,7 @@ def test_evaluation_is_that_of_hf(folder):
 
 
 def check_answer(answer, wanted):
-    """A loglikelihood's pair, a rolling request's number or a text."""
+    """Compare a loglikelihood's pair, a rolling request's number or a text."""
     if isinstance(wanted, tuple):
         assert answer == (pytest.approx(wanted[0], abs=1e-4), wanted[1])
         assert type(answer[0]) is float

@@ -1,4 +1,4 @@
-"""What an installed package promises: one binary for all torch and Python versions, and errors that say what to do."""
+"""An installed package has one binary for all torch and Python versions, and errors that say what to do."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ TEXTS = [*ROOT.glob("*.md"), ROOT / "Makefile", ROOT / "pyproject.toml"] + [
     for path in (ROOT / folder).rglob("*")
     if path.suffix in (".md", ".py")
 ]
-# Which an index would take for another's package, or for none.
+# An index would take these for another's package, or for none.
 BY_NAME = re.compile(r"install\s+(-\S+\s+)*[`\"']?(torch-)?radix[-_]ops|radix[-_]ops\[", re.IGNORECASE)
 
 

@@ -1,4 +1,4 @@
-"""Which private parts of torch the package uses, each with what holds it: a release may drop any of them."""
+"""The private parts of torch that the package uses, each with its tests: a release may drop any of them."""
 
 from __future__ import annotations
 

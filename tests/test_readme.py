@@ -56,7 +56,7 @@ COMMANDS = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
-    """Folders of tiny models for each kind of model that is named."""
+    """Save a folder of a tiny model for each kind of model that is named."""
     folder = tmp_path_factory.mktemp("models")
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -84,7 +84,7 @@ def models(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
-    """The working directory, with the files that commands read."""
+    """Make the working directory, with the files that commands read."""
     questions = [{"context": f"Q: Is {x} blue?\nA:", "choices": [" yes", " no"]} for x in ("the sky", "grass")]
     queries = [{"query": "a river", "documents": ["the Seine", "a hill", "the Rhine"]}]
     for name, lines in (("questions", questions), ("queries", queries)):
@@ -95,7 +95,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 
 def local(text: str, models: dict[str, str]) -> str:
-    """The text with a folder in place of each name of the hub."""
+    """Put a folder in place of each name of the hub."""
 
     def folder(match: re.Match) -> str:
         name = match.group().lower()
@@ -105,7 +105,7 @@ def local(text: str, models: dict[str, str]) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub, and the site with its slugify, call the page's headings."""
+    """Return the names that GitHub, and the site with its slugify, give the page's headings."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
@@ -149,7 +149,7 @@ def test_there_are_snippets_outputs_and_commands():
 
 
 def without_numbers(text: str) -> str:
-    """Counts of tokens and times are those of the model that is named; single digits are not."""
+    """Take out counts of tokens and times, which are those of the model that is named; single digits are not."""
     return re.sub(r"\d+\.\d+(?:e-\d+)?|\d{2,}", "#", text)
 
 

@@ -1,4 +1,4 @@
-"""How threads of OpenMP wait, as OpenMP itself reports it."""
+"""Threads of OpenMP wait as radix_ops sets it, which OpenMP itself reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs functions in processes of their own, each with a time limit, so that none takes the others with it."""
+"""Run functions in processes of their own, each with a time limit, so that none takes the others with it."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ def _result(call: tuple) -> Any:
 
 
 def run_apart(calls: Mapping[str, tuple], jobs: int) -> Iterator[tuple[str, Any]]:
-    """Each name and what its call, a function and its arguments, returned; a text where it did not."""
+    """Yield each name and what its call, a function and its arguments, returned; a text where it did not."""
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         yield from zip(calls, pool.map(_result, calls.values()), strict=True)

@@ -1,4 +1,4 @@
-"""Busy loops, for what should hold beside other work on the machine."""
+"""Busy loops, which stand for other work on the machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ while os.getppid() == int(sys.argv[2]):
 
 @contextlib.contextmanager
 def busy_processors() -> Iterator[None]:
-    """A loop that never waits on each processor that this process may use; none outlives this process."""
+    """Run a loop that never waits on each processor that this process may use; none outlives this process."""
     command = [sys.executable, "-S", "-c", LOOP]
     processors = os.sched_getaffinity(0)
     loops = [

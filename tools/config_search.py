@@ -1,4 +1,4 @@
-"""Looks for the terms on which a model type of transformers folds: its config is varied field by field."""
+"""Look for the terms on which a model type of transformers folds, by varying its config field by field."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from small_configs import (
     with_far_positions,
 )
 
-# Of as many layers as by default, through which errors grow.
+# It has as many layers as by default, through which errors grow.
 DEEP_TOLERANCE = 1e-2
 
 
 class Search:
-    """What has been found out about a type, over the configs that were run."""
+    """Knowledge of a type, from the configs that were run."""
 
     def __init__(self, model_type: str, arguments: dict[str, Any], log=lambda text: None):
         self.model_type, self.arguments, self.log = model_type, arguments, log
@@ -69,7 +69,7 @@ class Search:
         self.layer_types |= set(seen.layer_types)
 
     def fits(self, with_gradients: bool = True, **changed) -> bool | None:
-        """Whether the type folds with some arguments changed, too. None where such a model can't be built and run."""
+        """Return whether the type folds with some arguments changed, too; None where such a model doesn't run."""
         try:
             model = build(self.model_type, {**self.arguments, **changed})
             found = positions_that_fit(model, self.calls, with_gradients) & self.positions
@@ -95,7 +95,7 @@ class Search:
         return True
 
     def at_work(self, name: str, one: Any, other: Any, context: dict[str, Any]) -> bool:
-        """Whether in this context the field changes what the plain model makes of a batch."""
+        """Return whether in this context the field changes the plain model's outputs of a batch."""
         ids, mask = pad("right")
         states = []
         for value in (one, other):
@@ -131,7 +131,7 @@ class Search:
 
 
 def count_calls(search: Search, model) -> None:
-    """Of attention, for each layer."""
+    """Count the calls of attention in each layer."""
     for calls in (1, 2):
         search.calls = calls
         try:
@@ -147,7 +147,7 @@ def count_calls(search: Search, model) -> None:
 
 
 def check_far(search: Search) -> None:
-    """Scales by position with constants of the code's own don't show in short rows."""
+    """Check long rows: scales by position with constants of the code's own don't show in short ones."""
     try:
         arguments = with_far_positions(search.arguments, 2 * FAR)
         model = build(search.model_type, arguments, "sdpa")
@@ -162,7 +162,7 @@ def check_far(search: Search) -> None:
 
 
 def vary(search: Search, model) -> None:
-    """Runs the type with other values of its config, one by one and jointly where only that makes sense."""
+    """Run the type with other values of its config, one by one and jointly where only that makes sense."""
     config = proofs.innermost_stack(model).config
     for changed in layer_choices(search.model_type, search.arguments, config):
         search.fits(**changed)
@@ -186,7 +186,7 @@ def vary(search: Search, model) -> None:
 
 
 def vary_suspicious(search: Search, config, name: str, others: list) -> None:
-    """A number stands for all of them only where it was seen at work, and right."""
+    """Vary a number in each context: it stands for others only where it was seen at work, and right."""
     value = vars(config)[name]
     # Some act only in layers of another type, or through layer types that the config makes of them.
     declared = proofs.declared_fields(config)
@@ -221,7 +221,7 @@ def vary_suspicious(search: Search, config, name: str, others: list) -> None:
 
 
 def check_default(search: Search, proof: Proof) -> None:
-    """The proof has to hold for the default config, but for what in it doesn't run by itself."""
+    """Check that the proof holds for the default config, but for its parts that don't run by themselves."""
     default = default_config(search.model_type)
     arguments = with_default_layers(search.model_type, search.arguments)
     try:

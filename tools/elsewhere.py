@@ -1,8 +1,8 @@
-"""Runs the tests as other machines would: `make test-elsewhere`, or in some environments and some of them by
+"""Run the tests as other machines would: `make test-elsewhere`, or in some environments and some of them by
 
     tools/elsewhere.py avx2 scalar+threads busy -- -n 2 tests/ops
 
-An environment is one of those below, or several joined by +. What stands behind -- is for pytest. The output of each
+An environment is one of those below, or several joined by +. Arguments behind -- are pytest's. The output of each
 run goes to build/elsewhere/; a table says how many tests passed and failed where. The exit status is 1 if any failed.
 """
 
@@ -68,7 +68,7 @@ class Result(NamedTuple):
 
 @contextlib.contextmanager
 def new_home() -> Iterator[dict[str, str]]:
-    """Variables that name empty folders, which are gone afterwards."""
+    """Yield variables that name empty folders, which are gone afterwards."""
     home = Path(tempfile.mkdtemp(prefix="radix-home-"))
     (home / "tmp").mkdir()
     try:
@@ -83,7 +83,7 @@ def open_few_files() -> None:
 
 
 def run_command(command: list[str], variables: dict[str, str], log: Path, few_files: bool) -> int:
-    """The exit status. Its processes are gone afterwards, those of pytest-xdist too."""
+    """Return the exit status. All processes are gone afterwards, those of pytest-xdist too."""
     with open(log, "wb") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, env=os.environ | variables, stdout=output, stderr=subprocess.STDOUT,
@@ -104,7 +104,7 @@ def run_tests(name: str, arguments: list[str]) -> Result:
     report = LOGS / f"{name}.xml"
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    # Of a cache that environments share, inductor would take code that it wrote for other vector instructions.
+    # From a cache that environments share, inductor would take code that it wrote for other vector instructions.
     variables = {"TORCHINDUCTOR_CACHE_DIR": str(LOGS / f"{name}.inductor")}
     with contextlib.ExitStack() as stack:
         for part in parts:

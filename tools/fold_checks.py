@@ -1,4 +1,4 @@
-"""Compares a small transformers model that `radix_ops.hf.enable` folds with the same model as it was."""
+"""Compare a small transformers model that `radix_ops.hf.enable` folds with the same model as it was."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from radix_ops.hf.proofs import Proof
 
 # Sums in another order differ by a few 1e-6 here; a token that attends to a wrong one makes 1e-2 and more.
 TOLERANCE = 1e-4
-# Of positions, where scales by position are at work; there float32 makes angles of rotation less exact.
+# A position where scales by position are at work; there float32 makes angles of rotation less exact.
 FAR = 1500
 FAR_TOLERANCE = 2e-3
 # Shared prefixes, one inside another, a duplicate, a strict prefix, a stranger and a single token.
@@ -57,7 +57,7 @@ def config_of(model_type: str, arguments: dict[str, Any], attention: str = "eage
 
 
 def build(model_type: str, arguments: dict[str, Any], attention: str = "eager", head: str = "CausalLM"):
-    """A model of the type in fp32, for evaluation, whose attention is not even. Raises Unbuildable."""
+    """Build a model of the type in fp32, for evaluation, whose attention is not even. Raises Unbuildable."""
     torch.manual_seed(0)
     mapping = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
     if head != "CausalLM":
@@ -91,13 +91,13 @@ def pad(side: str, sequences: list[list[int]] = SEQUENCES) -> tuple[Tensor, Tens
 
 
 def classes_of(model: PreTrainedModel) -> list[str]:
-    """Of the modules in and around the stack that aren't torch's own, token by token."""
+    """Return the classes of the modules in and around the stack that aren't torch's own, token by token."""
     classes = {proofs.class_of(module) for module in model.modules() if module is not model}
     return sorted(proofs.path_of(cls) for cls in classes if not proofs.is_tokenwise(cls))
 
 
 def observed(model: PreTrainedModel, positions: str = "tokens", packing: bool = True, calls: int = 1) -> Proof:
-    """What a proof would say that holds for this model's classes and config alone."""
+    """Return a proof that holds for this model's classes and config alone."""
     stack = proofs.innermost_stack(model)
     values: dict[str, set] = {}
     for name, value in proofs.leaves(stack.config):
@@ -118,7 +118,7 @@ def observed(model: PreTrainedModel, positions: str = "tokens", packing: bool = 
 
 @contextlib.contextmanager
 def allowed(model_type: str, proof: Proof) -> Iterator[None]:
-    """The type's proof stands in for the list that radix_ops.hf goes by."""
+    """Put the type's proof in place of the list that radix_ops.hf goes by."""
     listed = proofs.proofs
     proofs.proofs = lambda: ({model_type: proof}, {})
     try:
@@ -129,7 +129,7 @@ def allowed(model_type: str, proof: Proof) -> Iterator[None]:
 
 @contextlib.contextmanager
 def folding(model: PreTrainedModel, proof: Proof, folds: bool | None = True) -> Iterator[None]:
-    """Enabled, and every batch has to be folded: rows computed < tokens. Raises Refused with enable's reason.
+    """Enable the model; every batch has to be folded: rows computed < tokens. Raises Refused with enable's reason.
 
     With `folds` None a batch may run as it came, too.
     """
@@ -156,7 +156,7 @@ def folding(model: PreTrainedModel, proof: Proof, folds: bool | None = True) -> 
 
 
 def _in_words(error: str) -> str:
-    """What a user makes of an error of the folded attention."""
+    """Say in a user's words what an error of the folded attention means."""
     called = re.search(r"called the folded attention (\d+) times and not (\d+)", error)
     if called and called[1] == "0":
         return "its attention does not go through transformers' attention interface"
@@ -173,7 +173,7 @@ def _in_words(error: str) -> str:
 
 
 def difference(got: Tensor, want: Tensor, least: float = 1e-6) -> float:
-    """The largest relative to the largest wanted; infinite where something is not finite."""
+    """Return the largest difference relative to the largest wanted; infinite where something is not finite."""
     if want.numel() == 0:
         return 0.0
     got, want = got.detach(), want.detach()
@@ -190,7 +190,7 @@ def gradients(model: torch.nn.Module, total: Tensor) -> dict[str, Tensor]:
 
 
 def gradient_difference(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    """Small gradients are those of one part of a sum that cancels out: they count relative to the largest of all."""
+    """Return the largest difference of gradients. Small ones, of sums that cancel, count relative to the largest."""
     largest = max(float(g.abs().max()) for g in want.values() if g.numel())
     return max(difference(got[name], g, 1e-2 * largest) for name, g in want.items())
 
@@ -201,7 +201,7 @@ def total_of(states: Tensor) -> Tensor:
 
 
 class Case:
-    """A batch, and what the model as it is makes of it: hidden states at real positions, gradients if wanted."""
+    """A batch, and the plain model's hidden states at real positions and, if wanted, gradients."""
 
     def __init__(self, stack: PreTrainedModel, mask: Tensor | None, with_gradients: bool, **given):
         self.mask, self.given = mask, given | ({} if mask is None else {"attention_mask": mask})
@@ -220,7 +220,7 @@ class Case:
         return states.flatten(0, 1) if self.mask is None else states[self.mask.bool()]
 
     def error(self, model: PreTrainedModel, stack: PreTrainedModel, proof: Proof) -> float:
-        """Of the enabled model, the largest of hidden states and gradients."""
+        """Return the enabled model's largest error of hidden states and gradients."""
         with folding(model, proof):
             states = self.states(stack)
         found = difference(states, self.want)
@@ -238,7 +238,7 @@ def padded_cases(stack: PreTrainedModel, with_gradients: bool) -> dict[str, Case
 
 
 def positions_that_fit(model: PreTrainedModel, calls: int, with_gradients: bool = True) -> set[str]:
-    """From where left-padded rows may count: "tokens", "columns" or both. Raises Refused where folding is wrong."""
+    """Find from where left-padded rows may count: "tokens", "columns" or both. Raises Refused if folding is wrong."""
     stack = proofs.innermost_stack(model)
     cases = padded_cases(stack, with_gradients)
     error = cases["right"].error(model, stack, observed(model, calls=calls))
@@ -255,7 +255,7 @@ def positions_that_fit(model: PreTrainedModel, calls: int, with_gradients: bool 
 
 
 def depends_on_place(model: PreTrainedModel) -> bool:
-    """Whether the plain model's outputs change where all positions are FAR from the start."""
+    """Return whether the plain model's outputs change where all positions are FAR from the start."""
     stack = proofs.innermost_stack(model)
     ids = torch.tensor([SEQUENCES[2]])
     near = torch.arange(ids.shape[1])[None]
@@ -267,7 +267,7 @@ def depends_on_place(model: PreTrainedModel) -> bool:
 
 
 def long_rows_differ(model: PreTrainedModel, proof: Proof) -> float:
-    """By how much, folded, where a batch is FAR long."""
+    """Return how much a folded batch of FAR tokens differs."""
     stack = proofs.innermost_stack(model)
     ids = torch.randint(5, 40, (2, FAR), generator=torch.Generator().manual_seed(2))
     ids[1, : FAR // 2] = ids[0, : FAR // 2]
@@ -275,7 +275,7 @@ def long_rows_differ(model: PreTrainedModel, proof: Proof) -> float:
 
 
 def given_positions_fit(model: PreTrainedModel, proof: Proof) -> bool:
-    """Whether position_ids are taken as they come, of padded rows."""
+    """Return whether position_ids of padded rows are taken as they come."""
     stack = proofs.innermost_stack(model)
     ids, mask = pad("left")
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -287,7 +287,7 @@ def given_positions_fit(model: PreTrainedModel, proof: Proof) -> bool:
 
 
 def packing_that_fits(model: PreTrainedModel, positions: str, calls: int) -> bool:
-    """Whether a row of several sequences, told apart by their positions, is seen as that. Raises Refused if unclear."""
+    """Return whether a row of several sequences, by their positions, is seen as that. Raises Refused if unclear."""
     stack = proofs.innermost_stack(model)
     ids = torch.tensor([[5, 6, 7, 5, 6, 7, 8, 9], [5, 6, 7, 8, 5, 6, 7, 9]])
     packed = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 0, 1, 2, 3]])
@@ -311,7 +311,7 @@ def packing_that_fits(model: PreTrainedModel, positions: str, calls: int) -> boo
 
 
 def check_checkpointing(model: PreTrainedModel, proof: Proof) -> None:
-    """Two forwards in training, both alive before one backward that computes their layers again."""
+    """Check two forwards in training, both alive before one backward that computes their layers again."""
     stack = proofs.innermost_stack(model)
     batches = [pad("right"), pad("left", OTHERS)]
 

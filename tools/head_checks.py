@@ -1,4 +1,4 @@
-"""Compares heads above a stack that `radix_ops.hf.enable` folds with the same heads as before, labels or not."""
+"""Compare heads above a stack that `radix_ops.hf.enable` folds with the same heads as before, labels or not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HEADS = ("CausalLM", "SequenceClassification", "TokenClassification", "Question
 
 
 def heads_that_fit(model_type: str, arguments: dict[str, Any], proof: Proof) -> tuple[list[str], bool, list[str]]:
-    """Names of heads whose outputs are what they were, whether the causal LM's may run on rows, and its classes."""
+    """Return the heads whose outputs stay the same, whether the causal LM's may run on rows, and its classes."""
     arguments = {"pad_token_id": 0} | arguments | {"num_labels": 3}
     found, on_rows, around = [], False, []
     for kind in _HEADS:
@@ -66,14 +66,14 @@ def _fits(model, kind: str, proof: Proof) -> bool:
 
 
 def _calls(kind: str):
-    """Batches with labels, and whether they have to be folded; None where labels read masked positions."""
+    """Return batches with labels, and whether they have to be folded; None where labels read masked positions."""
     for side in SIDES:
         ids, mask = pad(side)
         yield ids, mask, {}, True
         count = torch.arange(len(ids))
         if kind == "SequenceClassification":
             yield ids, mask, {"labels": count % 3}, True
-            # Heads may take what stands at padding for the last token.
+            # Heads may take padding for the last token.
             yield ids.where(mask.bool(), 7), mask, {"labels": count % 3}, None
         elif kind == "QuestionAnswering":
             start = mask.argmax(1)

@@ -1,4 +1,4 @@
-"""docs/models.md, from what tools/prove_models.py found out."""
+"""docs/models.md, made of the proofs of tools/prove_models.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds out which causal model types of transformers fold exactly, and on which terms: `make models`.
+"""Find out which causal model types of transformers fold exactly, and on which terms: `make models`.
 
 Every type is built small, with random weights, in a process of its own with a time limit, and run through
 `radix_ops.hf.enable` and as it is: on batches that share prefixes, padded on the right, the left and both, packed, and
@@ -47,7 +47,7 @@ from radix_ops.hf.proofs import Proof
 from small_configs import default_config, small_arguments
 
 ROOT = Path(__file__).parent.parent
-# Of kinds of layers: those in which a token sees more than the tokens up to it, or no attention at all.
+# Kinds of layers in which a token sees more than the tokens up to it, or no attention at all.
 _OTHER_MIXERS = re.compile("linear|conv|mamba|recurrent|compress|sparse|lsh|hybrid|ssm|delta|lightning|chunk(?!ed_att)")
 _MIXER_FIELDS = re.compile("(mamba|conv|ssm|lru|short_conv|kda|rwkv|time_step)_")
 _INDEXER_FIELDS = re.compile("index_topk|index_n_heads|index_head_dim|indexer_")
@@ -63,7 +63,7 @@ def kinds_of_layers(config) -> set[str]:
 
 
 def refuse_by_config(model_type: str) -> None:
-    """What the default config says that makes folding wrong, before anything is built."""
+    """Raise Refused where the default config makes folding wrong, before anything is built."""
     try:
         config = default_config(model_type)
     except Exception as error:
@@ -95,7 +95,7 @@ def has_interface(model_type: str) -> bool:
 
 
 def first_model(model_type: str):
-    """The arguments of a small config that works, and its model."""
+    """Return the arguments of a small config that works, and its model."""
     reason = None
     if not has_interface(model_type):
         raise Refused("its attention does not go through transformers' attention interface")
@@ -112,7 +112,7 @@ def first_model(model_type: str):
 
 
 def run_plain(model) -> None:
-    """Raises Unbuildable, and Refused where a token sees those behind it."""
+    """Run the plain model. Raises Unbuildable, and Refused where a token sees those behind it."""
     stack = proofs.innermost_stack(model)
     ids, _ = pad("right")
     try:
@@ -138,7 +138,7 @@ def refuse_by_modules(model_type: str, model) -> None:
 
 
 def prove(model_type: str, log=lambda text: None, only_base: bool = False) -> Proof:
-    """Raises Refused, or Unbuildable."""
+    """Return the type's proof. Raises Refused, or Unbuildable."""
     search, proof = search_terms(model_type, log, only_base)
     if not only_base:
         check_default(search, proof)
@@ -175,7 +175,7 @@ def _short(error: BaseException) -> str:
 
 
 def prove_or_refuse(model_type: str, verbose: bool = False) -> dict[str, Any] | str:
-    """The proof, or why there is none."""
+    """Return the proof, or why there is none."""
 
     def log(text: str) -> None:
         if verbose:
@@ -193,7 +193,7 @@ def prove_or_refuse(model_type: str, verbose: bool = False) -> dict[str, Any] | 
 
 
 def as_json(content: dict) -> str:
-    """One type a line."""
+    """Return the list as JSON, one type a line."""
 
     def lines(found: dict) -> str:
         return (

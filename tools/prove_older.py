@@ -1,4 +1,4 @@
-"""Finds out which proofs of radix_ops/hf/models.json hold for an older transformers, the one at hand: `make models`.
+"""Find out which proofs of radix_ops/hf/models.json hold for an older transformers, the one at hand: `make models`.
 
 For versions one after another, the newest first: a proof that fails for one of them is not tried for those before it.
 """
@@ -21,7 +21,7 @@ from radix_ops.hf.proofs import NUMBER, Proof
 
 
 def classes_or_failure(model_type: str, listed: Proof) -> list[str] | str:
-    """The classes that the type's stack is made of in this version, or why the proof doesn't hold for it."""
+    """Return the classes of the type's stack in this version, or why the proof doesn't hold for it."""
     if model_type not in CONFIG_MAPPING_NAMES or listed.stack_class is None:
         return "there is no such type"
     try:

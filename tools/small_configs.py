@@ -52,7 +52,7 @@ _ALWAYS = {
     "head_dim", "num_key_value_heads", "num_experts_per_tok", "n_routed_experts", "n_shared_experts", "n_group",
     "topk_group", "pad_token_id",
 }  # fmt: skip
-# What some types need besides.
+# Some types need these besides.
 _FURTHER: dict[str, dict[str, Any]] = {
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.0, "rope_theta": 1e4},
@@ -107,12 +107,12 @@ def default_config(model_type: str) -> PreTrainedConfig:
 
 
 def _value(config, name: str) -> Any:
-    """None for a field that layers have values of their own of."""
+    """Return a field's value, None where layers have values of their own."""
     return vars(config).get(config.attribute_map.get(name, name))
 
 
 def small_arguments(model_type: str) -> dict[str, Any]:
-    """Arguments of the type's config class that make it small and without randomness in training."""
+    """Return arguments of the type's config class that make it small and without randomness in training."""
     default = default_config(model_type)
     config_class = type(default)
     known = proofs.declared_fields(default, of_all=False) | set(default.attribute_map)
@@ -137,13 +137,13 @@ def small_arguments(model_type: str) -> dict[str, Any]:
 
 
 def with_far_positions(arguments: dict[str, Any], last: int) -> dict[str, Any]:
-    """With room for positions up to `last`."""
+    """Add room for positions up to `last`."""
     limits = {name for name, value in SMALL.items() if value == 64}
     return arguments | {name: last + 1 for name in arguments if name in limits}
 
 
 def with_default_layers(model_type: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Small in width, and of as many layers as the default config has, of its kinds and in its order."""
+    """Return arguments of a narrow config with the layers of the default one, their kinds and their order."""
     default = default_config(model_type)
     dropped = {name for name in arguments if _COUNT.search(name) or name.endswith("layer_types")}
     dropped -= set(_FURTHER.get(model_type, ())) - {"num_hidden_layers", "layer_types"}
@@ -152,7 +152,7 @@ def with_default_layers(model_type: str, arguments: dict[str, Any]) -> dict[str,
 
 
 def _annotated(config_class: type, name: str) -> tuple[set[type], list]:
-    """The types that the field is declared with, and its literal values."""
+    """Return the types that the field is declared with, and its literal values."""
     owner = next((cls for cls in config_class.__mro__ if name in vars(cls).get("__annotations__", {})), None)
     if owner is None:
         return set(), []
@@ -175,7 +175,7 @@ def _annotated(config_class: type, name: str) -> tuple[set[type], list]:
 
 
 def choices(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
-    """A field of the config and another value of it that is a bool, a string or None, or a number where it is None."""
+    """Yield a field of the config and another value of it: a bool, a string or None, or a number where it is None."""
     for name, value in vars(config).items():
         if proofs.is_harmless(name) or name not in proofs.declared_fields(config):
             continue
@@ -194,7 +194,7 @@ def choices(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
 
 
 def layer_choices(model_type: str, arguments: dict[str, Any], config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
-    """Arguments that choose which layers attend to a window, how wide it is and what their feed-forwards are."""
+    """Yield arguments that choose the layers that attend to a window, its width and the layers' feed-forwards."""
     default = default_config(model_type)
     declared = proofs.declared_fields(default)
     kinds = list(dict.fromkeys(_value(config, "layer_types") or ()))
@@ -203,7 +203,7 @@ def layer_choices(model_type: str, arguments: dict[str, Any], config: PreTrained
         if "layer_types" in arguments:
             for kind in kinds if len(kinds) > 1 else ():
                 yield small | {"layer_types": [kind] * 2}
-            # Those that the config makes of other fields.
+            # The config makes these of other fields.
             yield {"layer_types": None, "num_hidden_layers": 4}
         if "sliding_window" in declared and "sliding_attention" not in kinds and "full_attention" in kinds:
             switch = {"use_sliding_window": True} if "use_sliding_window" in declared else {}
@@ -238,7 +238,7 @@ def layer_choices(model_type: str, arguments: dict[str, Any], config: PreTrained
 
 
 def rope_choices(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
-    """rope_parameters of each kind whose frequencies don't depend on the length of a batch."""
+    """Yield rope_parameters of each kind whose frequencies don't depend on the length of a batch."""
     given = _value(config, "rope_parameters")
     if not given:
         return
@@ -262,7 +262,7 @@ def rope_choices(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
 
 
 def numbers(config: PreTrainedConfig) -> Iterator[tuple[str, list]]:
-    """A numeric field of the config and other values of it, small ones first."""
+    """Yield a numeric field of the config and other values of it, small ones first."""
     for name, value in vars(config).items():
         if name.startswith("_") or isinstance(value, bool) or not isinstance(value, (int, float)):
             continue

@@ -1,4 +1,4 @@
-"""Batches that nobody folded, with tables or numbers that do not fit: what reads them refuses them."""
+"""Batches that nobody folded, with tables or numbers that do not fit, are refused by whatever reads them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the radix-ops command puts results, and how large it makes a batch."""
+"""The places of the command's results, and the sizes of its batches."""
 
 import json
 import os

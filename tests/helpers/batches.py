@@ -29,7 +29,7 @@ NAMED = {
 
 
 def pack(sequences: list[list[int]], dtype: torch.dtype = torch.int64) -> tuple[torch.Tensor, ...]:
-    """input_ids [N], position_ids [N] from 0 per sequence, cu_seqlens [B + 1]."""
+    """Return input_ids [N], position_ids [N] from 0 per sequence, cu_seqlens [B + 1]."""
     ids = torch.tensor([token for sequence in sequences for token in sequence], dtype=dtype)
     positions = torch.tensor([i for sequence in sequences for i in range(len(sequence))], dtype=dtype)
     cu_seqlens = torch.tensor([0] + [len(sequence) for sequence in sequences]).cumsum(0).to(dtype)
@@ -37,17 +37,17 @@ def pack(sequences: list[list[int]], dtype: torch.dtype = torch.int64) -> tuple[
 
 
 def rounds(count: int) -> range:
-    """`count` rounds of a test of random batches, or a share of them: a memory checker makes them slow."""
+    """Return `count` rounds of a test of random batches, or a share of them: a memory checker makes them slow."""
     return range(max(1, count // int(os.environ.get("RADIX_TEST_DIVISOR", "1"))))
 
 
 def to(device: str, values):
-    """A tuple or list of tensors and other values, with the tensors on `device`."""
+    """Return a tuple or list of tensors and other values, with the tensors on `device`."""
     return type(values)(value.to(device) if isinstance(value, torch.Tensor) else value for value in values)
 
 
 def random_sequences(rng: np.random.Generator) -> list[list[int]]:
-    """A batch whose sequences branch off each other at random depths; few tokens, so that chance merges are common."""
+    """Return sequences that branch off each other at random depths; few tokens, so that chance merges are common."""
     vocabulary = int(rng.choice([1, 2, 3, 10, 1000]))
     longest = int(rng.choice([1, 3, 10, 100, 300]))
     sequences: list[list[int]] = []
@@ -62,7 +62,7 @@ def random_sequences(rng: np.random.Generator) -> list[list[int]]:
 
 
 def random_positions(rng: np.random.Generator, sequences: list[list[int]]) -> torch.Tensor:
-    """Positions that start anywhere, repeat or are noise, so that equal tokens often differ in position."""
+    """Return positions that start anywhere, repeat or are noise, so that equal tokens often differ in position."""
     kind = int(rng.integers(4))
     positions: list[int] = []
     for sequence in sequences:
@@ -80,7 +80,7 @@ def random_positions(rng: np.random.Generator, sequences: list[list[int]]) -> to
 
 
 def trie_size(sequences: list[list[int]]) -> int:
-    """How many distinct prefixes the sequences have, which are the rows that they fold to."""
+    """Count the distinct prefixes of the sequences, which are the rows that they fold to."""
     return len({tuple(sequence[: i + 1]) for sequence in sequences for i in range(len(sequence))})
 
 

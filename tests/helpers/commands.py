@@ -1,4 +1,4 @@
-"""For the tests of the radix-ops command: what it is asked, how it is called, and what it says."""
+"""Inputs and calls of the radix-ops command, and readers of its outputs, for its tests."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def score(model, *arguments):
 
 
 def failing_command(capsys, *arguments) -> str:
-    """Run a command that must fail; returns its one-sentence message."""
+    """Run a command that must fail; return its one-sentence message."""
     capsys.readouterr()
     assert cli.main([str(argument) for argument in arguments]) == 1
     out, err = capsys.readouterr()
@@ -64,7 +64,7 @@ def inspect_json(capsys, *arguments) -> dict:
 
 
 def failing_inspect(capsys, *arguments) -> str:
-    """Runs a command that must fail; returns its one-sentence message."""
+    """Run `radix-ops inspect` where it must fail; return its one-sentence message."""
     capsys.readouterr()
     assert cli.main(["inspect", *map(str, arguments)]) == 1
     out, err = capsys.readouterr()

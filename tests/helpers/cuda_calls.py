@@ -1,4 +1,4 @@
-"""For the tests of the ops on CUDA: a batch there, and a call of each op that sums or gathers."""
+"""A batch on CUDA and a call of each op that sums or gathers, for tests of the ops there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sample_batch(count=12, prefix=100, own=30) -> FoldedBatch:
 
 
 def calls(batch: FoldedBatch, dtype=torch.bfloat16, width=64):
-    """(name, function of src, src) of each op that sums or gathers, all of one batch."""
+    """Yield (name, function of src, src) of each op that sums or gathers, all of one batch."""
     index, inverse = batch.unfold_index, (batch.unfold_indptr, batch.unfold_members)
     num_rows = batch.num_rows
     rows = torch.randn(num_rows, width, device="cuda").to(dtype)

@@ -1,4 +1,4 @@
-"""Right calls of every CPU op over random batches, and what their results must be, for tests/ops/fuzz_ops.py."""
+"""Right calls of every CPU op over random batches, and checks of their results, for tests/ops/fuzz_ops.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TABLES = [field.name for field in dataclasses.fields(FoldedBatch)]
 
 
 def random_batch(rng):
-    """Sequences, their packed arguments of a fold in either width, and their batch."""
+    """Return sequences, their packed arguments of a fold in either width, and their batch."""
     longest = int(rng.choice([6, 6, 6, 20, 300]))
     sequences = [sequence[:longest] for sequence in random_sequences(rng)]
     arrays = list(pack(sequences))
@@ -35,7 +35,7 @@ def random_batch(rng):
 
 
 def random_call(rng, name, made):
-    """What op `name` is called by, and right arguments for it."""
+    """Return the function that calls op `name`, and right arguments for it."""
     arrays, multiple, batch = made
     rows, tokens, runs = batch.num_rows, batch.num_tokens, (batch.cu_seqlens_q, batch.cu_seqlens_k)
     unfold = batch.unfold_index, batch.unfold_indptr, batch.unfold_members
@@ -185,7 +185,7 @@ def check_trie_attention(arguments, results, is_right):
     assert not results[0][num_nodes:].any()
     if is_right:
         unfolded = k.double()[kv_index], v.double()[kv_index]
-        # The ends of the paths: where each run's first row says that its path begins, and the end of all.
+        # A path ends where the next run's first row says that its own begins, the last at the end of all.
         starts = [*arguments[7][cu_q[:-1].long()].tolist(), len(kv_index)]
         want = reference.varlen_attention(q.double(), *unfolded, cu_q, torch.tensor(starts), scale, window)
         torch.testing.assert_close(results[0].double(), want, **LOOSE)
@@ -244,7 +244,7 @@ def check_cuts(arguments, results, _):
     assert sum(cost_of(first) for first in ends[:-1]) == best[-1]
 
 
-# Of each op, what its results must be: check(arguments, results, whether the arguments are those of a batch).
+# By op, a check of its results: check(arguments, results, whether the arguments are those of a batch).
 ORACLES_OF_FOLDS = dict.fromkeys(("fold", "fold_plan", "fold_plan_front"), check_fold)
 ORACLES_OF_PLANS = {
     "lexicographic_order": check_order,
@@ -261,6 +261,6 @@ ORACLES = {
     "trie_order": check_trie_order,
     "trie_attention": check_trie_attention,
     "trie_attention_backward": check_gradients,
-    # A batch made by hand, in each layout, and its gradients.
+    # Attention on a batch made by hand, in each layout, and its gradients.
     "attention": check_attention_of_batch,
 }

@@ -28,7 +28,7 @@ def needs_hf():
 
 
 def tiny_model(kind: str = "Llama", **changes):
-    """A two-layer model with random weights, spread enough that choices differ clearly."""
+    """Return a two-layer model with random weights, spread enough that choices differ clearly."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 340,
@@ -48,7 +48,7 @@ def tiny_model(kind: str = "Llama", **changes):
 
 
 def tiny_tokenizer(adds_bos: bool):
-    """A byte-level BPE tokenizer of a few merges; <s> is id 0 and </s> id 1."""
+    """Return a byte-level BPE tokenizer of a few merges; <s> is id 0 and </s> id 1."""
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
@@ -63,7 +63,7 @@ def tiny_tokenizer(adds_bos: bool):
 
 
 def embedding_tokenizer():
-    """Puts </s> behind a text, as Qwen3-Embedding's puts <|endoftext|>, which is its padding, too."""
+    """Return one that puts </s> behind a text, as Qwen3-Embedding's puts <|endoftext|>; it is the padding, too."""
     tokenizer = tiny_tokenizer(adds_bos=False)
     tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", 1)]
@@ -73,7 +73,7 @@ def embedding_tokenizer():
 
 
 def reranking_tokenizer(adds_bos=False):
-    """With Qwen's pattern of words and markers, and with yes and no as one token each."""
+    """Return one with Qwen's pattern of words and markers, and with yes and no as one token each."""
     tokenizer = tiny_tokenizer(adds_bos)
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     split = words + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -104,7 +104,7 @@ def sequences_of(choices: scoring.Choices) -> list[Sequence]:
 
 
 def oracle(model, sequence: Sequence) -> tuple[float, bool]:
-    """One plain forward of one unpadded sequence, all its logits, log-softmax in float64."""
+    """Run one plain forward of one unpadded sequence, with all its logits and log-softmax in float64."""
     ids = torch.from_numpy(np.concatenate([sequence.context, sequence.continuation]).astype(np.int64))
     with torch.no_grad():
         logits = model(input_ids=ids[None]).logits[0].double()

@@ -82,7 +82,7 @@ BLOCKS = {"radix_losses::head": 6, "radix_losses::head_backward": 9}
 
 
 def samples_of(name: str, device: str = "cpu", dtype=torch.float64, requires_grad=False) -> list[tuple]:
-    """Lists of the op's arguments, over shapes that differ pairwise."""
+    """Return lists of the op's arguments, over shapes that differ pairwise."""
     samples = [_to(device, name, arguments) for arguments in SAMPLES[name](dtype)]
     for x in (x for arguments in samples for x in arguments if isinstance(x, torch.Tensor)):
         x.requires_grad_(requires_grad and x.is_floating_point())
@@ -90,7 +90,7 @@ def samples_of(name: str, device: str = "cpu", dtype=torch.float64, requires_gra
 
 
 def with_gradient(name: str, arguments: tuple):
-    """The op as a function of the tensors that need a gradient, to its outputs that have one, and those tensors."""
+    """Return the op as a function of its inputs that need a gradient, to its outputs that have one, and the inputs."""
     inputs = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor) and x.requires_grad]
 
     def function(*tensors):
@@ -108,7 +108,7 @@ def outputs_of(function, arguments: tuple) -> list[torch.Tensor]:
 
 
 def check_gradient(name: str, arguments: tuple) -> None:
-    """Checks what GRADIENTS says of the op at arguments of which those that can need a gradient."""
+    """Check GRADIENTS of the op at arguments of which those that can need a gradient."""
     kind = GRADIENTS[name]
     if kind == INTEGERS:
         tensors = [x for x in (*arguments, *outputs_of(op_of(name), arguments)) if isinstance(x, torch.Tensor)]
@@ -154,7 +154,7 @@ def _scatter_add_kv(dtype):
 
 
 def _csr(plain, dtype):
-    """The first sample with the inverse of its index, which is one for 5 rows."""
+    """Return the first sample with the inverse of its index, which is one for 5 rows."""
     *tensors, last = next(plain(dtype))
     yield (*tensors, last, *INVERSE) if last is INDEX else (*tensors, *INVERSE, 5)
 

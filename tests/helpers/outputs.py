@@ -1,4 +1,4 @@
-"""Runs that write a small output of each kind, and judges of what they leave."""
+"""Runs that write a small output of each kind, and checks of the files that they leave."""
 
 import json
 
@@ -19,7 +19,7 @@ def key_of(item):
 
 
 def write_lines(path, overwrite=False):
-    """A run; returns how many results it found."""
+    """Write an output; return how many results were there."""
     with claimed(str(path)):
         file = ResultFile(str(path), COUNT, key_of, overwrite)
         found = int(file.done.sum())

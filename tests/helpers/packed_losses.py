@@ -88,7 +88,7 @@ def random_labels(batch, vocabulary=VOCABULARY, ignored=0.3, ignore_index=-100):
 
 
 def assert_same(got, want, inputs, **tolerance):
-    """Values, and gradients for random ones of the result."""
+    """Compare values, and gradients for random ones of the result."""
     torch.testing.assert_close(got, want, **tolerance)
     inputs = [x for x in inputs if x is not None]
     grad = torch.randn_like(want)
@@ -98,7 +98,7 @@ def assert_same(got, want, inputs, **tolerance):
 
 
 def check_all(batch, options, rows_per_chunk, device="cpu"):
-    """Every public function on one batch."""
+    """Check every public function on one batch."""
     hidden, weight, bias = inputs = tensors(batch, options.with_bias, device=device)
     labels = random_labels(batch)
     head = {"weight": weight, "bias": bias, "rows_per_chunk": rows_per_chunk, **options.scalars}

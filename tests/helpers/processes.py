@@ -1,4 +1,4 @@
-"""For tests that take more processes than their own: Python's, or two that torch.distributed joins."""
+"""Further processes for tests: Python's, forks, and two that torch.distributed joins."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
-# Seconds, after which a process hangs: a machine may be slow, or busy with other things.
+# A process hangs after so many seconds: a machine may be slow, or busy with other things.
 LONGEST = 900
-# Small tensors gain nothing from threads, and tests that run beside each other would wait for each other's. What they
-# state holds for any number of threads: `make test-elsewhere` asks for others.
+# Small tensors gain nothing from threads, and tests that run beside each other would wait for each other's. Any number
+# of threads is right: `make test-elsewhere` asks for others.
 NUM_THREADS = int(os.environ.get("RADIX_TEST_THREADS", "1"))
 
 
 def python_environment(**variables: str) -> dict[str, str]:
-    """Variables of a Python that finds the modules that this one finds and takes as many threads; those given count."""
+    """Return the environment of a Python with this one's modules and number of threads; variables given go first."""
     same = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(NUM_THREADS)}
     return {**os.environ, **same, **variables}
 
 
 def run_python(*arguments: str | Path, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python with arguments; its output is text."""
+    """Run Python with arguments; its output is text."""
     command, environment = [sys.executable, *arguments], python_environment(**variables)
     return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=LONGEST)
 
 
 def in_a_fork(work: Callable[[], object]) -> int:
-    """The process id of a fork that runs work(), and ends with 0 unless that raises."""
+    """Fork a process that runs work() and ends with 0 unless that raises; return its id."""
     if (child := os.fork()) == 0:
         status = 1
         try:
@@ -51,10 +51,10 @@ def in_a_fork(work: Callable[[], object]) -> int:
 
 
 def run(checks: Mapping[str, Callable[[int], None]], folder: Path, backend: str = "gloo") -> None:
-    """Calls each check with its rank, one after another, in two processes for all; fails with the first that does."""
+    """Call each check with its rank, one after another, in two processes for all; fail with the first that does."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    # Pickled here, and unpickled there once the test modules are imported: by name, Python finds none of them.
+    # The processes import test modules by file before they unpickle checks: Python finds none of them by name.
     functions = (getattr(check, "func", check) for check in checks.values())
     files = {function.__module__: inspect.getfile(function) for function in functions}
     arguments = (str(folder / "store"), files, pickle.dumps(checks), backend, queue)

@@ -1,4 +1,4 @@
-"""Small random Qwen3 models of transformers, and what they make of each sequence on its own."""
+"""Small random Qwen3 models of transformers, and their outputs for each sequence on its own."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ VARIANTS = {
 
 
 def oracle(folder, dtype=torch.float32, **changes):
-    """A small random Qwen3 of transformers, written to `folder`; its norms' weights are not all 1, nor its biases 0."""
+    """Save a small random Qwen3 of transformers in `folder`; its norms' weights are not all 1, nor its biases 0."""
     options = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -66,7 +66,7 @@ def oracle(folder, dtype=torch.float32, **changes):
 
 
 def run_theirs(model, sequences):
-    """Hidden states and logits of all packed tokens, each sequence on its own."""
+    """Return hidden states and logits of all packed tokens, each sequence on its own."""
     hidden, logits = [], []
     for sequence in sequences:
         if sequence:

@@ -21,7 +21,7 @@ PARTS = (
     "{% for m in messages %}<s> {{ m['role'] }} {% for part in m['content'] %}{% if part['type'] == 'text' %}"
     "{{ part['text'] }}{% endif %}{% endfor %} <e> {% endfor %}"
 )
-# Of the document, then the query.
+# The document comes before the query.
 SWAPPED = (
     "{% for m in messages if m.role == 'document' %}{{ m.content }} {% endfor %}<s> "
     "{% for m in messages if m.role in ('query', 'system') %}{{ m.content }} {% endfor %}yes"
@@ -29,7 +29,7 @@ SWAPPED = (
 
 
 def with_template(folder, template):
-    """The folder's tokenizer gets the template and knows roles and digits as words."""
+    """Save a tokenizer in the folder that has the template and knows roles and digits as words."""
     words = tokenizer(chat_template=template)
     known = ["user", "system", "query", "document", *"01234"]
     words.add_tokens([AddedToken(word, single_word=True) for word in known])
@@ -42,7 +42,7 @@ def settings(folder):
 
 
 def encoder(tmp_path, template=FLAT, pooling="mean", kind="Qwen3", max_length=120, processing=None, **options):
-    """A saved folder with the modality "message", and its SentenceTransformer."""
+    """Return a saved folder with the modality "message", and its SentenceTransformer."""
     base = with_template(save(tmp_path / "base", kind, vocab_size=100), template)
     modules = [Transformer(base, processing_kwargs=processing), Pooling(32, pooling), Normalize()]
     made = library.SentenceTransformer(modules=modules, device="cpu", **options)
@@ -53,7 +53,7 @@ def encoder(tmp_path, template=FLAT, pooling="mean", kind="Qwen3", max_length=12
 
 
 def cross_encoder(tmp_path, template=FLAT, kind="Qwen3", **options):
-    """A saved folder, and its CrossEncoder."""
+    """Return a saved folder, and its CrossEncoder."""
     base = save(tmp_path / "base", kind, "ForSequenceClassification", vocab_size=100)
     with_template(base, template) if template else None
     made = library.CrossEncoder(base, device="cpu", **options)
@@ -63,7 +63,7 @@ def cross_encoder(tmp_path, template=FLAT, kind="Qwen3", **options):
 
 
 def answering(tmp_path, template=FLAT, false=5, processing=None, **options):
-    """The same of a language model that answers."""
+    """Return a saved folder of a language model that answers, and its CrossEncoder."""
     base = save(tmp_path / "base", head="ForCausalLM", vocab_size=100)
     with_template(base, template) if template else None
     modules = [Transformer(base, transformer_task="text-generation", processing_kwargs=processing)]

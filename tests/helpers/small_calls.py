@@ -30,7 +30,7 @@ CALLS = [
 
 
 def to(device, arguments):
-    """The arguments on a device; `Tensor.to` would store every element of an expanded tensor."""
+    """Return the arguments on a device; `Tensor.to` would store every element of an expanded tensor."""
 
     def move(value):
         if isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""For the tests of the trie layout: long sequences, the order and the ancestors of their rows, dense attention."""
+"""Long sequences, the order and the ancestors of their rows, and dense attention, for tests of the trie layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def order_of(batch):
 
 
 def ancestors_of(batch):
-    """bool [num_rows, num_rows], where the row of the first index sees that of the second."""
+    """Return bool [num_rows, num_rows]: whether the row of the first index sees that of the second."""
     sees = torch.zeros(batch.num_rows, batch.num_rows, dtype=torch.bool)
     for rows in batch.unfold_index.cpu().long().split(batch.lengths.tolist()):
         sees[rows[:, None], rows] = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
@@ -40,5 +40,5 @@ def dense(q, k, v, sees, scale):
 
 
 def strided(x):
-    """The same values at [heads, rows, 1 + size], the first column left out."""
+    """Return the same values as a view of [heads, rows, 1 + size] without the first column."""
     return torch.cat([x[..., :1], x], -1).transpose(0, 1).contiguous().transpose(0, 1)[..., 1:]

@@ -16,7 +16,7 @@ from radix_ops.ops.head import head_op, head_plan_op
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_that_of_plain_torch(dtype):
-    """Both against float64 on the same numbers: at most 1.5 times as far from it, in values and gradients."""
+    """Values and gradients are at most 1.5 times as far from float64 as plain torch's on the same numbers."""
     batch = FoldedBatch.from_sequences([[*range(40), i, *range(i, i + 20)] for i in range(6)])
     inputs = tensors(batch, True, vocabulary=300, width=64)
     labels = random_labels(batch, 300)
@@ -62,7 +62,7 @@ def test_the_gradient_of_the_head_is_rounded_once(dtype):
 
 
 def allocations(function) -> list[int]:
-    """Bytes that each allocation of CPU memory takes, and each release gives back, in order."""
+    """List the bytes that each allocation of CPU memory takes, and each release gives back, in order."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -128,7 +128,7 @@ def test_nothing_is_kept_without_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_multiplies_in_bfloat16_and_gives_gradients_in_their_own_dtype(dtype):
-    """As the packed loss on states and weights rounded to bfloat16; hidden states may be rounded already."""
+    """It is the packed loss on states and weights rounded to bfloat16; hidden states may be rounded already."""
     batch = FoldedBatch.from_sequences([[*range(30), i, *range(i, i + 9)] for i in range(5)])
     hidden, weight, bias = tensors(batch, True, torch.float32, 200, 32)
     hidden = hidden.detach().to(dtype).requires_grad_()

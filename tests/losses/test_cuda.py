@@ -19,7 +19,7 @@ GIB = 2**30
 
 
 def check_statistics(device):
-    """Three blocks of 50 columns, of which the first holds no finite logit of row 2."""
+    """Check three blocks of 50 columns, of which the first holds no finite logit of row 2."""
     from radix_ops.ops import head_triton
 
     logits = torch.randn(3, 7, 50, device=device) * 5
@@ -90,7 +90,7 @@ def check_errors(sequences, dtype, device):
             assert got.dtype == theirs.dtype
             assert (got - exact).norm() <= 1.5 * (theirs - exact).norm() + 2e-6 * exact.norm()
         hidden, weight, bias = exact_inputs
-        # As if the scores were states: their gradient is that of the logits, [rows, vocabulary].
+        # The scores stand for states: their gradient is that of the logits, [rows, vocabulary].
         _, (of_logits, *_) = results(plain, (hidden @ weight.T, torch.eye(300).to(weight).requires_grad_(), bias))
         squares = of_logits.square()
         sums = squares @ weight.square(), squares.T @ hidden.square(), squares.sum(0)
@@ -105,7 +105,7 @@ def check_errors(sequences, dtype, device):
 
 
 def interpret():
-    """The kernels on the CPU, alone and then as CUDA's losses in half precision use them."""
+    """Run the kernels on the CPU, alone and then as CUDA's losses in half precision use them."""
     from radix_ops.ops import head_triton
 
     head_triton._BLOCK = 16
@@ -162,7 +162,7 @@ def test_error_is_that_of_plain_torch(dtype, monkeypatch):
 
 
 def large(num_rows, vocabulary, width, dtype=torch.bfloat16):
-    """A batch of num_rows + 8 packed tokens of 8 sequences that share their first, with tensors of a model's size."""
+    """Return a batch of num_rows + 8 packed tokens, 8 sequences that share their first, and a model's tensors."""
     ids = torch.randint(1, vocabulary, (8, num_rows // 8 + 1), device="cuda")
     ids[:, 0] = 0
     batch = FoldedBatch.from_sequences(list(ids))
@@ -175,7 +175,7 @@ def large(num_rows, vocabulary, width, dtype=torch.bfloat16):
 @pytest.mark.parametrize("width", [1024, 2560])
 @pytest.mark.parametrize("function", ["token_logprobs", "token_logprobs_and_entropy", "causal_lm_loss"])
 def test_memory_at_a_vocabulary_of_151936(width, function):
-    """At most 1 GiB beside states, their gradient and the head's, forward and backward."""
+    """Forward and backward take at most 1 GiB beside states, their gradient and the head's."""
     batch, hidden, weight = large(16384 - 8, 151_936, width)
     more = {"label_smoothing": 0.1, "softcap": 30.0} if function == "causal_lm_loss" else {}
     for _ in range(2):  # the first call compiles, and takes the workspace of products
@@ -245,7 +245,7 @@ def test_a_block_of_more_logits_than_32_bits_count():
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast(dtype):
-    """As in bfloat16 throughout, with gradients of the head in its own fp32."""
+    """Results are those of bfloat16 throughout, with gradients of the head in its own fp32."""
     batch, hidden, weight = large(1000, 3000, 64, torch.float32)
     hidden = hidden.detach().to(dtype).requires_grad_()
     with torch.autocast("cuda", torch.bfloat16):

@@ -58,13 +58,13 @@ def test_blocks_hold_what_is_asked_for():
         assert 1 <= block_rows <= num_rows
         assert 1 <= block_columns <= vocabulary
         assert block_rows * block_columns <= (rows * vocabulary or max(2**25, vocabulary))
-        # No more than twice as many blocks as logits need.
+        # There are at most twice as many blocks as logits need.
         whole = min(rows * vocabulary or 2**25, num_rows * vocabulary)
         assert block_rows * block_columns * 2.2 >= whole
 
 
 def test_other_batches_of_the_same_tokens():
-    """Packed, padded on either side, with another dtype of labels, and without labels: all as folded from lists."""
+    """Packed, padded on either side, with labels of another dtype or none, they give the same as folded from lists."""
     sequences = NAMED["nested"] + [[]] + NAMED["identical"]
     batch = FoldedBatch.from_sequences(sequences)
     hidden, weight, _ = tensors(batch, False)

@@ -28,7 +28,7 @@ TINY = {
 
 
 def padded(sequences, ignored=0.3):
-    """ids, mask and labels [B, T] of sequences padded on the right; some labels are ignored, and padding's are."""
+    """Return ids, mask and labels [B, T], padded on the right; some labels are ignored, and padding's are."""
     longest = max(map(len, sequences))
     ids = torch.tensor([sequence + [0] * (longest - len(sequence)) for sequence in sequences])
     mask = torch.tensor([[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences])
@@ -107,7 +107,7 @@ def test_logits_are_made_as_transformers_makes_them(name):
 
 
 def test_a_scale_comes_before_a_softcap():
-    """As in muse_glimmer, which has both, and whose head runs here on states that are given."""
+    """muse_glimmer has both; its head runs here on states that are given."""
     batch = FoldedBatch.from_sequences([[1, 2, 3, 4]])
     hidden, weight = torch.randn(4, 8), torch.randn(20, 8)
     head = Mock(lm_head=lambda states: states @ weight.T)

@@ -39,7 +39,7 @@ def test_hidden_states_and_logits_equal_those_of_transformers(pair, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_error_is_that_of_transformers(pair, tmp_path, layout):
-    """Both against transformers in float64: folding adds no more error than twice what it makes itself."""
+    """Against transformers in float64, folding has at most twice the error that transformers has itself."""
     theirs, ours = pair
     exact_model = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path).double().eval()
     sequences = [[7, 7, *range(50)], [7, 7, *range(40), 3, 4], [7, *range(60)]]
@@ -162,7 +162,7 @@ def test_compile_is_one_graph_for_batches_never_seen(plain, layout):
 
 @pytest.mark.parametrize("at_once", [1, 2, 3])
 def test_compiled_layers_share_a_graph_and_change_nothing(tmp_path, at_once):
-    """A graph for each number of layers in a row; another where nothing is shared; and no more for other sizes."""
+    """Each number of layers in a row has a graph, and another where nothing is shared; other sizes need no more."""
     oracle(tmp_path, num_hidden_layers=4)
     plain, model = (Qwen3ForCausalLM.from_pretrained(tmp_path) for _ in range(2))
     graphs = []

@@ -25,7 +25,7 @@ BATCHES = {name: NAMED[name] for name in FILLED} | {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """For each dtype transformers' model and ours, and transformers' in float64."""
+    """Return for each dtype transformers' model and ours, and transformers' in float64."""
     folder = tmp_path_factory.mktemp("qwen3")
     oracle(folder, hidden_size=64, intermediate_size=96, head_dim=16, max_position_embeddings=1024)
 
@@ -51,7 +51,7 @@ def error(got, exact):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_error_is_at_most_twice_that_of_transformers(models, dtype, layout):
-    """Over all batches together: hidden states, logits, loss and the gradient of every parameter."""
+    """Hidden states, logits, loss and the gradient of every parameter are compared, over all batches together."""
     theirs, ours = models[dtype]
     exact_model = models[torch.float64][0]
     errors = {}
@@ -81,7 +81,7 @@ def test_error_is_at_most_twice_that_of_transformers(models, dtype, layout):
                 gradients[name][parameter] = gradients[name].get(parameter, 0) + squared
     for part in ("hidden", "logits"):
         assert errors["ours", part] <= 2**2 * errors["theirs", part], part
-    # One number a batch, which may be right by chance: against the size of the error of the logits.
+    # It is one number a batch, which may be right by chance, so the error of the logits is its measure.
     assert errors["ours", "loss"] <= 2**2 * max(errors["theirs", "loss"], 1e-2 * errors["theirs", "logits"])
     assert sum(gradients["ours"].values()) <= 2**2 * sum(gradients["theirs"].values())
     for parameter, squared in gradients["ours"].items():
@@ -90,7 +90,7 @@ def test_error_is_at_most_twice_that_of_transformers(models, dtype, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_float64_equals_transformers(models, layout):
-    """Up to the cosines, which both round to float32."""
+    """They are equal up to the cosines, which both round to float32."""
     theirs, ours = models[torch.float64]
     for sequences in BATCHES.values():
         batch = FoldedBatch.from_sequences(sequences, device="cuda")
@@ -101,7 +101,7 @@ def test_float64_equals_transformers(models, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_padded_and_packed_batches(models, layout):
-    """On either side, from CUDA tensors; packed through the same code."""
+    """Batches of CUDA tensors, padded on either side, and packed ones go through the same code."""
     theirs, ours = models[torch.bfloat16]
     exact_model = models[torch.float64][0]
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_padded_and_packed_batches(models, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nothing_waits_for_the_device(models, layout):
-    """Ids on the CPU fold there, travel and go through the whole model: no call of torch's that synchronises."""
+    """Ids fold on the CPU, travel and go through the whole model without a call of torch's that synchronises."""
     ours = models[torch.bfloat16][1]
 
     def run():
@@ -170,7 +170,7 @@ def test_compact_attention_is_that_of_packed_bit_for_bit(dtype):
 
 
 def test_the_trie_layout_compiles_once_for_batches_never_seen():
-    """Numbers of rows, above 128 and below, that are multiples of 16 or not, forward and backward."""
+    """Numbers of rows are above 128 and below, multiples of 16 and not, forward and backward."""
     from radix_ops.ops import trie_triton
 
     def run(shared, own):
@@ -220,7 +220,7 @@ def test_compile_is_one_graph(models, layout):
 
 @pytest.mark.parametrize("layout", ["auto", *LAYOUTS])
 def test_compiled_layers_take_batches_of_every_kind(models, layout):
-    """Folded, packed, and folded with nothing shared, with padding rows and without, by inductor."""
+    """inductor takes batches folded, packed, and folded with nothing shared, with padding rows and without."""
     ours = models[torch.bfloat16][1]
     torch._dynamo.reset()
     ours.model.compile_layers(fullgraph=True)

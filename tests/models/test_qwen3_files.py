@@ -178,7 +178,7 @@ def weights_of(folder):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.uint8, torch.int64, torch.float8_e4m3fn])
 def test_weights_that_are_no_plain_floats_are_refused(folder, dtype):
-    """Cast to floats they would be scored as if they were the weights, and not steps of some scale."""
+    """Cast to floats, steps of some scale would be scored as if they were the weights."""
     weights = weights_of(folder)
     name = "model.layers.1.mlp.up_proj.weight"
     safetensors.torch.save_file({**weights, name: weights[name].to(dtype)}, folder / "model.safetensors")
@@ -223,7 +223,7 @@ def test_an_adapter_is_not_left_out(folder):
 
 
 def test_configs_that_transformers_reads_are_read(config):
-    """Nothing is refused that stands in config.json files of its making."""
+    """config.json files that transformers writes hold nothing that is refused."""
     for changes in ({}, {"rope_parameters": YARN}, {"head_dim": 8}, {"pad_token_id": -1}, {"max_window_layers": 0}):
         made = transformers.Qwen3Config(**{**config, **changes}).to_dict()
         assert Qwen3Config.from_dict(made).hidden_size == 32

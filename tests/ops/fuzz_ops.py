@@ -28,7 +28,7 @@ BAD_SIZES = (-1, 0, 2**31, 2**32, 2**62, 2**63 - 1, -(2**63))
 INDEX_DTYPES = (torch.int32, torch.int64)
 OTHER_DTYPES = (torch.int16, torch.uint8, torch.bool, torch.float32, torch.float64, torch.bfloat16, torch.complex64)
 CASES_OF_A_BATCH = 32
-MOST_CPU_SECONDS = 20  # of a case, before it counts as one that hangs
+MOST_CPU_SECONDS = 20  # after which a case hangs
 
 
 def spoil_values(rng, x):
@@ -116,7 +116,7 @@ def mutated(rng, arguments, other):
     """Return arguments with some of them spoilt, and how many; `other` are those of the same op for another batch."""
     arguments = list(arguments)
     count = int(rng.choice([0, 1, 1, 1, 2, 3]))
-    # One mutation each: torch itself crashes on a tensor whose storage is gone.
+    # Each argument is spoilt once: torch itself crashes on a tensor whose storage is gone.
     for at in rng.permutation(len(arguments))[:count].tolist():
         if rng.integers(8) == 0:
             arguments[at] = other[at]

@@ -57,7 +57,7 @@ def test_gradient_through_fold_and_unfold_with_padding_rows(name, device):
 
 
 def test_one_of_two_gradients(device):
-    """A loss that reads K alone, and inputs of which one needs no gradient."""
+    """A loss reads K alone, and one of the inputs needs no gradient."""
     for name in PAIRS:
         for k, v, *rest in samples_of(name, device, requires_grad=True):
             out_k, out_v = op_of(name)(k, v, *rest)
@@ -79,7 +79,7 @@ def test_inputs_that_need_no_gradient_get_none():
 
 
 def reference_of(name, arguments):
-    """The same function in torch's own differentiable ops."""
+    """Return the same function in torch's own differentiable ops."""
     rest = arguments[1:]
     if "gather" in name:
         return lambda x: x.index_select(0, rest[0])

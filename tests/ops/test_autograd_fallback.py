@@ -34,7 +34,7 @@ def test_each_part_that_is_gone_is_noticed(owner, name, monkeypatch):
 
 
 def results():
-    """Outputs and gradients of every op that has any, those of second order too, then of a compiled function."""
+    """Return outputs and gradients of every op that has any, those of second order too, then of a compiled function."""
     from helpers.op_samples import GRADIENTS, ONCE, TWICE, op_of, outputs_of, samples_of, with_gradient
 
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def results():
 
 
 def compiled_results():
-    """One graph for two batches, forward and backward; recompiles are errors."""
+    """Return those of one graph for two batches, forward and backward; recompiles are errors."""
     import radix_ops
 
     def function(table, batch):
@@ -87,7 +87,7 @@ def test_results_are_the_same_bits(tmp_path):
 
 
 def import_without_a_part():
-    """radix_ops as torch without the part has it; torch is whole again behind that."""
+    """Import radix_ops as torch without the part has it; torch is whole again behind that."""
     part = torch.autograd.function._SingleLevelFunction
     del torch.autograd.function._SingleLevelFunction
     from radix_ops.ops import autograd_kernels
@@ -108,7 +108,7 @@ def check_gradients():
 
 
 def check_transforms():
-    """Transforms of reverse mode are refused by torch, and tangents by us, which torch.library drops."""
+    """Check that torch refuses transforms of reverse mode, and we tangents, which torch.library drops."""
     from helpers.op_samples import op_of, outputs_of, samples_of
 
     for name in ("radix::gather", "radix::scatter_add.csr", "radix::varlen_attention", "radix::gather_kv"):

@@ -16,7 +16,7 @@ each_call = pytest.mark.parametrize(("op", "arguments"), CALLS, ids=[op.name() f
 
 @each_call
 def test_a_build_or_a_torch_without_cuda_refuses_cuda_tensors(op, arguments):
-    """Runs what the dispatcher would run for CUDA tensors."""
+    """The test runs what the dispatcher would run for CUDA tensors."""
     if any(part in op.name() for part in PYTHON_KERNELS):
         return  # they run wherever torch does
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -59,7 +59,7 @@ def test_a_storage_resized_below_its_tensor_is_refused(device):
         for position, argument in enumerate(arguments):
             for left in (0, 1) if isinstance(argument, torch.Tensor) else ():
                 given = to(device, arguments)
-                # Behind an offset, which counts as well.
+                # The tensor stands behind an offset, which counts as well.
                 given[position] = torch.stack([argument, argument]).to(device)[1]
                 size = given[position].untyped_storage().nbytes()
                 given[position].untyped_storage().resize_(left * (size - 1))

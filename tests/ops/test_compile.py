@@ -21,7 +21,7 @@ OTHERS = [
 
 
 def rows_and_back(ids, positions, cu_seqlens, table, weight):
-    """Folds, looks up, gathers, multiplies and unfolds: the frame of every model."""
+    """Fold, look up, gather, multiply and unfold, as every model does."""
     compact_ids, _, unfold_index, fold_index = RADIX.fold(ids, positions, cu_seqlens, 4)
     rows = table[compact_ids] @ weight + RADIX.gather(table[ids], fold_index)
     return RADIX.gather(rows, unfold_index)

@@ -19,7 +19,7 @@ RADIX = torch.ops.radix
 
 
 def test_ops_run_on_the_current_stream():
-    """On a side stream that is busy for long before the arguments are written."""
+    """A side stream is busy for long before the arguments are written."""
     batch = sample_batch()
     fold_given = to("cuda", pack(NAMED["nested"]))
     want_plan = RADIX.fold_plan(*fold_given)
@@ -90,7 +90,7 @@ def test_a_fold_in_a_capture_is_refused():
 
 
 def traced(function, path):
-    """The names and bytes of what the device and the runtime did."""
+    """Return the names and bytes of all that the device and the runtime did."""
     function()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -101,7 +101,7 @@ def traced(function, path):
 
 
 def waits(function, path):
-    """How often the host waits for the device in a function, beyond what the profiler itself does."""
+    """Count how often the host waits for the device in a function, without the profiler's own waits."""
 
     def count(events):
         return sum("Synchronize" in e["name"] for e in events if e["cat"] == "cuda_runtime")
@@ -245,7 +245,7 @@ def test_a_member_order_that_does_not_ascend_is_no_error():
 
 
 def test_members_in_any_order_take_no_longer_than_a_few_passes():
-    """To compare each with all before it would take minutes here."""
+    """Comparing each with all before it would take minutes here."""
     length = 2**20
     src = torch.ones(length, 8, device="cuda")
     index = torch.zeros(length, dtype=torch.int32, device="cuda")
@@ -264,7 +264,7 @@ def test_members_in_any_order_take_no_longer_than_a_few_passes():
 
 
 def test_pairs_of_very_different_widths():
-    """One row of more than 2^31 bytes, of an odd number of them, beside rows of one byte."""
+    """One row has more than 2^31 bytes, an odd number of them; the rows beside it have one byte."""
     wide = torch.zeros(2, 2**31 + 2**20 + 1, dtype=torch.uint8, device="cuda")
     wide[1, -1], wide[1, 0] = 3, 5
     narrow = torch.tensor([[7], [9]], dtype=torch.uint8, device="cuda")

@@ -107,7 +107,7 @@ reuses_memory = pytest.mark.skipif(
 
 
 def poisoned(function):
-    """The results of a function whose new tensors are the memory of freed ones that held NaN and large integers."""
+    """Check a function whose new tensors take the memory of freed ones that held NaN and large integers."""
     first = function()
     torch.cuda.synchronize()
     shapes = [(x.numel(), x.element_size()) for x in first if x.is_cuda]

@@ -38,7 +38,7 @@ every_op = pytest.mark.parametrize("name", NAMES)
 
 
 def runnable_samples(name, device, dtype=None, requires_grad=False):
-    """The op's samples, of which there must be some; skips where the device has no kernel for it."""
+    """Return the op's samples, of which there must be some; skip where the device has no kernel for it."""
     assert name in SAMPLES, f"{name} has no samples in helpers/op_samples.py"
     if (name, device.upper()) in WITHOUT_KERNEL:
         pytest.skip(f"{name} on {device}: {WITHOUT_KERNEL[name, device.upper()]}")
@@ -90,7 +90,7 @@ def test_kernel(name, key):
 
 @every_op
 def test_compiles_as_one_graph(name, device):
-    """With dynamic sizes, forward and, where there is one, backward; opcheck traces what is below dynamo."""
+    """Sizes are dynamic, forward and, where there is one, backward; opcheck traces what is below dynamo."""
     needs_gradient = GRADIENTS.get(name) in (TWICE, ONCE)
     op = op_of(name)
     torch._dynamo.reset()
@@ -131,7 +131,7 @@ BARE = "radix::bare", "radix::half_done"
 
 
 def run_with_bare_ops():
-    """The guards of an op that has a schema alone, and of one that has a kernel on the CPU too."""
+    """Run the guards of an op that has a schema alone, and of one that has a kernel on the CPU too."""
     library = torch.library.Library("radix", "FRAGMENT")
     for name in BARE:
         library.define(f"{name.partition('::')[2]}(Tensor x) -> Tensor")

@@ -18,7 +18,7 @@ RADIX = torch.ops.radix
 
 @pytest.fixture
 def fold(device):
-    """radix::fold on each device, of arguments on the CPU and with results there."""
+    """Run radix::fold on each device, of arguments on the CPU and with results there."""
     return lambda *arguments: to("cpu", RADIX.fold(*to(device, arguments)))
 
 

@@ -97,7 +97,7 @@ CRAFTED = {  # ids, positions: under the known key all fall into a stretch of a 
 
 
 def seconds(library, ids, positions, key=None) -> float:
-    """The least processor time of a few folds of `COUNT` sequences, no two of which are alike."""
+    """Return the least processor time of a few folds of `COUNT` sequences, no two of which are alike."""
     best = float("inf")
     for _ in range(4):
         start = time.thread_time()
@@ -131,7 +131,7 @@ def test_each_fold_draws_a_key_of_its_own(library):
 
 
 def fold_by_key(ids, positions, cu_seqlens, key=(0, 1, 1), hash_bits=64):
-    """fold_plan on CUDA under a key given, and how many ways it tried: two keys, then sorting."""
+    """Run fold_plan on CUDA under a key given; return how many ways it tried, too: two keys, then sorting."""
     arguments = (ids.cuda(), positions.cuda(), cu_seqlens.cuda())
     return torch.ops.radix._fold_by_key(*arguments, torch.tensor(key), hash_bits)
 
@@ -162,7 +162,7 @@ def test_fold_on_cuda_meets_no_collision_by_whole_hashes():
 
 
 def unmixed(h: np.ndarray) -> np.ndarray:
-    """The inverse of `mix` in csrc/hash.h."""
+    """Invert `mix` of csrc/hash.h."""
     inverse = np.uint64(pow(0xD6E8FEB86659FD93, -1, 2**64))
     for _ in range(2):
         h = (h ^ (h >> np.uint64(32))) * inverse

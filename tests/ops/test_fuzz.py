@@ -23,7 +23,7 @@ EXTREMES = [0, 1, -1, 2, 3, 2**31 - 1, -(2**31), 2**31, 2**62, -(2**63)]
 
 @st.composite
 def indices(draw, likely=10):
-    """Mostly 1-D integer tensors of small numbers; sometimes of any dtype, rank, stride or value."""
+    """Draw mostly 1-D integer tensors of small numbers, sometimes of any dtype, rank, stride or value."""
     values = draw(st.lists(st.integers(0, likely) | st.sampled_from(EXTREMES), max_size=12))
     plain = draw(st.lists(st.integers(0, likely), max_size=12))
     values = plain if draw(st.integers(0, 3)) else values
@@ -52,7 +52,7 @@ def rows(draw):
 
 @st.composite
 def folds(draw):
-    """Arguments of a fold that are often, but not always, well formed."""
+    """Draw arguments of a fold that are often, but not always, well formed."""
     ids, positions, cu_seqlens = draw(indices(3)), draw(indices(2)), draw(indices(12))
     if draw(st.integers(0, 3)) and ids.dim() == 1:
         positions = torch.randint(0, 2, ids.shape)
@@ -126,7 +126,7 @@ def test_scatter_add(src, index, num_rows, same_length):
 
 @st.composite
 def inverses(draw):
-    """An index with an inverse that is right, or has one thing wrong with it, or is unrelated."""
+    """Draw an index with an inverse that is right, or has one thing wrong with it, or is unrelated."""
     num_rows = draw(st.integers(0, 4))
     index = torch.tensor(
         draw(st.lists(st.integers(0, num_rows - 1), max_size=8)) if num_rows else [], dtype=torch.int64

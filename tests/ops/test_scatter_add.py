@@ -22,7 +22,7 @@ def inverse_of(index, num_rows):
 
 
 def both(src, index, num_rows):
-    """The result without the inverse, after checking that the one with it has the same bits."""
+    """Return the result without the inverse; check that the one with it has the same bits."""
     plain = SCATTER_ADD(src, index, num_rows)
     inverse = inverse_of(index, num_rows)
     for index_dtype in (torch.int32, torch.int64):

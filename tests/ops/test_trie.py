@@ -1,4 +1,4 @@
-"""The order of a trie against its ancestors found one by one, and what the kernels in Python read."""
+"""The order of a trie against its ancestors found one by one, and the rows that kernels in Python read."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def test_order_tells_ancestors(device):
 
 
 def wrapped(number):
-    """The int64 with the same last 64 bits."""
+    """Return the int64 with the same last 64 bits."""
     return (number + 2**63) % 2**64 - 2**63
 
 
 def overflowing(length):
-    """Runs 0 (`length` rows), 1 and 2, of which the last ends at -2^63: in int64 its length and prefix are positive.
+    """Return runs 0 (`length` rows), 1 and 2; the last ends at -2^63: in int64 its length and prefix are positive.
 
     A kernel that subtracts before it compares writes `length` entries in front of its memory.
     """
@@ -98,7 +98,7 @@ def test_order_refuses_what_no_fold_makes():
 
 
 def test_sizes_of_subtrees_may_sum_to_more_than_32_bits(default_device):
-    """A chain of runs of which each holds all below it, and a long one at its end."""
+    """Each run of a chain holds all below it, and a long one is at its end."""
     chain, long = 1500, 1_500_000
     starts = torch.arange(chain + 1)
     cu_q = torch.cat([starts, torch.tensor([chain + long])])

@@ -17,7 +17,7 @@ from radix_ops import FoldedBatch
 
 RADIX = torch.ops.radix
 EPSILON = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
-# Tiles of keys behind each other, blocks of rows of many sequences, and lanes that fill no vector.
+# They have tiles of keys behind each other, blocks of rows of many sequences, and lanes that fill no vector.
 TRIES = [
     [[*range(225), i] for i in range(3)] + [[*range(75), 5, *range(100)], list(range(160)), [*range(75), 5]],
     NESTED_RUNS[:60],
@@ -110,7 +110,7 @@ def check_all():
 
 @pytest.mark.parametrize("capability", ["default", "avx2", ""])
 def test_equals_dense_attention_in_every_width(capability):
-    """The widest that the processor has last, whatever these tests run under."""
+    """The widest that the processor has comes last, whatever these tests run under."""
     run = processes.run_python(__file__, ATEN_CPU_CAPABILITY=capability)
     assert run.returncode == 0, run.stderr
 
@@ -150,7 +150,7 @@ def test_the_same_bits_for_any_number_of_threads():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_reaches_only_those_who_see_it(value):
-    """Rows, within one sequence too: a hidden key adds nothing and not 0 times its value."""
+    """Within one sequence too, a hidden key adds nothing and not 0 times its value."""
     batch = FoldedBatch.from_sequences([*LONG, [7, 8, 9]])
     sees = seen(batch, 0)
     tensors = inputs_of(batch, (4, 2, 16, 16), torch.float32)
@@ -198,7 +198,7 @@ def test_the_gradient_may_have_any_strides():
 
 
 def loose(x):
-    """The same numbers, with a stride that no address may be made of wherever it leads to nothing."""
+    """Return the same numbers, with a stride that no address may be made of wherever it leads to nothing."""
     sizes = zip(x.shape, x.stride(), strict=True)
     return x.as_strided(x.shape, [2**62 if size <= 1 or not x.numel() else stride for size, stride in sizes])
 

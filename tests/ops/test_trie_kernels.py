@@ -58,7 +58,7 @@ def check(sequences, shape, dtype, device, tolerance, layout=lambda x: x):
 
 
 def damaged(names, tables, seed):
-    """The tables, by name, with one of them wrong, with all wrong here and there, and with too few keys."""
+    """Yield the tables, by name, with one of them wrong, with all wrong here and there, and with too few keys."""
     sound = dict(zip(names, tables, strict=True))
     for name, table in sound.items():
         for value in (-(2**31), 2**31 - 1):
@@ -77,7 +77,7 @@ def damaged(names, tables, seed):
 
 
 def watch_memory():
-    """From here on, a load or a store of the interpreter that lies in no tensor of its launch raises."""
+    """Make a load or a store of the interpreter raise where it lies in no tensor of its launch."""
     import numpy
     from triton.runtime import interpreter
 
@@ -138,7 +138,7 @@ def interpret_damaged():
 
 
 def set_small_blocks():
-    """Blocks small enough that short batches have full ones, masked ones and several."""
+    """Set blocks so small that short batches have full ones, masked ones and several."""
     from radix_ops.ops import trie_launch, trie_triton
 
     for kernel, config in (("forward", (32, 16)), ("backward_q", (32, 16)), ("backward_kv", (16, 32))):
@@ -147,7 +147,7 @@ def set_small_blocks():
 
 
 def interpret_wide():
-    """Tables in int64 mean what they do in int32, and a number that int32 does not hold is no other number."""
+    """Check that tables in int64 mean the same as in int32, and numbers too large for int32 are no others."""
     from radix_ops.ops import trie_launch
 
     set_small_blocks()
@@ -191,7 +191,7 @@ def interpret():
 )
 @pytest.mark.parametrize("what", ["sound", "damaged", "wide"])
 def test_kernels_interpreted(what):
-    """Right results of sound tables, in int64 too; of damaged ones no load and no store outside the arguments."""
+    """Sound tables, in int64 too, give right results; damaged ones no load and no store outside the arguments."""
     result = processes.run_python(__file__, what, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr
     assert result.stdout == "interpreted\n"

@@ -24,7 +24,7 @@ def tensors_of(rows, heads=4, kv_heads=2):
 
 
 def call(op, tensors=None, window=0, batch=BATCH, **tables):
-    """The op with what is given in place of what is right."""
+    """Call the op with the arguments given in place of the right ones."""
     tensors = tensors or tensors_of(batch.num_rows)
     right = dict(zip(NAMES, order_of(batch), strict=True))
     right |= {name: getattr(batch, name) for name in ("kv_index", "cu_seqlens_q", "num_nodes")}
@@ -61,7 +61,7 @@ def test_refuses_tables_that_lead_outside(op):
 
 @both
 def test_refuses_tables_of_no_trie(op):
-    """Each is within bounds. What is far outside must not be walked, nor two rows be written as one."""
+    """Each table is within bounds. Places far outside must not be walked, nor two rows be written as one."""
     _, leave, depth, row_of, path = order_of(BATCH)
 
     def changed(table, row, by):
@@ -125,7 +125,7 @@ def test_the_backward_refuses_results_that_do_not_fit():
 
 
 def rewrite_while_it_runs():
-    """Calls both ops for a while beside a thread that writes tables outside and back."""
+    """Call both ops for a while beside a thread that writes tables outside and back."""
     tables = dict(zip(NAMES, (x.clone() for x in order_of(BATCH)), strict=True)) | {"kv_index": BATCH.kv_index.clone()}
     stop = time.monotonic() + 2
 

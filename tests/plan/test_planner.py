@@ -68,7 +68,7 @@ def test_no_cuts_of_the_sorted_order_have_fewer_rows_and_batches(seed):
 
 
 def cost(sequences, cuts, limits):
-    """Rows plus one for each batch (1% of max_rows is less than one row here), None beyond the limits."""
+    """Return rows plus one for each batch (1% of max_rows is less than one row here), None beyond the limits."""
     if not sequences:
         return 0 if not cuts else None
     batches = [sequences[a:b] for a, b in itertools.pairwise([0, *cuts, len(sequences)])]
@@ -265,7 +265,7 @@ def within(limits, lengths, shared):
 
 
 def test_cuts_of_lengths_whose_sums_no_int64_holds():
-    """Lengths, costs and limits near 2^63, against all ways to cut, in Python's integers."""
+    """Lengths, costs and limits are near 2^63; all ways to cut are tried, in Python's integers."""
     huge = 2**63 - 1
     for lengths, shared, limits, batch_cost in (
         ([huge] * 4, [0, huge, huge, huge], (huge,) * 4, 0),

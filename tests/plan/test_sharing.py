@@ -1,4 +1,4 @@
-"""What sequences share, against brute force over sets of prefixes, and the picture of it."""
+"""The prefixes that sequences share, against brute force over sets of them, and the picture of them."""
 
 import importlib.util
 import itertools
@@ -45,7 +45,7 @@ def test_shared_prefixes_against_brute_force(seed):
     for index, sequence in enumerate(sequences):
         for size in range(1, len(sequence) + 1):
             sharers.setdefault(tuple(sequence[:size]), set()).add(index)
-    expected = {}  # of all prefixes that the same two or more sequences share, the shortest and the longest
+    expected = {}  # the shortest and the longest of the prefixes that the same sequences share
     for prefix, indices in sharers.items():
         if len(indices) > 1:
             lengths = expected.setdefault(frozenset(indices), [len(prefix), len(prefix)])

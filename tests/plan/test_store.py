@@ -1,4 +1,4 @@
-"""TokenStore: what it gives back after full disks and forks, and of arrays of every kind of integer."""
+"""TokenStore gives back its sequences after full disks and forks, and those of every kind of integer."""
 
 import os
 import resource
@@ -31,7 +31,7 @@ def check_values(store, values):
 
 @pytest.fixture
 def disk_with_room():
-    """A function that leaves so many bytes of room behind a file of that size."""
+    """Return a function that leaves so many bytes of room behind a file of that size."""
     old_limits, old_handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     def leave(size):
