@@ -53,7 +53,8 @@ or it is a .npz file of two arrays, input_ids [N] end to end and cu_seqlens [B +
 
 Tokens that two sequences of a batch have in common at their starts are computed once, as one row. The report says
 which prefixes are shared and how many sequences share them, then counts, exactly, the rows of batches of several sizes:
-in the order given, shuffled one by one (seed {SEED}), and as the planner of the other commands puts them together.
+in the order given, shuffled one by one (seed {SEED}), and as the planner of the other commands puts them together, for
+a transformers model or, where --model names a Qwen3, for that.
 
 The speed-up is at most rows before over rows after. With --model, a model's name, it is that of FLOPs, read off its
 config: a row costs 2 for each weight of the layers' products (of experts those that a token visits), and in each layer

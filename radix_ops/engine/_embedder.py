@@ -20,6 +20,8 @@ from .loading import max_length_of
 from .messages import Chat
 from .recipes import POOLINGS, Recipe, find_recipe
 
+_TEXTS_AT_ONCE = 1024  # while other threads wait for the tokenizer
+
 
 class Embedder(Engine[Text]):
     """Makes embeddings of texts: the hidden state of the last token, or the mean over the tokens, normalised.
@@ -97,7 +99,8 @@ class Embedder(Engine[Text]):
     def _with_prompt(self, prompt: str) -> Recipe:
         recipe = dataclasses.replace(self.recipe, prompt=check_text(prompt, "the prompt"))
         if recipe.messages:
-            Chat(self.tokenizer, recipe.messages, prompt).check(("user",))
+            with self._lock:
+                Chat(self.tokenizer, recipe.messages, prompt).check(("user",))
         return recipe
 
     @property
@@ -135,9 +138,11 @@ class Embedder(Engine[Text]):
         be used: it names the index, what is there, what is allowed and the remedy; after that for an embedding that is
         not finite. OutOfMemory where one text alone does not fit into the device's memory.
         """
-        with options_as_arguments(), self._lock:
-            recipe = self._recipe(prompt, prompt_name)
-            return self._rows(self._encode(_parsed(texts), recipe), 0, on_progress)
+        with options_as_arguments():
+            recipe, encoded = self._recipe(prompt, prompt_name), Texts()
+            for part in windows(_parsed(texts), _TEXTS_AT_ONCE):
+                encoded.extend(self._encode(part, recipe))
+            return self._rows(encoded, 0, on_progress)
 
     def stream(
         self,
@@ -157,7 +162,7 @@ class Embedder(Engine[Text]):
             recipe = self._recipe(prompt, prompt_name)
         first = 0
         for part in windows(_parsed(texts), window):
-            with options_as_arguments(), self._lock:
+            with options_as_arguments():
                 rows = self._rows(self._encode(part, recipe), first, on_progress)
             yield from rows
             first += len(part)

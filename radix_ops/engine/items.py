@@ -26,6 +26,11 @@ class Items:
             self.store.append(ids)
         self._ends.append(len(self.store))
 
+    def extend(self, items: Items) -> None:
+        """Add all items of another store of this kind."""
+        for item in range(len(items)):
+            self.append(items[item])
+
     def __len__(self) -> int:
         return len(self._ends)
 

@@ -1,11 +1,14 @@
 """Embedder against sentence-transformers' encode on the same folders, and against transformers."""
 
+import concurrent.futures
+
 import numpy as np
 import pytest
 import torch
 
 from helpers.language_models import embedding_tokenizer, needs_hf, tiny_model, transformers
-from radix_ops.engine import Embedder, UserError
+from radix_ops.engine import Embedder, UserError, embedding
+from radix_ops.engine.inputs import Record
 from radix_ops.models.qwen3 import Qwen3Model
 
 library = pytest.importorskip("sentence_transformers")
@@ -59,21 +62,13 @@ def test_embeddings_are_those_of_sentence_transformers(folders, pooling):
 def test_texts_of_several_prompts_meet_in_one_batch(folders):
     """A server does so; a mean leaves out of each text its own prompt."""
     folder, model = folders["rest"]
-    embedder, together, found = Embedder(folder, device="cpu"), None, {}
+    embedder, together, found = Embedder(folder, device="cpu"), embedding.Texts(), {}
+    items = [embedder.parse(Record(f"request {n}", {"text": text})) for n, text in enumerate(TEXTS[2:])]
     for name in ("query", "of"):
-        encoded = embedder._encode([embedder.parse(record) for record in records()], embedder._recipe(None, name))
-        together = type(encoded)() if together is None else together
-        for item in range(len(encoded)):
-            together.append(encoded[item])
+        together.extend(embedder._encode(items, embedder._recipe(None, name)))
     embedder.execute(together, lambda indices, numbers: found.update(zip(indices.tolist(), numbers[0], strict=True)))
     expected = [model.encode(TEXTS[2:], prompt_name=name) for name in ("query", "of")]
     close(np.stack([found[index] for index in range(6)]), np.concatenate(expected))
-
-
-def records():
-    from radix_ops.engine.inputs import Record
-
-    return [Record(f"request {n}", {"text": text}) for n, text in enumerate(TEXTS[2:])]
 
 
 def test_dims_prompts_and_normalisation_may_be_given(folders):
@@ -164,10 +159,23 @@ def test_embeddings_that_are_not_finite_are_refused():
         Embedder(model.model, tokenizer).embed(["the sea", "x"])
 
 
-def test_texts_are_cut_where_that_is_asked_for(folders):
+def test_texts_are_cut_where_that_is_asked_for(folders, monkeypatch):
     folder, model = folders["last"]
-    model.max_seq_length = 12
+    monkeypatch.setattr(model, "max_seq_length", 12)
     texts = ["the river " * 20, "the sea", "the river " * 30]
     found = Embedder(folder, device="cpu", max_length=12, truncate_right=True).embed(texts)
     close(found, model.encode(texts))
     assert transformers.AutoTokenizer.from_pretrained(folder).truncation_side == "right"
+
+
+def test_a_generator_of_texts_may_wait_for_another_thread(folders):
+    """Which embeds, too: the engine isn't held while texts come."""
+    folder, model = folders["last"]
+    embedder = Embedder(folder, device="cpu")
+
+    def texts():
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            pool.submit(embedder.embed, ["the sea"]).result(timeout=60)
+        yield from TEXTS
+
+    close(embedder.embed(texts()), model.encode(TEXTS))

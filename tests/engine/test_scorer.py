@@ -115,7 +115,7 @@ def test_a_batch_of_several_askers_gives_each_its_own(scorer, kind):
     items = [scorer.parse(_engine.Record(f"request {n}", question)) for n, question in enumerate(QUESTIONS)]
     together = scoring.Choices()
     for item in items:
-        together.append(scorer.encode([item])[0])
+        together.extend(scorer.encode([item]))
     collector, results = _engine.Collector(together.ends), {}
 
     def on_batch(indices, found):
