@@ -1,7 +1,7 @@
 // radix::fold and radix::fold_plan on the CPU.
 #include "../fold.h"
+#include "fold_trie.h"
 #include "inverse.h"
-#include "trie.h"
 
 namespace radix {
 namespace {

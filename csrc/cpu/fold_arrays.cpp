@@ -1,7 +1,7 @@
 // The fold of plain arrays as a C function: a small fold takes less time than a call through torch's dispatcher, which
 // radix_ops.compat saves by this. It reports what is malformed and leaves it to the op to say so.
 #include "../fold.h"
-#include "trie.h"
+#include "fold_trie.h"
 
 extern "C" {
 

@@ -1,5 +1,5 @@
 // radix::gather and radix::gather.csr on the CPU: x[index] over dim 0, of any dtype, as copies of rows.
-#include "rows.h"
+#include "index_checks.h"
 
 #include <mutex>
 #include <tuple>

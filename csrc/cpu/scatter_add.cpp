@@ -1,8 +1,8 @@
 // radix::scatter_add and radix::scatter_add.csr on the CPU: each output row is one sum over its segment of source
 // rows, always in the same order, so the result does not depend on the number of threads.
 #include "../integers.h"
+#include "index_checks.h"
 #include "inverse.h"
-#include "rows.h"
 
 #include <tuple>
 #include <type_traits>

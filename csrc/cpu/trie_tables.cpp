@@ -1,7 +1,7 @@
 // Copies the tables of a trie, and checks the copies.
 #include "trie_tables.h"
 
-#include "rows.h"
+#include "index_checks.h"
 
 #include <utility>
 

@@ -19,7 +19,7 @@ from radix_ops import reference
 
 CSRC = Path(__file__).parents[2] / "csrc"
 PROGRAM = """
-#include "cpu/trie.h"
+#include "cpu/fold_trie.h"
 using radix::HashKey;
 extern "C" long fold(
     const long* ids, const long* positions, const long* ends, long num_sequences, int* unfold_index, HashKey* key) {
