@@ -1,5 +1,6 @@
 // radix::gather and radix::gather.csr on the CPU: x[index] over dim 0, of any dtype, as copies of rows.
 #include "index_checks.h"
+#include "parallel.h"
 
 #include <mutex>
 #include <tuple>

@@ -1,4 +1,4 @@
-// What gather and scatter_add share on the CPU.
+// Checks of an index on the CPU while it is read: each entry once, and none is used before it is found in range.
 #pragma once
 
 #include "../rows.h"
@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <type_traits>
 
 // A function marked with it is compiled for several vector widths, one of which is chosen when the library is loaded.
@@ -78,15 +77,6 @@ inline BadEntry for_entries(const T* index, int64_t begin, int64_t end, int64_t 
   return BadEntry{};
 }
 
-// Memory that is written before it is read.
-template <typename T>
-using Buffer = std::unique_ptr<T[]>;
-
-template <typename T>
-inline Buffer<T> buffer_of(int64_t length) {
-  return Buffer<T>(new T[length]);
-}
-
 // Copies the first `length` entries of an index to `out`, for what reads them more than once. Raises unless all of them
 // are in [0, bound), which Out holds. `index` must be contiguous.
 template <typename Out>
@@ -102,18 +92,6 @@ inline void copy_checked(
       refuse_entry(op, name, bad, bound, what);
     }
   });
-}
-
-// Runs body(begin, end) over [0, count), in parallel where the bytes moved are worth it. `body` must not throw.
-template <typename Body>
-inline void parallel_over(int64_t count, int64_t bytes_each, const Body& body) {
-  constexpr int64_t kBytesPerTask = 1 << 16;
-  const int64_t grain = std::max<int64_t>(1, kBytesPerTask / std::max<int64_t>(bytes_each, 1));
-  if (count <= grain) {
-    body(int64_t{0}, count);
-  } else {
-    torch::stable::parallel_for(0, count, grain, body);
-  }
 }
 
 }  // namespace radix

@@ -3,7 +3,9 @@
 #include "../integers.h"
 #include "index_checks.h"
 #include "inverse.h"
+#include "parallel.h"
 
+#include <memory>
 #include <tuple>
 #include <type_traits>
 
@@ -14,6 +16,15 @@ namespace {
 constexpr int64_t kColumns = 2048;
 // Source rows added in one pass over that buffer.
 constexpr int64_t kRowsAtOnce = 4;
+
+// Memory that is written before it is read.
+template <typename T>
+using Buffer = std::unique_ptr<T[]>;
+
+template <typename T>
+inline Buffer<T> buffer_of(int64_t length) {
+  return Buffer<T>(new T[length]);
+}
 
 // out[c] = sum over i of (row members[i] of src)[column + c], added in the order of members, for c < columns.
 template <typename T, typename Index>

@@ -3,86 +3,13 @@
 // The softmax is that of flash attention: scores of a tile of keys at a time, and what is summed so far fades where a
 // larger score comes.
 #include "trie_attention.h"
+#include "parallel.h"
 
+#include <atomic>
 #include <cmath>
 #include <tuple>
-#include <utility>
 
 namespace radix {
-namespace {
-
-void check_heads(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, int64_t sliding_window) {
-  const std::pair<const char*, const Tensor*> named[] = {{"q", &q}, {"k", &k}, {"v", &v}};
-  for (const auto& [name, x] : named) {
-    check_place(op, name, *x, cpu());
-    RADIX_CHECK(x->dim() == 3, op, name, " must have shape [rows, heads, head_dim], got ", shape_of(*x));
-    RADIX_CHECK(
-        x->scalar_type() == q.scalar_type(),
-        op,
-        "q, k and v must have one dtype, got ",
-        dtype_of(q),
-        " for q and ",
-        dtype_of(*x),
-        " for ",
-        name);
-    RADIX_CHECK(x->size(0) == q.size(0), op, name, " must have as many rows as q, ", q.size(0), ", got ", x->size(0));
-  }
-  RADIX_CHECK(
-      k.size(1) == v.size(1), op, "k and v must have equal rows and heads, got ", shape_of(k), " and ", shape_of(v));
-  RADIX_CHECK(k.size(2) == q.size(2), op, "q and k must have one head_dim, got ", q.size(2), " and ", k.size(2));
-  RADIX_CHECK(
-      q.size(1) > 0 && q.size(2) > 0,
-      op,
-      "q must have at least one head and a head_dim of at least 1, got ",
-      shape_of(q));
-  RADIX_CHECK(
-      k.size(1) > 0 && q.size(1) % k.size(1) == 0,
-      op,
-      "the ",
-      q.size(1),
-      " heads of q must be a multiple of the ",
-      k.size(1),
-      " heads of k and v");
-  RADIX_CHECK(sliding_window >= 0, op, "sliding_window must be at least 0 (0: none), got ", sliding_window);
-}
-
-}  // namespace
-
-Problem checked_problem(
-    const char* op,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& enter,
-    const Tensor& leave,
-    const Tensor& depth,
-    const Tensor& row_of,
-    const Tensor& path,
-    const Tensor& kv_index,
-    const Tensor& cu_seqlens_q,
-    int64_t num_nodes,
-    double scale,
-    int64_t sliding_window,
-    int64_t key_multiple,
-    int64_t value_multiple) {
-  check_heads(op, q, k, v, sliding_window);
-  const int64_t num_rows = q.size(0), group = q.size(1) / k.size(1);
-  const int64_t block_rows = std::max<int64_t>(1, kLanes / group);
-  return Problem{
-      checked_trie_tables(op, enter, leave, depth, row_of, path, kv_index, cu_seqlens_q, num_rows, num_nodes),
-      heads_of(q),
-      heads_of(k),
-      heads_of(v),
-      num_rows,
-      scale,
-      sliding_window == 0 ? kMaxRows : std::min(sliding_window, kMaxRows),
-      group,
-      block_rows,
-      rounded_up(block_rows * group, kAlignment / sizeof(float)),
-      rounded_up(k.size(2), key_multiple),
-      rounded_up(v.size(2), value_multiple)};
-}
-
 namespace {
 
 struct Forward : Problem {
@@ -223,28 +150,12 @@ std::tuple<Tensor, Tensor> trie_attention_cpu(
     double scale,
     int64_t sliding_window) {
   const char* op = "trie_attention";
-  Forward p{checked_problem(
-      op,
-      q,
-      k,
-      v,
-      enter,
-      leave,
-      depth,
-      row_of,
-      path,
-      kv_index,
-      cu_seqlens_q,
-      num_nodes,
-      scale,
-      sliding_window,
-      1,
-      kMultiple)};
-  const bool is_double = q.scalar_type() == ScalarType::Double;
+  const GivenTables tables{enter, leave, depth, row_of, path, kv_index, cu_seqlens_q, num_nodes};
+  Forward p{checked_problem(op, q, k, v, tables, scale, sliding_window, 1, kMultiple)};
   const int64_t num_rows = p.num_rows, out_sizes[] = {num_rows, q.size(1), v.size(2)};
   const int64_t sum_sizes[] = {q.size(1), num_rows};
   Tensor out = empty_at(cpu(), out_sizes, 3, dtype_code_of(q));
-  Tensor logsumexp = empty_at(cpu(), sum_sizes, 2, is_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  Tensor logsumexp = empty_at(cpu(), sum_sizes, 2, sum_dtype_of(q));
   p.out = static_cast<char*>(out.mutable_data_ptr());
   p.logsumexp = static_cast<char*>(logsumexp.mutable_data_ptr());
   zero_padding(out, num_nodes);
@@ -252,11 +163,7 @@ std::tuple<Tensor, Tensor> trie_attention_cpu(
   for (int64_t head = 0; head < q.size(1) && num_nodes < num_rows; ++head) {
     std::memset(p.logsumexp + (head * num_rows + num_nodes) * sum_bytes, 0, (num_rows - num_nodes) * sum_bytes);
   }
-  int64_t num_keys = 0;
-  for (int64_t block = 0; block < p.num_blocks(); ++block) {
-    num_keys += block_of(p, block).num_keys();
-  }
-  const double work = double(num_keys) * p.num_lanes * (p.key_size + p.value_size) * p.k.heads;
+  const double work = double(num_keys_read(p)) * p.num_lanes * (p.key_size + p.value_size) * p.k.heads;
   with_number_types(op, q, [&](auto stored, auto wide) {
     std::atomic<int64_t> next = 0;
     run_in_threads(p.num_blocks() * p.k.heads, work, [&] {

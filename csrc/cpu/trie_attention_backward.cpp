@@ -6,75 +6,15 @@
 // that is done adds up all, one after another. How rows are cut into chunks depends on the trie alone: the sums are the
 // same for any number of threads.
 #include "trie_attention.h"
+#include "trie_chunks.h"
 
-#include <cmath>
+#include <atomic>
+#include <memory>
 #include <tuple>
 #include <utility>
 
 namespace radix {
 namespace {
-
-// Tasks that chunks times heads should make, so that threads end together.
-constexpr int64_t kTasks = 64;
-
-// Blocks in a row, and where their sums stand: of the rows on the path to the first row that others left in, then of
-// their own.
-struct Chunk {
-  int64_t first_block, end_block;
-  int64_t first, end;  // numbers
-  int64_t above;       // how many rows are on the path to the first
-  int64_t skipped;     // how many of those no block reads
-  int64_t offset;      // of the first sum
-
-  int64_t num_above() const {
-    return above - skipped;
-  }
-
-  int64_t num_sums() const {
-    return num_above() + end - first;
-  }
-};
-
-// At most `count` chunks of about equal work.
-std::vector<Chunk> cut(const Problem& p, int64_t count) {
-  std::vector<Block> blocks;
-  int64_t work = 0;
-  for (int64_t i = 0; i < p.num_blocks(); ++i) {
-    blocks.push_back(block_of(p, i));
-    work += blocks.back().num_keys();
-  }
-  std::vector<Chunk> chunks;
-  int64_t done = 0, offset = 0;
-  for (int64_t i = 0; i < static_cast<int64_t>(blocks.size()); ++i) {
-    const Block& block = blocks[i];
-    if (chunks.empty() || done * count >= work * static_cast<int64_t>(chunks.size())) {
-      chunks.push_back(Chunk{i, i, block.first, block.first, block.above, block.above, 0});
-    }
-    Chunk& chunk = chunks.back();
-    chunk.end_block = i + 1;
-    chunk.end = block.end;
-    chunk.skipped = std::min(chunk.skipped, block.skipped);
-    done += block.num_keys();
-  }
-  for (Chunk& chunk : chunks) {
-    chunk.offset = offset;
-    offset += chunk.num_sums();
-  }
-  return chunks;
-}
-
-// As many chunks as make kTasks tasks, but few enough that they hold at most twice as many sums as there are rows.
-std::vector<Chunk> chunks_of(const Problem& p, double multiplications) {
-  const double worthwhile = std::min<double>(multiplications / kWorkOfOneThread, kTasks);
-  int64_t count = std::max<int64_t>(1, static_cast<int64_t>(std::ceil(worthwhile / p.k.heads)));
-  while (true) {
-    std::vector<Chunk> chunks = cut(p, count);
-    if (chunks.size() <= 1 || chunks.back().offset + chunks.back().num_sums() <= 2 * p.trie.num_nodes()) {
-      return chunks;
-    }
-    count = std::min<int64_t>(count, chunks.size()) * 3 / 4;
-  }
-}
 
 struct Backward : Problem {
   Heads out, grad_out;
@@ -302,48 +242,14 @@ struct BackwardKernel {
   }
 };
 
-Tensor like(const Tensor& tensor, int64_t num_nodes) {
-  const int64_t sizes[] = {tensor.size(0), tensor.size(1), tensor.size(2)};
-  Tensor grad = empty_at(cpu(), sizes, 3, dtype_code_of(tensor));
-  zero_padding(grad, num_nodes);
-  return grad;
-}
-
-std::tuple<Tensor, Tensor, Tensor> trie_attention_backward_cpu(
-    const Tensor& grad_out,
+// Raises unless out and logsumexp have the shapes and dtypes that the forward gives them, and grad_out those of out.
+void check_results(
+    const char* op,
     const Tensor& q,
-    const Tensor& k,
     const Tensor& v,
+    const Tensor& grad_out,
     const Tensor& out,
-    const Tensor& logsumexp,
-    const Tensor& enter,
-    const Tensor& leave,
-    const Tensor& depth,
-    const Tensor& row_of,
-    const Tensor& path,
-    const Tensor& kv_index,
-    const Tensor& cu_seqlens_q,
-    int64_t num_nodes,
-    double scale,
-    int64_t sliding_window) {
-  const char* op = "trie_attention_backward";
-  Backward p{checked_problem(
-      op,
-      q,
-      k,
-      v,
-      enter,
-      leave,
-      depth,
-      row_of,
-      path,
-      kv_index,
-      cu_seqlens_q,
-      num_nodes,
-      scale,
-      sliding_window,
-      kAlignment / sizeof(float),
-      kAlignment / sizeof(float))};
+    const Tensor& logsumexp) {
   const std::pair<const char*, const Tensor*> named[] = {{"grad_out", &grad_out}, {"out", &out}};
   for (const auto& [name, x] : named) {
     check_place(op, name, *x, cpu());
@@ -381,6 +287,37 @@ std::tuple<Tensor, Tensor, Tensor> trie_attention_backward_cpu(
       shape_of(logsumexp),
       " and ",
       dtype_of(logsumexp));
+}
+
+Tensor like(const Tensor& tensor, int64_t num_nodes) {
+  const int64_t sizes[] = {tensor.size(0), tensor.size(1), tensor.size(2)};
+  Tensor grad = empty_at(cpu(), sizes, 3, dtype_code_of(tensor));
+  zero_padding(grad, num_nodes);
+  return grad;
+}
+
+std::tuple<Tensor, Tensor, Tensor> trie_attention_backward_cpu(
+    const Tensor& grad_out,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& out,
+    const Tensor& logsumexp,
+    const Tensor& enter,
+    const Tensor& leave,
+    const Tensor& depth,
+    const Tensor& row_of,
+    const Tensor& path,
+    const Tensor& kv_index,
+    const Tensor& cu_seqlens_q,
+    int64_t num_nodes,
+    double scale,
+    int64_t sliding_window) {
+  const char* op = "trie_attention_backward";
+  const GivenTables tables{enter, leave, depth, row_of, path, kv_index, cu_seqlens_q, num_nodes};
+  constexpr int64_t kFilled = kAlignment / sizeof(float);
+  Backward p{checked_problem(op, q, k, v, tables, scale, sliding_window, kFilled, kFilled)};
+  check_results(op, q, v, grad_out, out, logsumexp);
   p.out = heads_of(out);
   p.grad_out = heads_of(grad_out);
   p.logsumexp = static_cast<const char*>(logsumexp.const_data_ptr());
@@ -394,14 +331,10 @@ std::tuple<Tensor, Tensor, Tensor> trie_attention_backward_cpu(
     return {grad_q, grad_k, grad_v};
   }
 
-  int64_t num_keys = 0;
-  for (int64_t block = 0; block < p.num_blocks(); ++block) {
-    num_keys += block_of(p, block).num_keys();
-  }
-  const double work = double(num_keys) * p.num_lanes * (3 * p.key_size + 2 * p.value_size) * p.k.heads;
+  const double work = double(num_keys_read(p)) * p.num_lanes * (3 * p.key_size + 2 * p.value_size) * p.k.heads;
   p.chunks = chunks_of(p, work);
   const int64_t sum_sizes[] = {p.chunks.back().offset + p.chunks.back().num_sums(), k.size(1), p.sum_size()};
-  Tensor sums = empty_at(cpu(), sum_sizes, 3, is_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  Tensor sums = empty_at(cpu(), sum_sizes, 3, sum_dtype_of(q));
   p.sums = static_cast<char*>(sums.mutable_data_ptr());
   p.done.reset(new std::atomic<int64_t>[p.k.heads]());
   with_number_types(op, q, [&](auto stored, auto wide) {

@@ -18,25 +18,20 @@ std::vector<int32_t> copied_index(
 
 }  // namespace
 
-TrieTables checked_trie_tables(
-    const char* op,
-    const Tensor& enter,
-    const Tensor& leave,
-    const Tensor& depth,
-    const Tensor& row_of,
-    const Tensor& path,
-    const Tensor& kv_index,
-    const Tensor& cu_seqlens_q,
-    int64_t num_rows,
-    int64_t num_nodes) {
+TrieTables checked_trie_tables(const char* op, const GivenTables& given, int64_t num_rows) {
+  const int64_t num_nodes = given.num_nodes;
   const std::pair<const char*, const Tensor*> by_row[] = {
-      {"enter", &enter}, {"leave", &leave}, {"depth", &depth}, {"row_of", &row_of}, {"path", &path}};
+      {"enter", &given.enter},
+      {"leave", &given.leave},
+      {"depth", &given.depth},
+      {"row_of", &given.row_of},
+      {"path", &given.path}};
   for (const auto& [name, x] : by_row) {
     check_index_like(op, name, *x, cpu());
     RADIX_CHECK(x->size(0) == num_rows, op, name, " must have as many rows as q, ", num_rows, ", got ", x->size(0));
   }
-  check_index_like(op, "kv_index", kv_index, cpu());
-  check_index_like(op, "cu_seqlens_q", cu_seqlens_q, cpu());
+  check_index_like(op, "kv_index", given.kv_index, cpu());
+  check_index_like(op, "cu_seqlens_q", given.cu_seqlens_q, cpu());
   RADIX_CHECK(
       num_nodes >= 0 && num_nodes <= num_rows,
       op,
@@ -44,14 +39,14 @@ TrieTables checked_trie_tables(
       num_rows,
       " rows of q, got ",
       num_nodes);
-  const int64_t num_keys = kv_index.size(0);
-  const auto leaves = copied_index(op, "leave", leave, num_nodes, kMaxRows, "rows");
-  const auto depths = copied_index(op, "depth", depth, num_nodes, num_nodes, "rows");
-  const auto paths = copied_index(op, "path", path, num_nodes, num_keys, "entries of kv_index");
-  const auto numbers = copied_index(op, "enter", enter, num_nodes, num_nodes, "rows");
-  const auto keys = copied_index(op, "kv_index", kv_index, num_keys, num_nodes, "rows");
+  const int64_t num_keys = given.kv_index.size(0);
+  const auto leaves = copied_index(op, "leave", given.leave, num_nodes, kMaxRows, "rows");
+  const auto depths = copied_index(op, "depth", given.depth, num_nodes, num_nodes, "rows");
+  const auto paths = copied_index(op, "path", given.path, num_nodes, num_keys, "entries of kv_index");
+  const auto numbers = copied_index(op, "enter", given.enter, num_nodes, num_nodes, "rows");
+  const auto keys = copied_index(op, "kv_index", given.kv_index, num_keys, num_nodes, "rows");
   TrieTables tables;
-  tables.row_of = copied_index(op, "row_of", row_of, num_nodes, num_nodes, "rows");
+  tables.row_of = copied_index(op, "row_of", given.row_of, num_nodes, num_nodes, "rows");
   tables.leave.resize(num_nodes);
   tables.depth.resize(num_nodes);
   tables.parent.resize(num_nodes);

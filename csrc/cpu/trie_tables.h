@@ -20,17 +20,13 @@ struct TrieTables {
   }
 };
 
+// The tables as the ops take them, with kv_index and cu_seqlens_q, which they were made of.
+struct GivenTables {
+  const Tensor &enter, &leave, &depth, &row_of, &path, &kv_index, &cu_seqlens_q;
+  int64_t num_nodes;
+};
+
 // Raises unless the tables are those of one trie over the first num_nodes of num_rows rows, every path in kv_index too.
-TrieTables checked_trie_tables(
-    const char* op,
-    const Tensor& enter,
-    const Tensor& leave,
-    const Tensor& depth,
-    const Tensor& row_of,
-    const Tensor& path,
-    const Tensor& kv_index,
-    const Tensor& cu_seqlens_q,
-    int64_t num_rows,
-    int64_t num_nodes);
+TrieTables checked_trie_tables(const char* op, const GivenTables& given, int64_t num_rows);
 
 }  // namespace radix
