@@ -119,8 +119,7 @@ inline int64_t claimed_bytes(const Tensor& tensor) {
 }
 
 // The elements from one index of a dimension to the next, 0 where there is none: its stride may then be any number, and
-// so may all strides of a tensor without elements. Of a tensor whose storage was checked, times its element's size it
-// fits int64.
+// so may all strides of a tensor without elements. Where the storage was checked, int64 holds that distance in bytes.
 inline int64_t step_of(const Tensor& tensor, int64_t dim) {
   return tensor.size(dim) > 1 && tensor.numel() > 0 ? tensor.stride(dim) : 0;
 }
@@ -146,7 +145,7 @@ inline void check_defined(const char* op, const char* name, const Tensor& tensor
   RADIX_CHECK(tensor.defined(), op, name, " must be a tensor, got None");
 }
 
-// That a tensor is there, on the device and in memory as a whole.
+// Checks that a tensor is there, on the device, and in memory as a whole.
 inline void check_place(const char* op, const char* name, const Tensor& tensor, const Place& place) {
   check_defined(op, name, tensor);
   if (place_of(tensor) == place) [[likely]] {
@@ -157,14 +156,14 @@ inline void check_place(const char* op, const char* name, const Tensor& tensor, 
   fail(op, name, " is on another device than ", device, "; all tensors must be on one device");
 }
 
-// A 1-D int32 or int64 tensor: ids, positions, indices and cumulative lengths.
+// Checks for a 1-D int32 or int64 tensor: ids, positions, indices and cumulative lengths.
 inline void check_index_like(const char* op, const char* name, const Tensor& tensor, const Place& place) {
   check_place(op, name, tensor, place);
   RADIX_CHECK(tensor.dim() == 1, op, name, " must have 1 dimension, got shape ", shape_of(tensor));
   RADIX_CHECK(is_index_dtype(tensor), op, name, " must be int32 or int64, got ", dtype_of(tensor));
 }
 
-// The shapes of an index's inverse over num_rows rows: indptr [num_rows + 1] and members as long as index.
+// Checks the shapes of an index's inverse over num_rows rows: indptr [num_rows + 1], and members as long as index.
 inline void check_inverse_shapes(
     const char* op,
     const Tensor& index,
@@ -205,7 +204,7 @@ inline Tensor empty_at(const Place& place, const int64_t* sizes, int64_t dim, in
   AtenTensorHandle handle = nullptr;
   if (overflows || aoti_torch_empty_strided(dim, sizes, strides, dtype_code, place.type, place.index, &handle) !=
                        AOTI_TORCH_SUCCESS) {
-    // The interface tells no reason. Programs that try again with less memory look for "CUDA out of memory."
+    // The interface gives no reason. Programs that try again with less memory look for "CUDA out of memory."
     throw std::runtime_error(
         place == cpu() ? "radix: out of memory for a tensor of shape " + shape_text(sizes, dim)
                        : "radix: CUDA out of memory. (Or a kernel failed before.) No tensor of shape " +

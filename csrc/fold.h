@@ -1,4 +1,4 @@
-// What the folds of all devices share: their outputs and the checks of their arguments.
+// The outputs of folds and the checks of their arguments, for all devices.
 #pragma once
 
 #include "check.h"
@@ -45,8 +45,8 @@ inline void check_fold_arguments(
       multiple >= 1 && multiple <= kMaxRows, op, "pad_multiple_of must be from 1 to ", kMaxRows, ", got ", multiple);
 }
 
-// The ends of the sequences, checked against the number of tokens before any token is read. With `front` tokens may
-// stand behind the last end.
+// Returns the ends of the sequences, checked against the number of tokens before any token is read. With `front` tokens
+// may stand behind the last end.
 template <typename T>
 inline std::vector<int64_t> checked_bounds(const char* op, const Tensor& cu_seqlens, int64_t num_tokens, bool front) {
   const Tensor held = as_contiguous(cu_seqlens);
@@ -76,7 +76,7 @@ inline std::vector<int64_t> checked_bounds(const char* op, const Tensor& cu_seql
   return bounds;
 }
 
-// The rows of num_nodes nodes and their padding.
+// Returns how many rows num_nodes nodes and their padding take.
 inline int64_t padded_rows(const char* op, int64_t num_nodes, int64_t pad_multiple_of) {
   const int64_t num_rows = (num_nodes + pad_multiple_of - 1) / pad_multiple_of * pad_multiple_of;
   RADIX_CHECK(
@@ -92,7 +92,7 @@ inline int64_t padded_rows(const char* op, int64_t num_nodes, int64_t pad_multip
   return num_rows;
 }
 
-// Raises what checked_bounds raises for a cu_seqlens on the CPU; returns the bounds.
+// Returns the checked bounds of a cu_seqlens of either dtype on the CPU.
 inline std::vector<int64_t> bounds_of(const char* op, const Tensor& cu_seqlens, int64_t num_tokens, bool front) {
   return is_int32(cu_seqlens) ? checked_bounds<int32_t>(op, cu_seqlens, num_tokens, front)
                               : checked_bounds<int64_t>(op, cu_seqlens, num_tokens, front);

@@ -22,14 +22,14 @@ inline RADIX_BOTH uint64_t folded_product(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
 }
 
-// Random numbers that pick one hash of many. Whoever chooses tokens without knowing the key can't choose them to meet
-// in a table. A key serves one fold, so that the time of one tells nothing that helps against the next.
+// Random numbers that pick one hash of many. Who does not know the key can't choose tokens that meet in a table. A key
+// serves one fold, so that the time of one tells nothing that helps against the next.
 struct HashKey {
   uint64_t token;
   uint64_t position;
   uint64_t place;
 
-  // From what the operating system gave this process, or one that it is a fork of, and never from torch's generators.
+  // Draws from what the operating system gave this process, or the one it was forked from, not from torch's generators.
   static HashKey draw() {
     static const uint64_t secret = [] {
       std::random_device device;

@@ -20,12 +20,12 @@ struct Rows {
   int64_t stride_bytes;  // from one row to the next
 };
 
-// Wraps around where a tensor without elements has sizes whose product int64 does not hold: no memory is counted by it.
+// Wraps around where int64 does not hold the product, as the sizes of a tensor without elements may have it.
 inline int64_t product(int64_t a, int64_t b) {
   return static_cast<int64_t>(static_cast<uint64_t>(a) * static_cast<uint64_t>(b));
 }
 
-// Copies the tensor only where its rows are not contiguous.
+// Sees a tensor as rows; copies it only where its rows are not contiguous inside.
 inline Rows rows_of(const char* op, const char* name, const Tensor& tensor, const Place& place) {
   check_place(op, name, tensor, place);
   const auto sizes = tensor.sizes();
@@ -64,7 +64,7 @@ inline Tensor empty_rows(const Tensor& like, int64_t count, const Place& place) 
   return empty_at(place, out_sizes, static_cast<int64_t>(sizes.size()), dtype_code_of(like));
 }
 
-// Two tensors that one index serves.
+// Checks two tensors that one index serves.
 inline void check_kv(const char* op, const char* k_name, const Tensor& k, const char* v_name, const Tensor& v) {
   check_defined(op, k_name, k);
   check_defined(op, v_name, v);
@@ -92,7 +92,7 @@ inline void check_kv(const char* op, const char* k_name, const Tensor& k, const 
       dtype_of(v));
 }
 
-// What scatter_add asks of its sizes.
+// Checks the sizes that scatter_add is given.
 inline void check_scatter_sizes(
     const char* op, const char* name, const Rows& src, const Tensor& index, int64_t num_rows) {
   RADIX_CHECK(num_rows >= 0 && num_rows <= kMaxRows, op, "num_rows must be from 0 to ", kMaxRows, ", got ", num_rows);
@@ -108,8 +108,8 @@ inline void check_scatter_sizes(
       " rows");
 }
 
-// What sums of T are kept in. Integers wrap around as in index_add: unsigned arithmetic, since signed overflow is
-// undefined.
+// The type that keeps sums of T. Integers wrap around as in index_add, which takes unsigned arithmetic: signed overflow
+// is undefined.
 template <typename T>
 using accumulator_t = std::conditional_t<
     std::is_same_v<T, c10::Half> || std::is_same_v<T, c10::BFloat16>,

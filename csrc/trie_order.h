@@ -1,9 +1,9 @@
 // radix::trie_order: the rows of a trie in depth-first order, in which every subtree is an interval.
 //
-// A row is followed by the rest of its run, and then by the runs that branch off below it: those that leave the run
-// last first, and of those that leave it at one row the first. So a run is numbered by its parent run's number, that
-// run's length, and the sizes of the subtrees that branch off before it. All follows from the runs' subtrees in the
-// order of their parents' rows: a sum over some of them is a difference of two prefix sums.
+// A row is followed by the rest of its run, and then by the runs that branch off below it: runs that leave later come
+// first, and runs that leave at one row keep their order. So a run's number follows from its parent run's number, that
+// run's length, and the sizes of the subtrees that branch off before it. With the runs' subtrees in the order of their
+// parents' rows, a sum over some of them is a difference of two prefix sums.
 #pragma once
 
 #include "integers.h"
@@ -13,7 +13,7 @@
 namespace radix {
 
 struct TrieOrder {
-  // The first two are copies, so that nobody changes what was checked.
+  // The first two are copies, so that nobody changes them after the check.
   Integers starts;    // [num_runs + 1], the first row of each run
   Integers firsts;    // [num_runs + 1], where in kv_index the path to each run begins
   Integers kv_index;  // [num_tokens], the rows of each path
@@ -43,7 +43,7 @@ struct TrieOrder {
     return firsts[run + 1] - firsts[run] - length(run);
   }
 
-  // num_runs for padding rows.
+  // The run that holds a row; num_runs for padding rows.
   RADIX_BOTH int64_t run_of(int64_t row) const {
     int64_t low = 0;
     int64_t high = num_runs;
@@ -58,7 +58,7 @@ struct TrieOrder {
     return low;
   }
 
-  // Whether the ends of a run lie in order and within rows and tokens, whatever numbers they are.
+  // Tells whether the ends of a run, whatever numbers they are, lie in order and within rows and tokens.
   RADIX_BOTH bool has_sound_ends(int64_t run) const {
     const int64_t start = starts[run];
     const int64_t end = starts[run + 1];
@@ -71,8 +71,8 @@ struct TrieOrder {
            last - first >= end - start;
   }
 
-  // Of a run with sound ends. False where the row that it continues is none before it, or has another depth than the
-  // run's path says: so no chain of runs is longer than a path.
+  // Finds the row that a run with sound ends continues. Returns false where that row does not come before the run, or
+  // has another depth than the run's path says: so no chain of runs is longer than a path.
   RADIX_BOTH bool find_parent(int64_t run) const {
     const int64_t rows_above = prefix(run);
     const int64_t row = rows_above > 0 ? kv_index[firsts[run] + rows_above - 1] : -1;
@@ -128,8 +128,8 @@ struct TrieOrder {
 
 using Order = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The outputs, and an order whose inputs, neither checked nor copied, and outputs are set. `held` keeps contiguous
-// inputs alive.
+// Returns the outputs and an order that writes to them and reads the inputs, whose values are neither checked nor
+// copied yet. `held` keeps contiguous inputs alive.
 inline std::tuple<TrieOrder, Order> begin_trie_order(
     const Tensor& cu_seqlens_q,
     const Tensor& cu_seqlens_k,

@@ -45,7 +45,7 @@ status=0
 for log in *.log; do
   summary=$(grep -hE "SUMMARY: |passed|^FAILED: " "$log" | sed 's/^=* //' | paste -sd' ')
   echo "$log: $summary"
-  # Of several processes each has a summary; a log without a test that passed says nothing.
+  # Each of several processes has a summary; a log without a test that passed says nothing.
   if ! grep -qE "SUMMARY: 0 " "$log" || ! grep -qE "[1-9][0-9]* passed" "$log" ||
     grep -qE "SUMMARY: [1-9]|^FAILED: " "$log"; then
     status=1

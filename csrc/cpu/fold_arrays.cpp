@@ -1,5 +1,5 @@
-// The fold of plain arrays as a C function: a small fold takes less time than a call through torch's dispatcher, which
-// radix_ops.compat saves by this. It reports what is malformed and leaves it to the op to say so.
+// The fold of plain arrays as a C function, for radix_ops.compat: a small fold takes less time than a call through
+// torch's dispatcher. It only tells that arguments are malformed; the op says how.
 #include "../fold.h"
 #include "fold_trie.h"
 
@@ -28,7 +28,7 @@ __attribute__((visibility("default"))) int64_t radix_fold_uint32(
     if (bounds.front() != 0 || bounds.back() != num_tokens || !std::is_sorted(bounds.begin(), bounds.end())) {
       return -1;
     }
-    // Equal as unsigned numbers is equal as signed ones.
+    // Numbers that are equal unsigned are equal signed.
     const auto as_signed = [](auto* array) { return reinterpret_cast<const int32_t*>(array); };
     radix::Trie<int32_t, int32_t> trie(as_signed(ids), as_signed(positions), std::min(num_sequences, num_tokens));
     int32_t* const rows = reinterpret_cast<int32_t*>(out);

@@ -107,7 +107,7 @@ class Trie {
     std::fill(out_tokens + num_rows_, out_tokens + num_padded, 0);
   }
 
-  // In order of rows: together they are all rows, and all sequences that add any.
+  // The runs in order of rows: together they are all rows, and all sequences that add any.
   const std::vector<Run>& runs() const {
     return runs_;
   }
@@ -135,8 +135,8 @@ class Trie {
     int32_t edge = kEmpty;
   };
 
-  // How many slots beyond their first look-ups may see in all: so many for each, and a few for chance to even out. In a
-  // table that is half full those that find nothing see 1.5 on average, the others 0.5.
+  // How many slots beyond their first look-ups may see in all: kGranted for each, and kSpare for chance to even out. In
+  // a table that is half full look-ups that find nothing see 1.5 on average, the others 0.5.
 #ifndef RADIX_TEST_HASH_BITS
   static constexpr int64_t kGranted = 16;
   static constexpr int64_t kSpare = 1024;
@@ -145,8 +145,8 @@ class Trie {
   static constexpr int64_t kSpare = 1;
 #endif
 
-  // Where the child of `parent` for the token at `at` is listed, or the empty place where it belongs. It stays there
-  // until the next look-up.
+  // Returns where the child of `parent` for the token at `at` is listed, or the empty place where it belongs. The place
+  // is good until the next look-up.
   int32_t& find_child(int32_t parent, int64_t at) {
     if (is_sorted_) {
       return sorted_[{parent, ids_[at], positions_[at]}].edge;
@@ -179,7 +179,7 @@ class Trie {
     }
   }
 
-  // Lists all children by another key, which nobody can have chosen tokens for, and the next time by order.
+  // Lists all children again: first by another key, for which nobody can have chosen tokens, the next time in order.
   void list_again() {
     const std::vector<Slot> listed = std::move(slots_);
     if (has_second_key_) {

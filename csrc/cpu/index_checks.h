@@ -17,7 +17,7 @@
 
 namespace radix {
 
-// Whether every index[i] is in [0, bound): bound - 1 - index[i] or index[i] itself is negative otherwise.
+// Tells whether every index[i] is in [0, bound): otherwise bound - 1 - index[i] or index[i] itself is negative.
 template <typename T>
 RADIX_VECTOR_CLONES bool all_in_range(const T* index, int64_t length, int64_t bound) {
   using Unsigned = std::make_unsigned_t<T>;
@@ -36,7 +36,7 @@ struct BadEntry {
   int64_t value = 0;
 };
 
-// `what` says what the bound counts.
+// Raises for a bad entry; `what` names what the bound counts.
 [[noreturn]] inline void refuse_entry(
     const char* op, const char* name, const BadEntry& bad, int64_t bound, const char* what) {
   RADIX_CHECK(bound > 0, op, name, "[", bad.at, "] is ", bad.value, ", but there are no ", what, " to index");
@@ -60,8 +60,7 @@ struct BadEntry {
 constexpr int64_t kEntriesAtOnce = 512;
 
 // Calls use(first, entries, count) for stretches of index[begin:end], and ends at the first entry out of [0, bound),
-// which it returns. Entries are read once, so that what is used is what was checked, though another thread may write to
-// the tensor meanwhile.
+// which it returns. Entries are read once: those that were checked are used, even if another thread writes meanwhile.
 template <typename T, typename Use>
 inline BadEntry for_entries(const T* index, int64_t begin, int64_t end, int64_t bound, const Use& use) {
   T entries[kEntriesAtOnce];
@@ -77,7 +76,7 @@ inline BadEntry for_entries(const T* index, int64_t begin, int64_t end, int64_t 
   return BadEntry{};
 }
 
-// Copies the first `length` entries of an index to `out`, for what reads them more than once. Raises unless all of them
+// Copies the first `length` entries of an index to `out`, for kernels that read them more than once. Raises unless all
 // are in [0, bound), which Out holds. `index` must be contiguous.
 template <typename Out>
 inline void copy_checked(

@@ -10,7 +10,7 @@
 #include <string>
 #include <type_traits>
 
-// Vectors wider than what the file is compiled for stay inside of functions that are compiled for them.
+// Vectors wider than the file is compiled for stay inside functions that are compiled for them.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 #define RADIX_INLINE inline __attribute__((always_inline))
@@ -48,7 +48,7 @@ RADIX_INLINE void exp_of_negative(typename Lanes<T, kBytes>::Vector& x) {
   // Adding 1.5 times 2 to the number of mantissa bits rounds to an integer, which then stands in the lowest bits.
   constexpr T kRound = kFloat ? T(12582912.0) : T(6755399441055744.0);
   constexpr T kLog2e = T(1.4426950408889634);
-  // ln 2 in two parts, of which the first times any exponent is exact.
+  // ln 2 in two parts: the product of the first and any exponent is exact.
   constexpr T kLn2High = kFloat ? T(0.693359375) : T(6.93145751953125e-1);
   constexpr T kLn2Low = kFloat ? T(-2.12194440054690583e-4) : T(1.42860682030941723212e-6);
   constexpr T kLeast = kFloat ? T(-87.0) : T(-708.0);
@@ -94,7 +94,7 @@ struct Strided {
   int64_t row_stride, stride;
 };
 
-// What a product is added to.
+// The sums that a product is added to.
 enum class Onto { kNothing, kItself, kFaded };
 
 // sums[row][lane] = the sum over i < count of a[row][i] * b[i][lane], of kRows rows and kVectors vectors of lanes:
@@ -142,7 +142,7 @@ RADIX_INLINE void multiply_some(
   }
 }
 
-// As multiply_some, of num_rows rows, a multiple of kRows, and num_lanes lanes, which fill vectors.
+// Does the same for num_rows rows, a multiple of kRows, and num_lanes lanes, which fill vectors.
 template <typename T, int kBytes, int kRows, Onto kOnto>
 RADIX_INLINE void multiply(
     int64_t num_rows,
@@ -178,8 +178,8 @@ RADIX_INLINE void multiply(
   }
 }
 
-// Of one vector of lanes with the scores of num_keys keys: scores become exp(score - largest), `largest` and `total`,
-// the sum of exponentials, take them in, and `fade` says what all before them is multiplied by.
+// Takes in the scores of num_keys keys for one vector of lanes: scores become exp(score - largest), `largest` and
+// `total`, the sum of exponentials, are brought up to date, and earlier sums must be multiplied by `fade`.
 template <typename T, int kBytes>
 RADIX_INLINE void add_scores(T* scores, int64_t num_keys, int64_t num_lanes, T* largest, T* total, T* fade) {
   using L = Lanes<T, kBytes>;
@@ -206,7 +206,7 @@ RADIX_INLINE void add_scores(T* scores, int64_t num_keys, int64_t num_lanes, T* 
   L::at(largest) = now;
 }
 
-// Whether none of the numbers is infinite or NaN; `count` must be a multiple of a vector's.
+// Tells whether no number is infinite or NaN; `count` must be a multiple of a vector's.
 template <typename T, int kBytes>
 RADIX_INLINE bool all_finite(const T* data, int64_t count) {
   using L = Lanes<T, kBytes>;
@@ -222,7 +222,7 @@ RADIX_INLINE bool all_finite(const T* data, int64_t count) {
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
-// Bytes of the vectors that the processor has, or that ATEN_CPU_CAPABILITY holds it to, as it does torch.
+// Bytes of the processor's vectors, or fewer where ATEN_CPU_CAPABILITY holds it, like torch, to fewer.
 inline int vector_bytes() {
   static const int bytes = [] {
     const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
@@ -245,8 +245,8 @@ __attribute__((target("avx2,fma"))) void run_avx2(Args&... args) {
   Kernel::template run<32, 4>(args...);
 }
 
-// Kernel::run<bytes of a vector, rows that are multiplied together>(args...), which must be RADIX_INLINE, for this
-// processor: as many rows as its registers hold sums of.
+// Calls Kernel::run<bytes of a vector, rows that are multiplied together>(args...), which must be RADIX_INLINE, for
+// this processor: its registers hold the sums of that many rows.
 template <typename Kernel, typename... Args>
 void run_for_processor(Args&... args) {
   switch (vector_bytes()) {

@@ -47,7 +47,7 @@ Sequences sequences_of(const char* op, const Tensor& input_ids, const Tensor& st
   return sequences;
 }
 
-// How many of the tokens from `begin` up to `end` two sequences have in common before they part.
+// Returns how many of the tokens from `begin` up to `end` two sequences have in common before they part.
 template <typename Id>
 int64_t agreement(const Id* a, const Id* b, int64_t begin, int64_t end) {
   int64_t i = begin;
@@ -80,8 +80,8 @@ struct Key {
 
 using Entry = std::pair<uint64_t, int64_t>;  // key, sequence: equal sequences stay in their order
 
-// How many tokens all sequences of a range share, of which `depth` are known. They are compared in stretches that grow,
-// so that little is read in vain where one of them parts from the others early.
+// Returns how many tokens all sequences of a range share; `depth` of them are known. Stretches that grow are compared,
+// so that little is read in vain where one sequence parts from the others early.
 template <typename Id>
 int64_t shared_depth(const Sequences& sequences, const Entry* begin, const Entry* end, int64_t depth) {
   const Id* ids = sequences.ids.const_data_ptr<Id>();
@@ -122,7 +122,7 @@ void sort_sequences(const char* op, const Sequences& sequences, int64_t* order) 
         negative - first);
   }
 
-  // Most significant tokens first. Ranges wait on a stack: nested prefixes would make a recursion as deep as they are.
+  // Sorts by the most significant tokens first. Ranges wait on a stack: a recursion would be as deep as prefixes nest.
   struct Range {
     int64_t begin;
     int64_t end;
@@ -209,12 +209,12 @@ Tensor common_prefix_lengths_cpu(
   return shared;
 }
 
-// Of as many int64 as there may be.
+// Holds the sum of as many int64 as there may be.
 using Sum = __int128;
 
-// The cheapest cuts of a row of sequences. A batch that starts at sequence i computes again what i shares with the one
-// before it; that, and batch_cost for each batch, is what cuts cost. The cheapest cost of each front of the row follows
-// from shorter ones, over a window of possible last cuts that only moves on.
+// Finds the cheapest cuts of a row of sequences. A batch that starts at sequence i computes again what i shares with
+// the one before it, and costs batch_cost. The least cost of the first n sequences follows from those of fewer, over a
+// window of possible last cuts that only moves on.
 Tensor cut_batches_cpu(
     const Tensor& lengths,
     const Tensor& shared,
@@ -257,8 +257,8 @@ Tensor cut_batches_cpu(
 
   std::vector<Sum> cost(count + 1, 0);
   std::vector<int64_t> last_cut(count + 1, 0);
-  std::deque<int64_t> longest;  // of the window's sequences, those longer than all behind them
-  std::deque<int64_t> cuts;     // of the window's possible last cuts, those no dearer than all behind them
+  std::deque<int64_t> longest;  // sequences of the window that are longer than all behind them
+  std::deque<int64_t> cuts;     // possible last cuts in the window that are no dearer than all behind them
   int64_t first = 0;
   Sum rows = 0;
   Sum tokens = 0;

@@ -1,7 +1,7 @@
 // radix::trie_attention on the CPU: each row attends to the rows above it, no key or value unfolded.
 //
-// The softmax is that of flash attention: scores of a tile of keys at a time, and what is summed so far fades where a
-// larger score comes.
+// The softmax is that of flash attention: it takes the scores of a tile of keys at a time, and what is summed so far
+// fades where a larger score comes.
 #include "trie_attention.h"
 #include "parallel.h"
 
@@ -54,7 +54,7 @@ RADIX_INLINE void hide(const Tile<T>& tile, int64_t num_lanes, T* scores) {
   }
 }
 
-// Adds the values to what the lanes have summed, but that a hidden key adds nothing and not 0 times its value.
+// Adds the values to what the lanes have summed; a hidden key adds nothing, not 0 times its value.
 template <typename T>
 void add_seen_values(const Problem& p, ForwardWorkspace<T>& w) {
   for (int64_t lane = 0; lane < p.num_lanes; ++lane) {

@@ -1,4 +1,4 @@
-// What forward and backward of radix::trie_attention share on the CPU: how a thread reads the keys of a block.
+// How a thread reads the keys of a block, in forward and backward of radix::trie_attention on the CPU.
 #pragma once
 
 #include "lanes.h"
@@ -51,7 +51,7 @@ class Arena {
   int64_t bytes_ = 0;
 };
 
-// What a thread holds of a block's keys, a tile at a time, and of who sees them.
+// The keys of a block that a thread holds at a time, and who sees them.
 template <typename T>
 struct Tile {
   using Int = typename Lanes<T, kAlignment>::Int;
@@ -59,11 +59,11 @@ struct Tile {
   Block block;
   std::vector<int32_t> path;  // the numbers of the rows on the path to the block's first, those left out too
   T *keys, *values;           // [kTileKeys, size]
-  Int *number, *depth;        // of each lane; -1 for lanes that are none
+  Int *number, *depth;        // of each lane; number is -1 for lanes that only fill up
   // A key is seen by the lanes with numbers from low to below high, of depths below limit.
   Int low[kTileKeys], high[kTileKeys], limit[kTileKeys];
   int64_t numbers[kTileKeys];  // of the keys
-  int64_t count, filled;       // how many keys there are, and with those that fill up, which no lane sees
+  int64_t count, filled;       // the keys, without and with those that only fill up and that no lane sees
   bool some_hidden;            // whether not all lanes see all keys
 
   void add_to(Arena& arena, const Problem& p) {
@@ -94,7 +94,7 @@ struct Tile {
   }
 };
 
-// `count` numbers of type Stored as numbers of type T, and zeros behind them up to `filled`.
+// Loads `count` numbers of type Stored as numbers of type T, and zeros behind them up to `filled`.
 template <typename Stored, typename T>
 void load(const char* from, int64_t count, int64_t filled, T* to) {
   if constexpr (std::is_same_v<Stored, T>) {
@@ -110,7 +110,7 @@ void load(const char* from, int64_t count, int64_t filled, T* to) {
   std::fill(to + count, to + filled, T(0));
 }
 
-// The tile of the block's keys that begins at `begin`.
+// Loads the tile of the block's keys that begins at `begin`.
 template <typename Stored, typename T>
 void load_tile(const Problem& p, int64_t kv_head, int64_t begin, Tile<T>& tile) {
   using Int = typename Tile<T>::Int;
@@ -150,7 +150,7 @@ RADIX_INLINE void for_lanes(const Problem& p, const Block& block, int64_t kv_hea
   }
 }
 
-// [lanes, stride] with the numbers of each lane side by side, zeros behind them and in lanes that are none.
+// Loads [lanes, stride] with the numbers of each lane side by side, zeros behind them and in lanes that only fill up.
 template <typename Stored, typename T>
 void load_lanes(const Problem& p, const Heads& x, const Block& block, int64_t kv_head, int64_t stride, T* to) {
   for_lanes(p, block, kv_head, [&](int64_t lane, int64_t row, int64_t head) {
@@ -159,7 +159,7 @@ void load_lanes(const Problem& p, const Heads& x, const Block& block, int64_t kv
   std::fill(to + block.num_rows() * p.group * stride, to + p.num_lanes * stride, T(0));
 }
 
-// The first `size` numbers of [lanes, stride] as [size, lanes].
+// Writes the first `size` numbers of [lanes, stride] as [size, lanes].
 template <typename T>
 void transpose_lanes(const T* __restrict from, int64_t num_lanes, int64_t stride, int64_t size, T* __restrict to) {
   constexpr int64_t kTogether = 8;

@@ -1,10 +1,9 @@
 // radix::trie_attention_backward on the CPU: the gradients of q, k and v, with the probabilities computed again.
 //
-// A block of rows reads the keys it sees as in the forward, and has its gradient of q when it has read them all. What
-// it adds to the gradients of keys and values would meet what other blocks add. So blocks in a row make a chunk, which
-// sums in memory of its own: for its own rows and for those on the path to the first of them. The last chunk of a head
-// that is done adds up all, one after another. How rows are cut into chunks depends on the trie alone: the sums are the
-// same for any number of threads.
+// A block of rows reads the keys it sees as in the forward, and has its gradient of q when it has read them all. But
+// many blocks add to the gradients of one key and value. So blocks in a row make a chunk, which sums in memory of its
+// own: for its own rows and for those on the path to the first of them. The last chunk of a head to finish adds up all,
+// one after another. The cut into chunks does not depend on the number of threads, so neither do the sums.
 #include "trie_attention.h"
 #include "trie_chunks.h"
 
@@ -116,8 +115,8 @@ RADIX_INLINE void weigh(const Problem& p, BackwardWorkspace<T>& w) {
   }
 }
 
-// The products of a tile, but that a key and a lane that does not see it give each other nothing and not 0 times what
-// they hold.
+// Adds the products of a tile. A key and a lane that does not see it give each other nothing, where a matrix product
+// would give 0 times what they hold.
 template <typename T>
 void multiply_seen(const Problem& p, BackwardWorkspace<T>& w) {
   const int64_t n = p.num_lanes;
@@ -178,7 +177,7 @@ RADIX_INLINE void add_tile(const Backward& p, const Chunk& chunk, int64_t kv_hea
   }
 }
 
-// Adds what chunks summed for the rows above them to the sums of those rows, one chunk after another, and stores them.
+// Adds the sums of chunks for the rows above them to those rows' own, one chunk after another, and stores the totals.
 template <typename Stored, typename T>
 void store_sums(const Backward& p, int64_t kv_head) {
   std::vector<int64_t> index(p.trie.num_nodes());  // of the sum of each number

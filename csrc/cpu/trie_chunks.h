@@ -1,4 +1,4 @@
-// How the backward of trie attention on the CPU cuts blocks into chunks: by the trie and the work alone, so that sums
+// How the backward of trie attention on the CPU joins blocks to chunks: by the trie and the work alone, so that sums
 // are the same for any number of threads.
 #pragma once
 
@@ -13,8 +13,8 @@ namespace radix {
 // Tasks that chunks times heads should make, so that threads end together.
 constexpr int64_t kTasks = 64;
 
-// Blocks in a row, and where their sums stand: first those of the rows on the path to the first row, but for what is
-// skipped, then those of their own.
+// Blocks in a row, and where their sums stand: first those of the rows on the path to the first row, without those that
+// are skipped, then those of their own rows.
 struct Chunk {
   int64_t first_block, end_block;
   int64_t first, end;  // numbers
@@ -31,7 +31,7 @@ struct Chunk {
   }
 };
 
-// At most `count` chunks of about equal work.
+// Returns at most `count` chunks of about equal work.
 inline std::vector<Chunk> cut(const Problem& p, int64_t count) {
   std::vector<Block> blocks;
   int64_t work = 0;
@@ -59,7 +59,7 @@ inline std::vector<Chunk> cut(const Problem& p, int64_t count) {
   return chunks;
 }
 
-// As many chunks as make kTasks tasks, but few enough that they hold at most twice as many sums as there are rows.
+// Returns enough chunks for kTasks tasks, but few enough to hold at most twice as many sums as there are rows.
 inline std::vector<Chunk> chunks_of(const Problem& p, double multiplications) {
   const double worthwhile = std::min<double>(multiplications / kWorkOfOneThread, kTasks);
   int64_t count = std::max<int64_t>(1, static_cast<int64_t>(std::ceil(worthwhile / p.k.heads)));

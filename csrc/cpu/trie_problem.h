@@ -1,8 +1,8 @@
-// What forward and backward of radix::trie_attention are asked on the CPU, and the blocks that they answer it in.
+// The problem of radix::trie_attention on the CPU, forward and backward, and the blocks it is cut into.
 //
-// A block is rows side by side in depth-first order. What any of them sees stands in the block itself or on the path to
-// its first row, and nearly all of that path is seen by all of them: so a block reads its keys once, however many
-// sequences its rows belong to. All heads of q that share a head of k are lanes beside each other.
+// A block is rows side by side in depth-first order. They see rows of the block itself and of the path to its first
+// row, and nearly all of that path is seen by all of them: so a block reads its keys once, however many sequences its
+// rows belong to. All heads of q that share a head of k are lanes beside each other.
 #pragma once
 
 #include "trie_tables.h"
@@ -18,7 +18,7 @@ namespace radix {
 // for some of its rows alone.
 constexpr int64_t kLanes = 96;
 constexpr int64_t kTileKeys = 64;
-// What the keys of a tile are filled up to a multiple of.
+// The keys of a tile are filled up to a multiple of this.
 constexpr int64_t kMultiple = 8;
 constexpr int64_t kAlignment = 64;
 
@@ -79,7 +79,7 @@ Problem checked_problem(
     int64_t key_multiple,
     int64_t value_multiple);
 
-// Calls run with a value of the type that numbers of q's dtype are stored as, and one of the type they are summed in.
+// Calls run(stored, wide) with a 0 of the type that q's numbers are stored as, and a 0 of the type of their sums.
 template <typename Run>
 void with_number_types(const char* op, const Tensor& q, const Run& run) {
   switch (q.scalar_type()) {
@@ -101,8 +101,8 @@ inline int32_t sum_dtype_of(const Tensor& q) {
   return q.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
 }
 
-// The rows of a block, and the keys they read: those on the path to the first of them, of which those above every
-// row's window are left out, and the rows themselves.
+// The rows of a block, and the keys they read: the rows themselves and those on the path to the first, without those
+// that are above every row's window.
 struct Block {
   int64_t first, end;  // numbers
   int64_t above;       // how many rows are on the path to the first
@@ -125,7 +125,7 @@ inline Block block_of(const Problem& p, int64_t index) {
   return Block{first, end, above, std::min(above, std::max<int64_t>(0, *least - p.window + 1)), *most};
 }
 
-// How many keys all blocks read together.
+// Returns how many keys all blocks read together.
 inline int64_t num_keys_read(const Problem& p) {
   int64_t num_keys = 0;
   for (int64_t block = 0; block < p.num_blocks(); ++block) {

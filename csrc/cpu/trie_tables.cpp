@@ -8,7 +8,7 @@
 namespace radix {
 namespace {
 
-// The first `length` entries, all of which are in [0, bound). `what` says what the bound counts.
+// Copies the first `length` entries, which must be in [0, bound). `what` names what the bound counts.
 std::vector<int32_t> copied_index(
     const char* op, const char* name, const Tensor& tensor, int64_t length, int64_t bound, const char* what) {
   std::vector<int32_t> entries(length);
@@ -74,7 +74,7 @@ TrieTables checked_trie_tables(const char* op, const GivenTables& given, int64_t
         " rows that enter and leave put above it, got ",
         rows_above);
     RADIX_CHECK(begin + rows_above < num_keys, op, "path and depth of row ", row, " lead past the end of kv_index");
-    // Rows of one run read one path, of which the row above has seen all but the end.
+    // Rows of one run read one path, and the row above was checked against all but its end.
     const bool same_path = !above.empty() && paths[above.back()] == begin;
     RADIX_CHECK(
         keys[begin + rows_above] == row && (same_path || std::equal(above.begin(), above.end(), keys.begin() + begin)),

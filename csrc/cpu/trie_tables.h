@@ -8,7 +8,7 @@
 
 namespace radix {
 
-// By the numbers of depth-first order, and private: what another thread writes to the tensors can't lead outside.
+// Tables by the numbers of depth-first order. They are copies: no other thread can change them after the check.
 struct TrieTables {
   std::vector<int32_t> row_of;  // the row of each number
   std::vector<int32_t> leave;   // the number behind all that is below

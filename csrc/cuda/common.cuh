@@ -1,4 +1,4 @@
-// What the CUDA kernels share: device, stream, launches, workspaces and index arrays of either width.
+// Device, stream, launches and workspaces, for all CUDA kernels.
 #pragma once
 
 #include "../integers.h"
@@ -15,7 +15,7 @@ namespace radix {
 
 constexpr int kThreads = 256;
 
-// The CUDA device of the first of these tensors that is on one, as the dispatcher sees to.
+// Returns the CUDA device of the first of these tensors that is on one; the dispatcher makes sure that one is.
 inline Place cuda_place(std::initializer_list<const Tensor*> tensors) {
   for (const Tensor* tensor : tensors) {
     if (tensor->defined() && tensor->is_cuda()) {
@@ -25,7 +25,7 @@ inline Place cuda_place(std::initializer_list<const Tensor*> tensors) {
   return cpu();
 }
 
-// Raises for a call that failed, once: the runtime that is linked into this library forgets it.
+// Raises for a call that failed, and has the runtime that is linked into this library forget it.
 inline void check_cuda(const char* op, cudaError_t error) {
   if (error != cudaSuccess) [[unlikely]] {
     cudaGetLastError();
@@ -70,7 +70,7 @@ class Device {
     check_cuda(op_, cudaGetLastError());
   }
 
-  // The same for a kernel whose blocks wait for each other: all of them run at once.
+  // Runs a kernel whose blocks wait for each other: all of them run at once.
   template <typename Parameter>
   void launch_cooperative(void (*kernel)(Parameter), unsigned blocks, Parameter argument) const {
     void* arguments[] = {&argument};
@@ -80,7 +80,7 @@ class Device {
             reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(kThreads), arguments, 0, stream_));
   }
 
-  // How many blocks of a kernel can run at once on this device.
+  // Returns how many blocks of a kernel can run at once on this device.
   template <typename Parameter>
   int64_t concurrent_blocks(void (*kernel)(Parameter)) const {
     int each = 0;
@@ -90,7 +90,7 @@ class Device {
     return static_cast<int64_t>(each) * multiprocessors;
   }
 
-  // For kernels that loop over `count` items from their thread's number on, a grid at a time.
+  // Runs a kernel that loops over `count` items with for_each.
   template <typename... Parameters, typename... Arguments>
   void launch_over(int64_t count, void (*kernel)(Parameters...), const Arguments&... arguments) const {
     if (count > 0) {
@@ -116,7 +116,7 @@ __device__ inline void for_each(int64_t count, const Body& body) {
   }
 }
 
-// Parts of one allocation. The parts are laid out first, then the memory is taken, then the pointers are asked for.
+// Parts of one allocation: add() lays each out, allocate() takes the memory, at() gives the pointers.
 class Workspace {
  public:
   template <typename T>

@@ -13,7 +13,7 @@
 namespace radix {
 namespace {
 
-// One fold: what its steps pass to each other.
+// One fold, from the checks of its arguments to its outputs.
 class DeviceFold {
  public:
   DeviceFold(
@@ -48,7 +48,7 @@ class DeviceFold {
         key};
     steps_.table.hash_bits = hash_bits;
     if (steps_.batch.num_sequences == 0) {
-      // No token has a sequence: cu_seqlens holds one number, and all is said once it is 0 and equals the tokens.
+      // No token has a sequence: cu_seqlens holds one number, which must be 0 and the number of tokens.
       host_bounds();
       steps_.batch.num_tokens = 0;
       summary_ = Summary{0, 0, 0, 0, 0, 0, 0, 1, 1};
@@ -129,7 +129,7 @@ class DeviceFold {
         counts};
   }
 
-  // 1: the key served, 2: a second one did, 3: paths were sorted.
+  // Returns 1 where the first key served, 2 where the second one did, 3 where paths were sorted.
   int64_t ways_tried() const {
     return ways_tried_;
   }
@@ -155,10 +155,10 @@ class DeviceFold {
     const int64_t num_sequences = steps_.batch.num_sequences;
     const int64_t wanted = (std::max(num_tokens, num_sequences) + kThreads - 1) / kThreads;
     blocks_ = static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, most_blocks()));
-    // In a small fold the longest search counts, which a table that is nearly empty shortens.
+    // The longest search decides the time of a small fold, and an emptier table shortens it.
     const bool is_small = num_tokens < (1 << 20);
     const int64_t slots_each = is_small ? 4 : 2;
-    // Longer than chance makes any search of a batch in a table that is a quarter or half full.
+    // Chance makes no search of a batch this long in a table that is a quarter or half full.
     steps_.table.longest_search = is_small ? 64 : 256;
     steps_.capacity = 4;
     while (steps_.capacity < slots_each * num_tokens) {
@@ -213,7 +213,7 @@ class DeviceFold {
     RADIX_CHECK(summary_.verified, op_, "the arguments changed while they were read");
   }
 
-  // How many blocks of run_steps the device runs at once, asked for once.
+  // Returns how many blocks of run_steps the device runs at once; it is asked once.
   int64_t most_blocks() const {
     constexpr int kDevices = 64;
     static std::atomic<int64_t> known[kDevices];
@@ -308,8 +308,8 @@ Plan fold_plan_front_cuda(
   return DeviceFold("fold_plan_front", input_ids, position_ids, cu_seqlens, pad_multiple_of, true).plan();
 }
 
-// For tests: fold_plan with the numbers of a HashKey given and hashes of `hash_bits` bits, and how many ways were
-// tried.
+// Serves tests: returns what fold_plan does with the HashKey that is given and hashes of `hash_bits` bits, and how many
+// ways were tried.
 decltype(std::tuple_cat(std::declval<Plan>(), std::declval<std::tuple<int64_t>>())) fold_by_key(
     const Tensor& input_ids,
     const Tensor& position_ids,

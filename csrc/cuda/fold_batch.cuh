@@ -1,4 +1,4 @@
-// What a fold reads on CUDA.
+// The batch that a fold on CUDA reads.
 #pragma once
 
 #include "../hash.h"
@@ -8,9 +8,9 @@ namespace radix {
 
 constexpr int32_t kNone = -1;
 
-// The packed tokens. `sequences` holds the sequence of each. cu_seqlens may be malformed until its verdict is known, so
-// what is read from it is clamped before it is used as an index. With `front` the tokens are those up to the end of
-// cu_seqlens, which the host does not know before that verdict: num_tokens is then how many there may be.
+// The packed tokens. `sequences` holds the sequence of each. Until the host knows whether cu_seqlens is well-formed,
+// what is read from it is clamped before it is used as an index. With `front` the tokens end where cu_seqlens ends,
+// which the host learns with that verdict: num_tokens is then how many there may be.
 struct Batch {
   Integers ids;
   Integers positions;

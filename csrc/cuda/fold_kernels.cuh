@@ -2,10 +2,10 @@
 //
 // Every token is looked up in a hash table by a hash of its path, and the first token of each path represents it. Then
 // each token that is not first is compared with its representative: token, position, and the representatives of the
-// tokens before them. If all are equal the merges are right, since a token without one before it has a path of one
-// step, and by induction. If one differs, two paths had one hash.
+// tokens before them. If all are equal the merges are right, by induction from the first tokens of sequences, whose
+// paths are one step long. If one differs, two paths had one hash.
 //
-// A small fold is all launches, so one kernel does all up to the Summary, its blocks waiting for each other in between.
+// A small fold spends its time on launches, so one kernel does all up to the Summary; its blocks wait for each other.
 #pragma once
 
 #include "fold_batch.cuh"
@@ -19,8 +19,8 @@ namespace radix {
 
 constexpr int32_t kEmpty = -1;
 constexpr int64_t kFewSequences = 4 * kThreads;
-// Slots after which a search that all of a warp still go on with is given up: hashes that are spread do not do that,
-// and tokens that were chosen to meet in the table would read it at one place, one after another.
+// Slots after which a search is given up if all of a warp are still searching. Spread hashes never get there; tokens
+// that were chosen to meet in the table would read it at one place, one after another.
 constexpr int32_t kCrowded = 16;
 constexpr unsigned kWholeWarp = 0xffffffff;
 
@@ -31,14 +31,14 @@ struct Table {
   uint32_t mask;
   int32_t longest_search;  // in slots
   uint32_t* slot_of;       // [num_tokens]
-  uint64_t hash_bits;      // those of the hashes that are used: all, but for tests
+  uint64_t hash_bits;      // the bits of hashes that are used: all but in tests
 
   __device__ int32_t first(int64_t token) const {
     return slots[slot_of[token]];
   }
 };
 
-// What is shared by the sequences up to one, and all that the host must know of the batch.
+// Totals over the sequences up to one; the last holds all that the host must know of the batch.
 struct Summary {
   int32_t tokens;
   int32_t rows;
@@ -83,7 +83,7 @@ struct ContinuePath {
   }
 };
 
-// What the steps of a fold pass to each other, in device memory.
+// The arrays that the steps of a fold pass to each other, in device memory.
 struct Steps {
   Batch batch;
   Table table;
@@ -200,7 +200,7 @@ struct Share {
   }
 };
 
-// All steps up to the summaries or, where the representatives are known by sorting, from verifying on.
+// Runs all steps up to the summaries; where the representatives are known by sorting, from verifying on.
 template <bool kNamed>
 __global__ void __launch_bounds__(kThreads, 3) run_steps(Steps steps) {
   using PathScan = cub::BlockScan<PathSum, kThreads>;
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, 3) run_steps(Steps steps) {
   if constexpr (kNamed) {
     grid.sync();
   } else {
-    // Hashes of paths: of the block's share of tokens first, then with what the blocks before it add.
+    // Hashes paths: first over the block's share of tokens, then with what the blocks before it add.
     for_each(steps.capacity / 4, [&](int64_t i) {
       reinterpret_cast<int4*>(steps.table.slots)[i] = make_int4(kEmpty, kEmpty, kEmpty, kEmpty);
     });
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(kThreads, 3) run_steps(Steps steps) {
     verify_token<kNamed>(steps, token);
   }
   grid.sync();
-  // Few sequences are summed up by one block, for which no other needs to wait.
+  // One block sums up few sequences, and no other needs to wait for it.
   const bool few = batch.num_sequences <= kFewSequences;
   if (few && blockIdx.x > 0) {
     return;
@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(kThreads, 3) run_steps(Steps steps) {
   }
 }
 
-// What one sequence adds, from the summary of the sequences up to it.
+// The rows that one sequence adds, from the summaries of the sequences up to it.
 struct Added {
   int64_t start;
   int64_t length;

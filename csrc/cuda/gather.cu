@@ -9,7 +9,7 @@ namespace {
 constexpr int kUnits = 2;
 constexpr int kMaxX = 64;
 
-// indptr, where there is one, only says which rows are worth keeping in the cache: a wrong one costs time.
+// indptr, which may be null, only tells which rows are worth keeping in the cache: a wrong one costs time.
 template <typename Unit>
 __global__ void gather_rows(
     Lanes lanes, Integers index, Integers indptr, int64_t length, int64_t num_rows, unsigned chunks) {

@@ -1,4 +1,4 @@
-// A stable radix sort (CUB's) makes the inverse of an index.
+// The inverse of an index on CUDA, by CUB's stable radix sort.
 #include "inverse.cuh"
 
 #include <torch/headeronly/macros/Macros.h>

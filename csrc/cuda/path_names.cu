@@ -8,7 +8,7 @@
 namespace radix {
 namespace {
 
-// What tells the stretch that ends with a token from others: token and position, or the names of its halves.
+// A stretch, which ends with `token`, as two numbers that tell it from others: token and position, or two names.
 struct Stretch {
   int64_t first;
   int64_t second;

@@ -1,4 +1,4 @@
-// Which tokens of a fold have one path, without hashes.
+// Names for the paths of a fold, without hashes.
 #pragma once
 
 #include "fold_batch.cuh"

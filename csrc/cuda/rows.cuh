@@ -1,4 +1,4 @@
-// What gather and scatter_add share on CUDA: rows as units of 1 to 16 bytes, and how blocks of threads cover them.
+// Rows as units of 1 to 16 bytes, and how blocks of threads cover them, for gather and scatter_add on CUDA.
 #pragma once
 
 #include "../rows.h"
@@ -18,11 +18,11 @@ struct Lane {
   int64_t units;
 };
 
-// One tensor, or K and V, which blockIdx.y tells apart.
+// One tensor, or K and V; blockIdx.y tells which.
 struct Lanes {
   Lane lane[2];
 
-  // Not lane[blockIdx.y], for which every thread would copy both to its stack.
+  // With lane[blockIdx.y] every thread would copy both to its stack.
   __device__ Lane mine() const {
     return blockIdx.y == 0 ? lane[0] : lane[1];
   }
@@ -63,8 +63,8 @@ inline int64_t unit_bytes_of(const std::array<Rows, kCount>& tensors) {
   return static_cast<int64_t>(bits & (~bits + 1));
 }
 
-// Blocks of x threads along a row and y rows. Each thread covers kUnits units of its row, x apart; `chunks` blocks
-// cover y rows.
+// How blocks of x threads along a row, times y rows, cover all rows. Each thread covers kUnits units of its row, x
+// apart; `chunks` blocks cover y rows.
 struct Tiling {
   dim3 block;
   dim3 grid;
@@ -98,7 +98,7 @@ struct Columns {
 
   __device__ Columns(unsigned chunk, int64_t units)
       : first(static_cast<int64_t>(chunk) * kUnits * blockDim.x + threadIdx.x), step(static_cast<int>(blockDim.x)) {
-    // Of two tensors, the blocks cover the wider one.
+    // The blocks cover the wider of two tensors, so the other may end before them.
     const int64_t after = units - first;
     left = after <= 0 ? 0 : after > kUnits * step ? kUnits * step : static_cast<int>(after);
   }
@@ -113,7 +113,7 @@ struct Columns {
   }
 };
 
-// Loads and stores that pass through the caches: of what is read once, and of what this kernel does not read again.
+// Loads and stores of data that is touched once and need not stay in the caches.
 template <typename Unit>
 __device__ inline Unit load_once(const Unit* from) {
   return __ldcs(from);
@@ -124,7 +124,7 @@ __device__ inline void store_once(Unit* to, const Unit& value) {
   __stcs(to, value);
 }
 
-// Loads of rows, of which `keep` says that they are read again soon: those are held in the second-level cache ahead of
+// Loads a part of a row. `keep` says that the row is read again soon: the second-level cache then keeps it ahead of
 // what is written.
 template <typename Unit>
 __device__ inline Unit load_row(const Unit* from, bool keep) {

@@ -13,7 +13,7 @@ struct Inverse {
   Integers indptr;
   Integers members;
   bool check;
-  int64_t* places;  // where check
+  int64_t* places;  // null unless check and there may be long rows
 };
 
 template <size_t kCount>

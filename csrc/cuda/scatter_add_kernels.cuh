@@ -29,7 +29,7 @@ struct Sums {
   using Accumulator = accumulator_t<T>;
   Accumulator values[kUnits][kWidth];
 
-  // -0 is what changes no number when it is added to it, 0 included.
+  // Adding -0 changes no number, not even the sign of a zero.
   __device__ void reset() {
 #pragma unroll
     for (int k = 0; k < kUnits; ++k) {
@@ -80,7 +80,7 @@ __device__ inline void store_unit(Unit* to, const Unit& unit) {
   }
 }
 
-// What a launch works on.
+// The arguments of a launch.
 struct Work {
   Lanes lanes;
   Integers index;
@@ -109,9 +109,9 @@ struct Work {
     return entry;
   }
 
-  // Asserts that entries m, m + step, ... of a short row's members are ones that index holds this row for, and that
-  // none is listed twice: members need not ascend, but two equal ones have one between them, or the latter itself, that
-  // does not, and what ascends from there on is compared with all before it.
+  // Asserts that index holds this row for entries m, m + step, ... of a short row's members, and that none is listed
+  // twice. Members need not ascend; but between two equal ones, or at the latter, one does not ascend, and those that
+  // ascend from there on are compared with all before it.
   __device__ void assert_members(int64_t row, int64_t begin, int64_t end, int64_t m, int64_t step) const {
     for (; m < end; m += step) {
       const int64_t entry = checked_member(row, m);
@@ -126,9 +126,9 @@ struct Work {
     }
   }
 
-  // The same of a long row, by all threads of a block, in linear time in any order: each place is written to its
-  // entry's slot of `places`, and of two places of one entry the slot keeps one. No other row has these slots, since
-  // index holds this row there.
+  // Asserts the same for a long row, by all threads of a block, in linear time in any order: each place is written to
+  // its entry's slot of `places`, and a slot that two places share keeps one of them. No other row has these slots,
+  // since index holds this row there.
   __device__ void assert_members_of_long_row(int64_t row, int64_t begin, int64_t end, unsigned thread) const {
     bool ascends = true;
     for (int64_t m = begin + thread; m < end; m += kBlock) {
@@ -149,7 +149,7 @@ struct Work {
   }
 };
 
-// Which source rows a step of a sum reads. The numbers of the next ones are loaded a step ahead of their rows.
+// The source rows that a step of a sum reads. Their numbers are loaded a step ahead of the rows.
 struct Sources {
   int64_t rows[kRowsAtOnce];
 
@@ -224,7 +224,7 @@ __device__ inline void sum_members(
   }
 }
 
-// Each y of a block sums one row, and then the whole block those of its rows that are long.
+// Each y of a block sums one row; then the whole block sums those of its rows that are long.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kBlock, 5) sum_segments(Work work) {
   using Accumulator = accumulator_t<T>;

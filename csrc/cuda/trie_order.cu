@@ -9,7 +9,7 @@
 namespace radix {
 namespace {
 
-// Another stream may write to the tensors: what is checked and used is a copy.
+// Another stream may write to the tensors, so a copy is checked and used.
 __global__ void copy_ends(TrieOrder order, int32_t* starts, int32_t* firsts) {
   for_each(order.num_runs + 1, [&](int64_t i) {
     const int64_t start = order.starts[i];
