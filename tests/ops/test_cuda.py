@@ -66,6 +66,7 @@ def test_a_gradient_in_a_captured_graph():
         return torch.autograd.grad((batch.unfold(x).sin() * weight).sum(), x)[0]
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which makes the batch
     with torch.cuda.stream(stream):
         gradient()
     torch.cuda.synchronize()
