@@ -48,6 +48,7 @@ demo: $(VENV)/.built $(VENV)/.demo  ## score real questions with a real model, p
 lint: $(VENV)/.lint  ## check formatting, style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -type f)
 
 docs: $(VENV)/.docs  ## build the documentation's site in build/site
@@ -124,7 +125,7 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	PYTHONWARNINGS=ignore $(PIP) install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
-$(VENV)/.lint: $(VENV)/.venv pyproject.toml
+$(VENV)/.lint: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet --group lint
 	@touch $@
 

@@ -72,7 +72,7 @@ class RadixLM(HFLM):
     computed, which results["config"] repeats as radix_tokens and radix_rows.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.batch_size_per_gpu != "auto" and self.batch_size_per_gpu < 1:
             raise ValueError(f'batch_size must be at least 1 or "auto", got {self.batch_size_per_gpu}')
@@ -117,18 +117,18 @@ class RadixLM(HFLM):
             yield
 
     @property
-    def batch_size(self):
+    def batch_size(self) -> int | str:
         # The harness cuts rolling windows into batches of so many before it scores them, and they are planned together.
         return sys.maxsize if self._is_rolling else super().batch_size
 
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         self._is_rolling = True
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
         finally:
             self._is_rolling = False
 
-    def get_model_info(self) -> dict:
+    def get_model_info(self) -> dict[str, Any]:
         return super().get_model_info() | {"radix_tokens": self.radix_stats.tokens, "radix_rows": self.radix_stats.rows}
 
     def _loglikelihood_tokens(

@@ -113,15 +113,17 @@ def _read(args: argparse.Namespace, tokenizer) -> tuple[Items, str, object]:
         return items, "packed token ids", tokenizer
     parser = FormatParser(formats(args.text_key, args.prompt, args.template))
     records = read_records(args.file, parser, "one JSON object a line", args.format)
-    if tokenizer is None and parser.format.needs_tokenizer:
+    form = parser.format
+    assert form is not None  # a file without records is refused
+    if tokenizer is None and form.needs_tokenizer:
         if not args.model:
             raise UserError(f"{args.file} holds text: --tokenizer must name the tokenizer, a local folder or a hub id")
         tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
-    items = parser.format.encode(with_progress(records, "tokenising"), tokenizer)
+    items = form.encode(with_progress(records, "tokenising"), tokenizer)
     lines = f"{len(records):,} line{'s' * (len(records) != 1)}"
     if records.format == "text":
         return items, f"{lines} of text", tokenizer
-    return items, f"{lines} of {parser.format.shape}\n{parser.format.meaning}", tokenizer
+    return items, f"{lines} of {form.shape}\n{form.meaning}", tokenizer
 
 
 def _shower(items: Items, tokenizer) -> Callable[[int, int, int], str]:

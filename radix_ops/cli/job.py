@@ -6,8 +6,9 @@ import argparse
 import contextlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -114,7 +115,7 @@ class Job:
         print(comparison_table(plain, folded), end="\n\n")
         print("\n".join(self.comparison.report(len(self.items))))
 
-    def _execute_into(self, kept: MutableMapping[int, Numbers], folded: bool) -> RunStats:
+    def _execute_into(self, kept: _Store, folded: bool) -> RunStats:
         collector = Collector(self.items.ends)
 
         def on_batch(indices: np.ndarray, found: tuple[np.ndarray, ...]) -> None:
@@ -138,7 +139,7 @@ class Job:
         if output and is_matrix(output):
             store = self.items.store
             key = key_of_parts(self.base, store.lengths.tobytes(), memoryview(store.input_ids))
-            return _Rows(MatrixFile(output, (count, self.engine.dim), key, overwrite), self.records)
+            return _Rows(MatrixFile(output, (count, _dim_of(self.engine)), key, overwrite), self.records)
         if output:
             return _Lines(ResultFile(output, count, self.key_of, overwrite, self.records.index_of), self)
         return _Lines(ResultStream(count, self.key_of), self)
@@ -180,7 +181,7 @@ class _Rows:
 class Comparison(ABC):
     """The differences between the results of a plain run and a folded one."""
 
-    def store(self, job: Job) -> MutableMapping[int, Numbers]:
+    def store(self, job: Job) -> _Store:
         """Return what holds the numbers of all items of a run."""
         return {}
 
@@ -219,8 +220,8 @@ class Closeness(Comparison):
     def __init__(self):
         self._largest, self._least_cosine = 0.0, 1.0
 
-    def store(self, job: Job) -> MutableMapping[int, Numbers]:
-        return _MatrixOfNumbers(scratch_matrix((len(job.items), job.engine.dim)))
+    def store(self, job: Job) -> _Store:
+        return _MatrixOfNumbers(scratch_matrix((len(job.items), _dim_of(job.engine))))
 
     def add(self, job: Job, item: int, plain: Numbers, folded: Numbers) -> None:
         one, other = (numbers[0][0].astype(np.float64) for numbers in (plain, folded))
@@ -234,6 +235,19 @@ class Closeness(Comparison):
             f"largest difference of a number: {self._largest:.1e}",
             f"least cosine of two embeddings of one text: {self._least_cosine:.7f}",
         ]
+
+
+def _dim_of(engine: Any) -> int:
+    """Return how many numbers an Embedder's embeddings have."""
+    return engine.dim
+
+
+class _Store(Protocol):
+    """Holds the numbers of items."""
+
+    def __setitem__(self, item: int, numbers: Numbers, /) -> None: ...
+
+    def __getitem__(self, item: int, /) -> Numbers: ...
 
 
 class _MatrixOfNumbers:

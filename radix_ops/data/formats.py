@@ -12,6 +12,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -68,20 +69,21 @@ def formats(text_key: str = "text", prompt: str = "", template: str | None = Non
 
     `prompt` stands before each text under `text_key`; `template` is a name or file of `find_template`, or PAIRS.
     """
-    pairs, template = template == PAIRS, find_template(template) if template not in (None, PAIRS) else None
+    pairs = template == PAIRS
+    found = None if template is None or pairs else find_template(template)
 
     def parse_query(record: Record) -> reranking.Query:
         query = reranking.parse_query(record)
-        if not pairs and template is None:
+        if not pairs and found is None:
             known = ", ".join(TEMPLATES)
             raise UserError(
                 f"{record.where} holds a query and documents: --template must say how a model reads them, {known} or a "
                 f"JSON file, or {PAIRS} for the pairs of a cross-encoder"
             )
-        return reranking.check_instruction(query, template)
+        return reranking.check_instruction(query, found)
 
     def encode_queries(queries: Iterable[reranking.Query], tokenizer) -> Items:
-        return reranking.encode(queries, tokenizer, template, max_length=None, truncate_right=False)
+        return reranking.encode(queries, tokenizer, found, max_length=None, truncate_right=False)
 
     return [
         Format(("input_ids",), "token ids", _parse_ids, _encode_ids, needs_tokenizer=False),
@@ -126,6 +128,7 @@ def packed_arrays(path: str) -> Items:
     try:
         with np.load(path) as arrays:
             names = set(arrays.files)
+            ids: Any
             ids, ends = (arrays[name] if name in names else None for name in ("input_ids", "cu_seqlens"))
     except Exception as error:  # an archive may be damaged in any way
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -170,7 +173,7 @@ class _Line:
     """The contents of a line: texts, or conversations, which the tokenizer's chat template makes texts of."""
 
     where: str
-    contents: list[str] | list[list[dict]]
+    contents: list[Any]
     tools: list | None = None
 
     @property
@@ -185,8 +188,8 @@ def _parse_messages(record: Record) -> _Line:
 def _parse_answers(record: Record, *answers: str) -> _Line:
     """Return a prompt with each of its answers: strings, or messages where the prompt is an array."""
     if isinstance(record.fields.get("prompt"), list):
-        prompt = _messages(record, "prompt")
-        return _Line(record.where, [prompt + _messages(record, key) for key in answers], _tools(record))
+        chat = _messages(record, "prompt")
+        return _Line(record.where, [chat + _messages(record, key) for key in answers], _tools(record))
     prompt = record.text("prompt")
     return _Line(record.where, [prompt + record.text(key) for key in answers])
 
@@ -217,9 +220,9 @@ def _encode_lines(lines: Iterable[_Line], tokenizer) -> Items:
     while part := list(itertools.islice(lines, _LINES_AT_ONCE)):
         texts = [text for line in part if not line.is_chat for text in line.contents]
         chats = [text for line in part if line.is_chat for text in _rendered(line, tokenizer)]
-        texts, chats = iter(_tokenize(tokenizer, texts, True)), iter(_tokenize(tokenizer, chats, False))
+        of_texts, of_chats = iter(_tokenize(tokenizer, texts, True)), iter(_tokenize(tokenizer, chats, False))
         for line in part:
-            items.append(itertools.islice(chats if line.is_chat else texts, len(line.contents)))
+            items.append(itertools.islice(of_chats if line.is_chat else of_texts, len(line.contents)))
     return items
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import zlib
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.lib import format as npy
@@ -52,6 +53,8 @@ class MatrixFile:
     header of the matrix tells of the key, so that the same run knows that it is done.
     """
 
+    rows: Any  # the mapped array
+
     def __init__(self, path: str, shape: tuple[int, int], key: str, overwrite: bool):
         self.path, self._part, self._side = (beside(path, suffix) for suffix in ("", ".part", ".rows"))
         self._side_header = json.dumps({"rows": shape[0], "columns": shape[1], "key": key}).encode() + b"\n"
@@ -85,7 +88,7 @@ class MatrixFile:
             raise UserError(f"--output {self.path} exists and is complete; --overwrite replaces it")
         self._is_placed, self.done = True, np.ones(self._shape[0], bool)
 
-    def _map_if_ours(self, file, mode: str = "r+") -> np.ndarray | None:
+    def _map_if_ours(self, file: BinaryIO, mode: Literal["r", "r+"] = "r+") -> np.ndarray | None:
         """Return the rows of the file; None unless its header and its size are those of this run."""
         size = len(self._header) + 4 * self._shape[0] * self._shape[1]
         if file.read(len(self._header)) != self._header or os.fstat(file.fileno()).st_size != size:

@@ -81,8 +81,11 @@ def claimed(output: str | None) -> Iterator[None]:
     The lock is the system's, on PATH.lock, so that it goes with its process, however that ends; the file, which says
     whose it is, is removed in the end, and one that a kill left behind is taken over.
     """
-    path = None if output is None else beside(output, ".lock")
-    lock = None if path is None else _lock(path, output)
+    if output is None:
+        yield
+        return
+    path = beside(output, ".lock")
+    lock = _lock(path, output)
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ..engine.errors import UserError
 from ..engine.inputs import Record, kind_of
@@ -124,7 +124,7 @@ class Records(Generic[T]):
     def _parsed(self, raw: bytes, line: int) -> T:
         where = f"{self.path}, line {line}"
         fields = _parse_text(raw, where) if self.format == "text" else _parse(raw, where)
-        record = Record(where, fields)
+        record: Any = Record(where, fields)
         return record if self.parse is None else self.parse(record)
 
 
@@ -158,7 +158,7 @@ def _may_be_deep(raw: bytes) -> bool:
 
 
 def _check_depth(fields: dict, where: str) -> None:
-    level = [fields]
+    level: list[Any] = [fields]
     for _ in range(_DEEPEST):
         inner = (value for outer in level for value in (outer.values() if isinstance(outer, dict) else outer))
         level = [value for value in inner if isinstance(value, (dict, list))]
@@ -177,8 +177,10 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"the key {twice!r} stands twice")
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"the key {name!r} stands twice")
+            seen.add(name)
     return fields
 
 

@@ -14,7 +14,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 LONGEST_LINE = 64 * 2**20  # bytes
 MOST_BLANK = 2**20  # bytes of blank lines in a row
@@ -69,7 +69,8 @@ class LineFile:
         self._skips_blank = skips_blank
         self._raw = open(path, "rb")  # noqa: SIM115
         head = self._raw.read(_HEAD_SIZE)
-        self._stream, self._kept = self._raw, self._raw  # read in order, and by position
+        self._stream: BinaryIO = self._raw  # read in order
+        self._kept: BinaryIO = self._raw  # read by position
         if self._raw.seekable():
             self._raw.seek(0)
         else:
@@ -137,7 +138,7 @@ class LineFile:
 class _Unread(io.RawIOBase):
     """A file whose first bytes were read already, from its start."""
 
-    def __init__(self, head: bytes, file: BinaryIO):
+    def __init__(self, head: bytes, file: Any):
         self._head, self._file = head, file
 
     def readable(self) -> bool:

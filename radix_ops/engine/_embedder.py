@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from . import embedding
-from ._engine import Engine, Layout, OnProgress, check_count, numbered, windows, with_progress
+from ._engine import DTypeName, Engine, Layout, OnProgress, check_count, numbered, windows, with_progress
 from .batches import Compute
 from .embedding import Text, Texts
 from .errors import UserError, options_as_arguments
 from .inputs import Record, check_text
 from .loading import max_length_of
 from .messages import Chat
-from .recipes import POOLINGS, Recipe, find_recipe
+from .recipes import POOLINGS, Pooling, Recipe, find_recipe
 
 _TEXTS_AT_ONCE = 1024  # while other threads wait for the tokenizer
 
@@ -51,17 +53,17 @@ class Embedder(Engine[Text]):
 
     def __init__(
         self,
-        model: str | os.PathLike | nn.Module,
-        tokenizer=None,
+        model: str | os.PathLike[str] | nn.Module,
+        tokenizer: Any = None,
         *,
-        pooling: str | None = None,
+        pooling: Pooling | None = None,
         prompt: str | None = None,
         dim: int | None = None,
         normalize: bool | None = None,
         max_length: int | None = None,
         truncate_right: bool = False,
         device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
+        dtype: DTypeName | torch.dtype | None = None,
         token_budget: int | None = None,
         layout: Layout = "auto",
         plain: bool = False,
@@ -125,7 +127,7 @@ class Embedder(Engine[Text]):
         prompt: str | None = None,
         prompt_name: str | None = None,
         on_progress: OnProgress | None = None,
-    ) -> np.ndarray:
+    ) -> npt.NDArray[np.float32]:
         """Make an embedding of each text, all planned together: float32 [B, dim], in order.
 
         Args:
@@ -152,7 +154,7 @@ class Embedder(Engine[Text]):
         prompt_name: str | None = None,
         window: int = 1024,
         on_progress: OnProgress | None = None,
-    ) -> Iterator[np.ndarray]:
+    ) -> Iterator[npt.NDArray[np.float32]]:
         """Yield what `embed` returns, row by row in order, float32 [dim] each, as the texts come.
 
         window: texts that are checked and planned together. The more, the more they share; memory holds so many.
@@ -177,7 +179,7 @@ class Embedder(Engine[Text]):
             raise UserError(f"prompt_name {name!r} is not one of the model's prompts, which are {known}")
         return self._with_prompt(self.recipe.prompts[name])
 
-    def _rows(self, encoded: Texts, first: int, on_progress: OnProgress | None) -> np.ndarray:
+    def _rows(self, encoded: Texts, first: int, on_progress: OnProgress | None) -> npt.NDArray[np.float32]:
         """Return the embeddings of encoded texts, of which the first is texts[first]."""
         found = np.empty((len(encoded), self.dim), np.float32)
 
@@ -201,7 +203,7 @@ class Embedder(Engine[Text]):
     def _compute(self, items: Texts) -> Compute:
         return embedding.embedder(self.runner, self.recipe, items)
 
-    def result(self, item: Text, encoded: list[tuple[np.ndarray, int]], *numbers: np.ndarray) -> dict:
+    def result(self, item: Text, encoded: list[tuple[np.ndarray, int]], *numbers: np.ndarray) -> dict[str, Any]:
         return embedding.result(item, *numbers)
 
 

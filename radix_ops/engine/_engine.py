@@ -15,7 +15,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ from .runners import Runner
 I = TypeVar("I")  # noqa: E741 (an item)
 OnProgress = Callable[[int, int], object]
 
-_DTYPES = ("float32", "bfloat16", "float16")
+DTypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
+_DTYPES: tuple[DTypeName, ...] = get_args(DTypeName)
 
 
 class Engine(ABC, Generic[I]):
@@ -41,12 +42,12 @@ class Engine(ABC, Generic[I]):
 
     def __init__(
         self,
-        model: str | os.PathLike | nn.Module,
-        tokenizer,
+        model: str | os.PathLike[str] | nn.Module,
+        tokenizer: Any,
         *,
         source: str | None = None,  # the model's folder, where `model` names a larger one
         device: str | torch.device | None,
-        dtype: str | torch.dtype | None,
+        dtype: DTypeName | torch.dtype | None,
         token_budget: int | None,
         layout: Layout,
         plain: bool,
@@ -98,7 +99,7 @@ class Engine(ABC, Generic[I]):
         """Return the function that computes the numbers of a batch's sequences."""
 
     @abstractmethod
-    def result(self, item: I, encoded: list, *numbers: np.ndarray) -> dict:
+    def result(self, item: I, encoded: list, *numbers: np.ndarray) -> dict[str, Any]:
         """Return the output object of an item by what `encode` made of it and its sequences' numbers, an array of each
         kind. UserError for a number that isn't finite."""
 
@@ -174,7 +175,7 @@ class Engine(ABC, Generic[I]):
             self.check(items, folded)
             return run(self.runner, items, self.budget_of(items), folded, self._compute(items), on_batch, warm_up)
 
-    def _results(self, items: list[I], on_progress: OnProgress | None) -> list[dict]:
+    def _results(self, items: list[I], on_progress: OnProgress | None) -> list[dict[str, Any]]:
         """Return the result of each item, all planned together."""
         with options_as_arguments(), self._lock:
             encoded = self.encode(items)
@@ -187,12 +188,12 @@ class Engine(ABC, Generic[I]):
             self.execute(encoded, with_progress(on_batch, encoded, on_progress))
             return results
 
-    def _stream(self, items: Iterator[I], window: int, on_progress: OnProgress | None) -> Iterator[dict]:
+    def _stream(self, items: Iterator[I], window: int, on_progress: OnProgress | None) -> Iterator[dict[str, Any]]:
         """Yield the result of each item in order, `window` of them planned together."""
         for part in windows(items, window):
             yield from self._results(part, on_progress)
 
-    def _parsed(self, fields: Iterable[Mapping], name: str, shape: str) -> Iterator[I]:
+    def _parsed(self, fields: Iterable[Mapping[str, Any]], name: str, shape: str) -> Iterator[I]:
         """Yield the items of an argument that holds an object for each."""
         for where, given in numbered(fields, name, f"objects like {shape}"):
             if not isinstance(given, Mapping):
@@ -250,7 +251,7 @@ def check_count(name: str, value: int | None) -> None:
     raise UserError(f"{name} must be a whole number from 1 to {2**31 - 1}, or None, got {value!r}")
 
 
-def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
+def _dtype_name(dtype: DTypeName | torch.dtype | None) -> str | None:
     name = None if dtype is None else str(dtype).removeprefix("torch.")
     if name not in (None, *_DTYPES):
         raise UserError(f"dtype must be one of {', '.join(_DTYPES)}, or None, got {dtype!r}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from . import reranking
-from ._engine import Engine, Layout, OnProgress, check_count
+from ._engine import DTypeName, Engine, Layout, OnProgress, check_count
 from .batches import Compute
 from .cross_encoders import READINGS, CrossEncoder, chat_of, find_cross_encoder
 from .errors import UserError, options_as_arguments
@@ -49,14 +50,14 @@ class Reranker(Engine[Query]):
 
     def __init__(
         self,
-        model: str | os.PathLike | nn.Module,
-        tokenizer=None,
+        model: str | os.PathLike[str] | nn.Module,
+        tokenizer: Any = None,
         *,
-        template: str | os.PathLike | Template | None = None,
+        template: str | os.PathLike[str] | Template | None = None,
         max_length: int | None = None,
         truncate_right: bool = False,
         device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
+        dtype: DTypeName | torch.dtype | None = None,
         token_budget: int | None = None,
         layout: Layout = "auto",
         plain: bool = False,
@@ -106,7 +107,7 @@ class Reranker(Engine[Query]):
         top_k: int | None = None,
         instruction: str | None = None,
         return_documents: bool = False,
-    ) -> list[dict]:
+    ) -> list[dict[str, Any]]:
         """Rank documents by their relevance to a query, the best first, as CrossEncoder.rank of sentence-transformers.
 
         Args:
@@ -133,7 +134,9 @@ class Reranker(Engine[Query]):
                 entry["text"] = parsed.documents[entry["corpus_id"]]
         return ranked
 
-    def score(self, queries: Iterable[Mapping], *, on_progress: OnProgress | None = None) -> list[dict]:
+    def score(
+        self, queries: Iterable[Mapping[str, Any]], *, on_progress: OnProgress | None = None
+    ) -> list[dict[str, Any]]:
         """Score the documents of all queries, planned together.
 
         Args:
@@ -153,8 +156,8 @@ class Reranker(Engine[Query]):
         return self._results(parsed, on_progress)
 
     def stream(
-        self, queries: Iterable[Mapping], *, window: int = 1024, on_progress: OnProgress | None = None
-    ) -> Iterator[dict]:
+        self, queries: Iterable[Mapping[str, Any]], *, window: int = 1024, on_progress: OnProgress | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Yield what `score` returns, query by query in order, as the queries come.
 
         window: queries that are checked and planned together. The more, the more they share; memory holds so many.
@@ -174,7 +177,7 @@ class Reranker(Engine[Query]):
     def _compute(self, items: Items) -> Compute:
         return reranking.scorer(self.runner, self._answers, self._activation)
 
-    def result(self, item: Query, encoded: list, *numbers: np.ndarray) -> dict:
+    def result(self, item: Query, encoded: list, *numbers: np.ndarray) -> dict[str, Any]:
         return reranking.result(item, *numbers)
 
     def _pad_token_id(self) -> int:

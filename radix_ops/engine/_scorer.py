@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from . import scoring
-from ._engine import Engine, Layout, OnProgress
+from ._engine import DTypeName, Engine, Layout, OnProgress
 from .batches import Compute
 from .errors import options_as_arguments
 from .inputs import Record
@@ -49,12 +50,12 @@ class Scorer(Engine[Item]):
 
     def __init__(
         self,
-        model: str | os.PathLike | nn.Module,
-        tokenizer=None,
+        model: str | os.PathLike[str] | nn.Module,
+        tokenizer: Any = None,
         *,
         truncate_left: bool = False,
         device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
+        dtype: DTypeName | torch.dtype | None = None,
         token_budget: int | None = None,
         layout: Layout = "auto",
         plain: bool = False,
@@ -70,7 +71,9 @@ class Scorer(Engine[Item]):
             if not lazy:
                 self.load()
 
-    def score(self, items: Iterable[Mapping], *, on_progress: OnProgress | None = None) -> list[dict]:
+    def score(
+        self, items: Iterable[Mapping[str, Any]], *, on_progress: OnProgress | None = None
+    ) -> list[dict[str, Any]]:
         """Score all items, planned together, so that what they share at their starts is computed once.
 
         Args:
@@ -91,8 +94,8 @@ class Scorer(Engine[Item]):
         return self._results(parsed, on_progress)
 
     def stream(
-        self, items: Iterable[Mapping], *, window: int = 1024, on_progress: OnProgress | None = None
-    ) -> Iterator[dict]:
+        self, items: Iterable[Mapping[str, Any]], *, window: int = 1024, on_progress: OnProgress | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Yield what `score` returns, item by item in order, as the items come.
 
         window: items that are checked and planned together. The more, the more they share; memory holds so many.
@@ -111,6 +114,6 @@ class Scorer(Engine[Item]):
     def _compute(self, items: Choices) -> Compute:
         return scoring.scorer(self.runner, items)
 
-    def result(self, item: Item, encoded: list[tuple[np.ndarray, np.ndarray]], *numbers: np.ndarray) -> dict:
+    def result(self, item: Item, encoded: list[tuple[np.ndarray, np.ndarray]], *numbers: np.ndarray) -> dict[str, Any]:
         logprobs, greedy = numbers
         return scoring.result(item, [len(choice) for _, choice in encoded], logprobs, greedy)

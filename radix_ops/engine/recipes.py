@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, get_args
 
 from .errors import UserError
 from .messages import Messages
@@ -17,7 +18,8 @@ from .sentence_folder import (
     kind_of_class,
 )
 
-POOLINGS = ("last", "mean")
+Pooling: TypeAlias = Literal["last", "mean"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 # The names that sentence-transformers gives poolings, and the flags of old folders.
 _POOLING_NAMES = {"lasttoken": "last", "mean": "mean"}
 _OLD_POOLING_NAMES = {

@@ -154,7 +154,7 @@ class TransformersRunner:
         head = model.get_output_embeddings()
         if head is None and model.base_model is model:
             return model, None
-        stack = None if head is None else model.get_decoder()
+        stack: Any = None if head is None else model.get_decoder()
         stack = model.base_model if stack is model else stack
         if stack is None or stack is model:
             raise UserError(f"{type(model).__name__} has no decoder stack and output head that can be called apart")

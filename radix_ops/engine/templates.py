@@ -45,7 +45,7 @@ class Template:
         head, tail = (_PLACEHOLDER.sub(lambda match: values[match[1]], part) for part in (head, tail))
         return head, tail
 
-    def token_ids(self, tokenizer) -> tuple[int, int]:
+    def token_ids(self, tokenizer: Any) -> tuple[int, int]:
         """Return the ids of (yes, no)."""
         yes, no = _token_id(tokenizer, "yes", self.yes), _token_id(tokenizer, "no", self.no)
         if yes == no:

@@ -179,7 +179,9 @@ class StackForward(_Forward):
         stack, threshold = self.module, self.options.threshold
         obstacle = obstacle or obstacle_outside.get() or obstacle_of(stack, arguments)
         if obstacle is not None:
-            return self._leave(obstacle)
+            self._leave(obstacle)
+            return None
+        input_ids: Any
         input_ids, mask, positions = (arguments.get(name) for name in READ)
         if threshold == 0 or not may_pay(input_ids.numel(), threshold, stack, input_ids.device):
             return None
@@ -191,7 +193,10 @@ class StackForward(_Forward):
         if not pays_for(padded, threshold, stack):
             return None
         obstacle = self._obstacle_inside()  # last, since it looks at every module
-        return padded if obstacle is None else self._leave(obstacle)
+        if obstacle is not None:
+            self._leave(obstacle)
+            return None
+        return padded
 
     def _leave(self, obstacle: Obstacle) -> None:
         """Warn that a batch is left as it came, where that is due."""

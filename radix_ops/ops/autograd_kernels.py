@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,7 +141,7 @@ def _register_with_library(formula: Formula) -> None:
     torch.library.register_autograd(formula.op.name(), backward, setup_context=setup_context, lib=_library)
 
 
-_single_level = _SingleLevel.find()
+_single_level: Any = _SingleLevel.find()
 _library = (_RefusingTangents if _single_level is None else torch.library.Library)("radix", "IMPL")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ...plan.budget import Limits
 from ...plan.flops import ForwardCost
 from ...plan.sharing import Batches, Prefixes, Sharing
 
@@ -19,7 +20,7 @@ ORDERS = ("given", "shuffled", "planned")
 def summarise(
     sharing: Sharing,
     batch_sizes: list[int],
-    limits: dict[str, int | None],
+    limits: Limits,
     show: Callable[[int, int, int], str],
     sample: dict,
     cost: ForwardCost | None = None,
@@ -90,7 +91,7 @@ def _sized(sharing: Sharing, size: int, cost: ForwardCost | None) -> dict:
     return {"max_sequences": size} | _counted(sharing, made, sharing.padded(max_sequences=size), cost)
 
 
-def _limited(sharing: Sharing, limits: dict[str, int | None], cost: ForwardCost | None) -> dict:
+def _limited(sharing: Sharing, limits: Limits, cost: ForwardCost | None) -> dict:
     """Return the counts of batches within the limits of a run; the planned ones are the run's."""
     made = [sharing.batches(order, **limits) for order in (sharing.given(), sharing.shuffled())]
     padded = sharing.padded(max_positions=limits["max_rows"])
@@ -101,13 +102,13 @@ def _counted(sharing: Sharing, made: list[Batches], padded: Batches, cost: Forwa
     """Return rows in each order and the speed-up over packed batches; positions of padded batches, and the speed-up of
     planned ones over them."""
     counted: dict = {}
-    made, packed = dict(zip(ORDERS, made, strict=True)), sharing.packed()
-    for name, batches in made.items():
+    by_order, packed = dict(zip(ORDERS, made, strict=True)), sharing.packed()
+    for name, batches in by_order.items():
         rows = batches.num_rows
         counted[name] = {"batches": len(batches), "rows": rows, "tokens_per_row": _ratio(sharing.num_tokens, rows)}
         counted[name]["speed_up"] = _speed_up(packed, batches, cost)
     counted["padded"] = {"batches": len(padded), "positions": padded.num_rows}
-    counted["padded"]["speed_up"] = _speed_up(padded, made["planned"], cost)
+    counted["padded"]["speed_up"] = _speed_up(padded, by_order["planned"], cost)
     return counted
 
 
