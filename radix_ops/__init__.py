@@ -1,4 +1,25 @@
-"""Shared prefixes of a batch, computed once: fold a batch into a prefix trie, run the model on the trie's rows."""
+"""Shared prefixes of a batch, computed once: fold a batch into a prefix trie, run the model on the trie's rows.
+
+    batch = FoldedBatch.from_sequences([[1, 2, 3], [1, 2, 4]])  # 6 tokens, 4 rows
+    out = attention(q, k, v, batch)  # of rows, as q, k and v are
+    tokens = batch.unfold(out)  # of packed tokens
+
+`fold` and `pack` make a FoldedBatch of packed tokens, folded and for comparison not. The rest stands in modules, which
+are imported by name; `help` of each leads on:
+
+    radix_ops.hf             enable(model): a model of transformers or sentence-transformers folds its batches
+    radix_ops.trainers       enable(trainer): a Trainer of transformers or TRL does
+    radix_ops.engine         Scorer, Embedder, Reranker: what the command does, in Python
+    radix_ops.lm_eval        RadixLM: a model of lm-evaluation-harness
+    radix_ops.losses         log-probabilities, entropies and cross entropy from rows, without logits for all of them
+    radix_ops.models.qwen3   a Qwen3 on folded batches, in one file
+    radix_ops.plan           which sequences share a batch
+    radix_ops.ops            the ops of torch.ops.radix on which all else stands
+    radix_ops.compat         the API of the radix-mlp package, with radix_ops.compat.torch
+    radix_ops.reference      the ops in plain Python, to read
+
+The command is radix-ops, or python -m radix_ops.cli: score, embed, rerank and inspect.
+"""
 
 from pathlib import Path
 

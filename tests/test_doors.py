@@ -127,6 +127,11 @@ def test_public_modules_have_a_page_of_the_reference(name):
     assert any(re.search(rf"^::: {re.escape(name)}$", page, re.MULTILINE) for page in pages)
 
 
+@pytest.mark.parametrize("name", PUBLIC)
+def test_help_of_the_package_leads_to_each_public_module(name):
+    assert re.search(rf"\b{re.escape(name)}\b", radix_ops.__doc__)
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_ops_are_there_and_described(name):
     assert getattr(torch.ops.radix, name)
