@@ -54,9 +54,13 @@ def qwen3_row(model, theirs, shape: tuple[int, int, int], rounds: int) -> dict[s
     return bench_qwen3.forward_row("small", model, theirs, batch, types.SimpleNamespace(rounds=rounds, budget=10), 0.0)
 
 
+def saved_table(name: str) -> dict:
+    return json.loads((harness.RESULTS / f"{name}.json").read_text())
+
+
 def shares(name: str, rows: list[harness.Case]) -> Iterator[tuple[str, str, float, float]]:
     """Yield each ratio of each case: its name, the case, the saved ratio and the one measured here."""
-    content = json.loads((harness.RESULTS / f"{name}.json").read_text())
+    content = saved_table(name)
     torch.set_num_threads(content["environment"]["threads"])
     keys, ratios = COLUMNS[name]
     saved = {tuple(row[key] for key in keys): row for row in content["rows"]}
@@ -75,20 +79,19 @@ def shares(name: str, rows: list[harness.Case]) -> Iterator[tuple[str, str, floa
 
 
 def main() -> None:
-    summary, below = [], []
+    below = []
     for name, rows in cases().items():
-        print(f"{name}: {len(rows)} cases", flush=True)
-        processor = json.loads((harness.RESULTS / f"{name}.json").read_text())["environment"]["cpu"]
+        print(f"\n{name}, saved on {saved_table(name)['environment']['cpu']}:", flush=True)
+        summary = []
         for ratio, group in itertools.groupby(sorted(shares(name, rows)), key=lambda share: share[0]):
             lines = [
                 {"table": name, "ratio": ratio, "case": case, "saved": saved, "here": here, "share": here / saved}
                 for _, case, saved, here in group
             ]
             worst = min(lines, key=lambda line: line["share"])
-            columns = {"table": name, "ratio": ratio, "cases": len(lines), "least share": worst["share"]}
-            summary.append(columns | {"of case": worst["case"], "saved on": processor})
+            summary.append({"ratio": ratio, "cases": len(lines), "least share": worst["share"], "case": worst["case"]})
             below += [line for line in lines if line["share"] < LEAST]
-    harness.report("check", summary, save=False)
+        harness.report(name, summary, save=False)
     if below:
         print(f"\nBelow {LEAST} of the saved ratio:")
         harness.report("below", below, save=False)
