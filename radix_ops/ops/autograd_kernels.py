@@ -79,7 +79,9 @@ def _register_single_level(formula: Formula, parts: _SingleLevel) -> None:
     op, num_inputs = formula.op, formula.num_inputs
     keys_below, enabled, grad_enabled = parts.keys_below, parts.enabled, torch.is_grad_enabled
 
-    class Function(parts.function):
+    base: Any = parts.function
+
+    class Function(base):
         @staticmethod
         def forward(ctx, keyset, *arguments):
             with parts.below_autograd():
