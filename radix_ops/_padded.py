@@ -1,4 +1,4 @@
-"""A padded batch [B, T] -> its real tokens end to end."""
+"""Finds the real tokens of a padded batch [B, T] and puts them end to end."""
 
 from __future__ import annotations
 

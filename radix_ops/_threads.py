@@ -1,4 +1,4 @@
-"""How threads of OpenMP wait for each other, which is settled as torch loads them.
+"""Settles how threads of OpenMP wait for each other, as torch loads them.
 
 A parallel region ends where all threads have arrived, and a forward has hundreds of regions: the fewer rows, the more
 of them for the same work. GNU's threads spin there for milliseconds before they sleep. Beside other work that uses up
@@ -16,7 +16,7 @@ _SPINS = "20000"
 
 
 def _import_torch() -> None:
-    """Leaves alone who has imported torch already, and who says by a variable how threads should wait."""
+    """Import torch with few spins, unless it is imported already or a variable says how threads should wait."""
     if "torch" in sys.modules or {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         return
     os.environ["GOMP_SPINCOUNT"] = _SPINS

@@ -7,17 +7,17 @@ import itertools
 import torch
 from torch import Tensor
 
-# Each part starts at a multiple of it, as an allocation of CUDA's would.
+# Each part starts at a multiple of it, as an allocation by CUDA does.
 _ALIGNMENT = 256
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on `device`, without waiting for it."""
+    """Return a tensor of the CPU on `device`, without waiting for it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def pin_together(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies of tensors of the CPU as parts of one buffer in pinned memory."""
+    """Copy tensors of the CPU into one buffer in pinned memory, and return its parts."""
     buffer = torch.empty(_starts(tensors)[-1], dtype=torch.uint8, device="cpu", pin_memory=True)
     parts = _parts(buffer, tensors)
     for part, tensor in zip(parts, tensors, strict=True):
@@ -26,7 +26,7 @@ def pin_together(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def copy_together(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors of the CPU as parts of one on a CUDA device, without waiting for it."""
+    """Copy tensors of the CPU to a CUDA device in one piece, without waiting for it, and return its parts."""
     if not _are_pinned_together(tensors):
         tensors = pin_together(tensors)
     buffer = torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensors[0].untyped_storage())
@@ -34,7 +34,7 @@ def copy_together(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def _starts(tensors: list[Tensor]) -> list[int]:
-    """Of each part in bytes, and the size of the buffer."""
+    """Return where each part starts, in bytes, and the size of the buffer."""
     sizes = (tensor.numel() * tensor.element_size() for tensor in tensors)
     return [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
 

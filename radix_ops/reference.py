@@ -1,4 +1,4 @@
-"""What every op computes, written plainly: slow, on any device, for tests and for readers."""
+"""The ops, written plainly: slow, on any device, for tests and for readers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["fold", "gather", "scatter_add", "varlen_attention"]
 def fold(
     input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, pad_multiple_of: int = 1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """radix::fold, a node a token: a row is a (parent row, token, position)."""
+    """Fold as radix::fold, a token at a time: a row is a (parent row, token, position)."""
     rows: dict[tuple[int, int, int], int] = {}
     ids, positions, unfold_index, fold_index = input_ids.tolist(), position_ids.tolist(), [], []
     ends = cu_seqlens.tolist()
@@ -43,12 +43,12 @@ def fold(
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """radix::gather, a row at a time."""
+    """Gather as radix::gather, a row at a time."""
     return torch.stack([x[i] for i in index.tolist()]) if len(index) else x[:0]
 
 
 def scatter_add(src: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    """radix::scatter_add, summed in float64 (int64 for integers) and rounded once."""
+    """Add up as radix::scatter_add, summed in float64 (int64 for integers) and rounded once."""
     wide = torch.float64 if src.is_floating_point() else torch.int64
     out = torch.zeros(num_rows, *src.shape[1:], dtype=wide, device=src.device)
     for i, row in enumerate(index.tolist()):
@@ -65,7 +65,7 @@ def varlen_attention(
     scale: float,
     sliding_window: int = 0,
 ) -> Tensor:
-    """radix::varlen_attention, a query and a head at a time."""
+    """Attend as radix::varlen_attention, a query and a head at a time."""
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     group = q.shape[1] // k.shape[1]
