@@ -57,6 +57,15 @@ def _shorten(values: list[int]) -> str:
     return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:4]))}, ... {values[-1]}]"
 
 
+def _without_overlap(x: Tensor) -> Tensor:
+    """Return x [n, H, D], copied where its rows or heads lie within each other.
+
+    torch's attention on the CPU computes anything for such queries, as `as_strided` makes them; expanded ones are fine.
+    """
+    is_apart = all(x.stride(d) == 0 or x.stride(d) >= x.shape[2] for d in (0, 1) if x.shape[d] > 1)
+    return x if is_apart else x.contiguous()
+
+
 def _blocks(ends_q: list[int], ends_k: list[int], window: int, max_rows, k: Tensor, v: Tensor) -> Iterator[_Block]:
     """Yield every query once, in blocks of at most `max_rows(number of keys)` rows.
 
@@ -98,6 +107,7 @@ def _mask(num_rows: int, num_keys: int, window: int, device: torch.device) -> Te
 
 def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, sliding_window=0):
     ends_q, ends_k = _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window)
+    q, k, v = map(_without_overlap, (q, k, v))
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     for block in _blocks(ends_q, ends_k, sliding_window, lambda num_keys: _MAX_BLOCK_ROWS, k, v):
         queries, keys, values = (x.transpose(0, 1)[None] for x in (q[block.rows], k[block.keys], v[block.keys]))
@@ -113,6 +123,7 @@ def varlen_attention_backward(grad_out, q, k, v, cu_seqlens_q, cu_seqlens_k, sca
     """Return the gradients of q, k and v; probabilities are computed again, sums are in fp32 (fp64 for float64)."""
     ends_q, ends_k = _check(q, k, v, cu_seqlens_q, cu_seqlens_k, sliding_window)
     check_gradient("varlen_attention", grad_out, q, v)
+    grad_out, q, k, v = map(_without_overlap, (grad_out, q, k, v))
     wide = torch.promote_types(q.dtype, torch.float32)
     heads, kv_heads = q.shape[1], k.shape[1]
     grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))

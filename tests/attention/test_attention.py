@@ -265,6 +265,21 @@ def test_attention_takes_strides(dtype, layout, device):
         torch.testing.assert_close(attention(*strided, batch, layout=layout), want, rtol=0, atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strides", [(1, 1, 1), (2, 1, 1), (1, 9, 1), (0, 1, 1), (0, 8, 1), (8, 0, 1)])
+def test_attention_takes_tensors_whose_rows_or_heads_overlap(strides, dtype, layout):
+    batch = FoldedBatch.from_sequences(NAMED["nested"])
+    size = batch.num_rows, 2, 8
+    overlapping = [torch.randn(1000).to(dtype).as_strided(size, strides).requires_grad_() for _ in range(3)]
+    apart = [x.detach().contiguous().requires_grad_() for x in overlapping]
+    got, want = (attention(*tensors, batch, layout=layout) for tensors in (overlapping, apart))
+    grad = torch.randn(size).to(dtype)
+    results = [*torch.autograd.grad(got, overlapping, grad), got]
+    for result, expected in zip(results, [*torch.autograd.grad(want, apart, grad), want], strict=True):
+        torch.testing.assert_close(result, expected, rtol=0, atol=10 * TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("window", [0, 2])
 def test_varlen_attention_equals_reference(window):
     q, k, v = (torch.randn(n, h, d, dtype=torch.float64) for n, h, d in ((7, 4, 6), (9, 2, 6), (9, 2, 3)))
