@@ -170,10 +170,11 @@ def _varlen(
 def _trie_is_faster(q: Tensor, v: Tensor, plan: AttentionPlan) -> bool:
     """Tell whether "auto" takes "trie" for these tensors.
 
-    On an H200 it was 1.0 to 1.3 times as fast as "compact" in whole models, and 0.96 to 1.26 in training. On CPUs of 2
-    cores it was faster in float32, forward and backward (benchmarks/bench_attention_cpu.py); its forward in bfloat16
-    and float16, which one of them multiplied by itself, only from about 16 repeats on. Whether a gradient is wanted
-    must not matter: a policy that is trained and its reference that is not are compared.
+    On an H200 "trie" was 1.0 to 1.3 times as fast as "compact" in whole models, and 0.96 to 1.26 times in training. On
+    CPUs of 2 cores it was faster in float32, forward and backward (benchmarks/bench_attention_cpu.py). In bfloat16 and
+    float16 its forward was faster only from about 16 repeats of a key on, where the CPU multiplies bfloat16 in
+    hardware. Whether a gradient is wanted must not matter: a policy that is trained is compared with its reference,
+    which is not.
     """
     if q.is_cuda:
         return trie.has_kernels(q, v)

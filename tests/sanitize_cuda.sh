@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The CUDA tests under compute-sanitizer: memcheck with every tensor in an allocation of its own, then racecheck.
-# Usage: tests/sanitize.sh [FOLDER FOR LOGS] [TOOL ...]. PYTHON names the interpreter that radix_ops is installed for.
+# Usage: tests/sanitize_cuda.sh [FOLDER FOR LOGS] [TOOL ...]. PYTHON names the interpreter that radix_ops is installed for.
 #
 # Left out are tests that fault on purpose (device asserts), that read the profiler, capture graphs or need the host to
 # run ahead of the device (which allow no checker or no allocation beside them), that compare times, and that need tens
