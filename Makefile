@@ -76,7 +76,7 @@ bench-check: $(VENV)/.built $(VENV)/.deps  ## compare the CPU's benchmarks with 
 
 # radix_ops/hf/models.json and docs/models.md. Takes about half an hour on two cores.
 models: $(VENV)/.built $(VENV)/.deps  ## prove which types of transformers models fold
-	$(BIN)/python tools/prove_models.py
+	$(BIN)/python tools/prove_models.py --write
 	for version in $(OLDER_TRANSFORMERS); do target=build/transformers-$$version; \
 	$(PIP) install --quiet --target $$target transformers==$$version || exit 1; \
 	PYTHONPATH=$$target $(BIN)/python tools/prove_older.py || exit 1; done

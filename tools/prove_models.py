@@ -3,7 +3,7 @@
 Every type is built small, with random weights, in a process of its own with a time limit, and run through
 `radix_ops.hf.enable` and as it is: on batches that share prefixes, padded on the right, the left and both, packed, and
 with gradient checkpointing. Hidden states and the gradient of every parameter must agree, and outputs and losses of the
-heads. Then the config is varied field by field. What agreed is written to radix_ops/hf/models.json, which
+heads. Then the config is varied field by field. With --write, what agreed goes to radix_ops/hf/models.json, which
 `radix_ops.hf.enable` goes by, and to docs/models.md. A type that can't be built or run is refused, with the reason.
 """
 
@@ -207,36 +207,56 @@ def as_json(content: dict) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
+def merged(old: dict[str, Any] | None, results: dict[str, dict[str, Any] | str]) -> dict[str, Any]:
+    """Return the list with these results in it. A type whose proof is the listed one keeps its oldest version."""
+    old = old or {"older": [], "proven": {}, "refused": {}}
+    proven = {name: proof for name, proof in old["proven"].items() if name not in results}
+    refused = {name: reason for name, reason in old["refused"].items() if name not in results}
+    for name, result in results.items():
+        if isinstance(result, str):
+            refused[name] = result
+        else:
+            listed = old["proven"].get(name)
+            proven[name] = listed if listed and _is_listed(result, listed) else result
+    return {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__.partition("+")[0],
+        "older": old["older"],
+        "proven": dict(sorted(proven.items())),
+        "refused": dict(sorted(refused.items())),
+    }
+
+
+def _is_listed(proof: dict[str, Any], listed: dict[str, Any]) -> bool:
+    """Compare a proof of this version with the listed one, which has the classes of older versions too."""
+    by_version = {"since", "classes"}
+    same = as_json({k: v for k, v in proof.items() if k not in by_version}) == as_json(
+        {k: v for k, v in listed.items() if k not in by_version}
+    )
+    return same and set(proof["classes"]) <= set(listed["classes"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("types", nargs="*", help="types to prove again (default: all, and nothing old is kept)")
+    parser.add_argument("types", nargs="*", help="types to prove (default: all, and nothing old is kept)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once (default: one a core)")
-    parser.add_argument("--dry-run", action="store_true", help="write nothing")
+    parser.add_argument("--write", action="store_true", help="write both files (default: only print)")
     parser.add_argument("--verbose", action="store_true", help="say of each config that doesn't fold why")
     arguments = parser.parse_args()
+    path = ROOT / "radix_ops" / "hf" / "models.json"
+    old = json.loads(path.read_text()) if arguments.types else None
+    if arguments.write and old and old["transformers"] != transformers.__version__:
+        parser.error(f"{path.name} is of transformers {old['transformers']}, not {transformers.__version__}: prove all")
     transformers.logging.set_verbosity_error()
     types = arguments.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     results = {}
     for name, result in run_apart({name: (prove_or_refuse, name, arguments.verbose) for name in types}, arguments.jobs):
         results[name] = result
         print(f"{name}: {result if isinstance(result, str) else 'proven'}", file=sys.stderr, flush=True)
-    path = ROOT / "radix_ops" / "hf" / "models.json"
-    old = json.loads(path.read_text()) if arguments.types else {"proven": {}, "refused": {}}
-    proven = {name: proof for name, proof in old["proven"].items() if name not in results}
-    refused = {name: reason for name, reason in old["refused"].items() if name not in results}
-    proven |= {name: result for name, result in results.items() if not isinstance(result, str)}
-    refused |= {name: result for name, result in results.items() if isinstance(result, str)}
-    content = {
-        "transformers": transformers.__version__,
-        "torch": torch.__version__.partition("+")[0],
-        "older": old.get("older", []),
-        "proven": dict(sorted(proven.items())),
-        "refused": dict(sorted(refused.items())),
-    }
-    print(f"{len(results.keys() & proven.keys())} of {len(types)} types proven")
-    if not arguments.dry_run:
+    content = merged(old, results)
+    print(f"{len(results.keys() & content['proven'].keys())} of {len(types)} types proven")
+    if arguments.write:
         path.write_text(as_json(content))
-        (ROOT / "docs").mkdir(exist_ok=True)
         (ROOT / "docs" / "models.md").write_text(page(content))
 
 

@@ -231,6 +231,14 @@ def test_classes_that_borrow_a_name_are_not_proven():
     assert not proofs.is_proven_class(remote, proof)
 
 
+def test_a_type_that_is_proven_again_keeps_the_version_that_it_holds_from():
+    listed = CONTENT["proven"]["llama"]
+    again = listed | {"since": "99.1", "classes": listed["classes"][1:]}
+    assert prove_models.merged(CONTENT, {"llama": again})["proven"] == CONTENT["proven"]
+    differs = again | {"calls": 2}
+    assert prove_models.merged(CONTENT, {"llama": differs})["proven"]["llama"] == differs
+
+
 def test_older_transformers_than_a_proof_holds_for_is_refused():
     newer = dataclasses.replace(proof_of("llama"), since="99.1")
     with (
