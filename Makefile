@@ -63,7 +63,7 @@ check-wheel: $(VENV)/.built $(VENV)/.deps  ## install the wheel outside the chec
 	$(BIN)/python tools/check_wheel.py
 
 # Where there is a GPU, on it as well.
-bench: $(VENV)/.built $(VENV)/.deps  ## measure what docs/benchmarks.md reports
+bench: $(VENV)/.built $(VENV)/.deps  ## measure the ops, a Qwen3, its training and plans on made batches
 	names="attention_cpu plan_cpu"; devices=cpu; \
 	if nvidia-smi >/dev/null 2>&1; then devices="cpu cuda"; \
 	names="$$names losses_cuda"; fi; \

@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
-from torch.utils import cpp_extension
+
+try:
+    from torch.utils import cpp_extension
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    sys.exit('radix_ops is built beside torch, which is not installed: pip install "torch>=2.11", then install again')
 
 ROOT = Path(__file__).resolve().parent
 # The first torch release whose stable interface the sources may use.

@@ -12,7 +12,7 @@ are imported by name; `help` of each leads on:
     radix_ops.engine         Scorer, Embedder, Reranker: what the command does, in Python
     radix_ops.lm_eval        RadixLM: a model of lm-evaluation-harness
     radix_ops.losses         log-probabilities, entropies and cross entropy from rows, without logits for all of them
-    radix_ops.models.qwen3   a Qwen3 on folded batches, in one file
+    radix_ops.models.qwen3   a Qwen3 on folded batches, to read
     radix_ops.plan           which sequences share a batch
     radix_ops.ops            the ops of torch.ops.radix on which all else stands
     radix_ops.compat         the API of the radix-mlp package, with radix_ops.compat.torch

@@ -37,19 +37,16 @@ ROOMS = {
     "trainers": f"{ROWS} plan hf",
     "data": "plan engine",
     "cli": "radix_ops plan engine data cli._main",
-    # The command starts a server and a cluster where it is asked to; neither knows the other two.
-    "cli._main": "radix_ops cli plan engine data serve ray",
-    "serve": "radix_ops plan engine",
-    "ray": "radix_ops plan engine data",
+    "cli._main": "radix_ops cli plan engine data",
 }
 # The rooms that may import a library. Every room may import others.
 LIBRARIES = {
     "argparse": "cli cli._main",
-    "http": "serve",
+    "http": "",
     "lm_eval": "lm_eval",
     "matplotlib": "cli",
     "sentence_transformers": "hf.sentences engine",
-    "socket": "serve",
+    "socket": "",
     "transformers": "hf hf.sentences engine trainers",
     "triton": "ops",
     "trl": "trainers",
@@ -116,6 +113,10 @@ def test_every_module_has_a_room():
     assert [name for name in MODULES if room_of(name) == "radix_ops"] == ["radix_ops"]
 
 
+def test_every_room_has_a_module():
+    assert {room_of(name) for name in MODULES} == set(ROOMS)
+
+
 def test_no_two_packages_know_each_other():
     below = {room.split(".")[0]: set() for room in ROOMS}
     for room, others in ROOMS.items():
@@ -139,9 +140,8 @@ def test_no_two_packages_know_each_other():
         ("radix_ops.engine.loading", "import argparse"),
         ("radix_ops.engine.loading", "from http.client import HTTPConnection"),
         ("radix_ops.data.records", "from ..cli.arguments import printable"),
-        ("radix_ops.cli.score", "from ..serve import app"),
-        ("radix_ops.cli.score", "import_module(f'radix_ops.serve.{name}')"),
-        ("radix_ops.serve.app", "from ..cli import job"),
+        ("radix_ops.cli.score", "from ..models import qwen3"),
+        ("radix_ops.cli.score", "import_module(f'radix_ops.models.{name}')"),
         ("radix_ops.hf.forward", "from ..plan.planner import plan_folded"),
     ],
 )
@@ -152,7 +152,7 @@ def test_a_wrong_import_is_found(module, source):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("radix_ops.cli._main", "from ..serve import app\nfrom .arguments import printable"),
+        ("radix_ops.cli._main", "from ..engine import Scorer\nfrom .arguments import printable"),
         ("radix_ops.engine.loading", "from ..models.qwen3 import Qwen3Model\nfrom .errors import UserError"),
         ("radix_ops.hf.sentences.encode", "from ...plan.planner import plan_folded\nfrom .. import guards"),
     ],

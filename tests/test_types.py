@@ -9,23 +9,11 @@ from importlib.resources import files
 
 import pytest
 
-DOORS = [
-    "radix_ops",
-    "radix_ops.compat",
-    "radix_ops.compat.torch",
-    "radix_ops.engine",
-    "radix_ops.hf",
-    "radix_ops.lm_eval",
-    "radix_ops.losses",
-    "radix_ops.models.qwen3",
-    "radix_ops.plan",
-    "radix_ops.reference",
-    "radix_ops.trainers",
-]
+from helpers.doors import PUBLIC
 
 
 def public_functions(door: str) -> Iterator[tuple[str, Callable]]:
-    """Functions of a door, and the public methods and __init__ that its classes define in this package."""
+    """Yield the functions of a door, and the public methods and __init__ that its classes define in this package."""
     module = importlib.import_module(door)
     for name in module.__all__:
         member = getattr(module, name)
@@ -41,7 +29,7 @@ def public_functions(door: str) -> Iterator[tuple[str, Callable]]:
                         yield f"{name}.{method}", found
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("door", PUBLIC)
 def test_public_signatures_are_annotated(door):
     if door == "radix_ops.lm_eval":
         pytest.importorskip("lm_eval")

@@ -1,1 +1,1 @@
-"""Reference models on folded batches, one file each."""
+"""Reference models on folded batches, and how their configs and weights are read."""

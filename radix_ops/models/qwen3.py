@@ -1,4 +1,4 @@
-"""Qwen3 on folded batches: a decoder that computes each shared token once, in one file.
+"""Qwen3 on folded batches: a decoder that computes each shared token once.
 
     batch = radix_ops.FoldedBatch.from_sequences(token_lists)
     model = Qwen3ForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")

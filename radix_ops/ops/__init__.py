@@ -60,6 +60,10 @@ The ops that `radix_ops.plan` calls, on the CPU (sequence i is input_ids[starts[
         the fewest shared tokens plus batch_cost for each batch. Rows, tokens, sequences and sequences times longest of
         a batch stay within the limits; a sequence beyond them is a batch of its own.
 
+The ops of torch.ops.radix_losses, which `radix_ops.losses` calls and registers when it is imported, are its own parts:
+head_plan, head and head_backward are there so that torch.compile takes them as they are. Call `radix_ops.losses`, whose
+functions check their arguments; these ops trust theirs.
+
 Two packed tokens share a row exactly when the (token, position) paths to them from the start of their sequences are
 equal. Rows come in order of first occurrence; padding rows behind them hold token 0, position 0 and `fold_index` 0.
 ids keep their dtype, int32 or int64; index outputs are int32; index arguments are int32 or int64. The fold is

@@ -1,0 +1,19 @@
+"""The public names of the package, by the module that holds them."""
+
+# Names that programs of others hold on to: one that goes or is renamed breaks them.
+PUBLIC = {
+    "radix_ops": ["FoldedBatch", "attention", "fold", "ops", "pack"],
+    "radix_ops.cli": ["main"],
+    "radix_ops.compat": ["compute_fold_and_scatter", "compute_fold_and_scatter_torch"],
+    "radix_ops.compat.torch": ["compute_fold_and_scatter_torch"],
+    "radix_ops.engine": ["Embedder", "OutOfMemory", "Reranker", "Scorer", "Template", "UserError"],
+    "radix_ops.hf": ["RadixStats", "disable", "enable", "folded"],
+    "radix_ops.lm_eval": ["RadixLM"],
+    "radix_ops.losses": [
+        "causal_lm_loss", "sequence_logprobs", "token_entropy", "token_logprobs", "token_logprobs_and_entropy",
+    ],
+    "radix_ops.models.qwen3": ["Qwen3Config", "Qwen3ForCausalLM", "Qwen3Model"],
+    "radix_ops.plan": ["Plan", "TokenStore", "plan_folded", "plan_padded"],
+    "radix_ops.reference": ["fold", "gather", "scatter_add", "varlen_attention"],
+    "radix_ops.trainers": ["GroupSampler", "enable", "keep_groups_together", "loss_on_rows"],
+}  # fmt: skip
