@@ -21,6 +21,7 @@ from ..engine.errors import UserError
 from ..engine.inputs import Record, check_text, kind_of
 from ..engine.items import Items
 from ..engine.templates import TEMPLATES, find_template
+from ..engine.tokenizing import in_turn
 from ..plan.planner import TokenStore
 
 _LINES_AT_ONCE = 128  # given to the tokenizer
@@ -227,7 +228,8 @@ def _encode_lines(lines: Iterable[_Line], tokenizer) -> Items:
 
 
 def _tokenize(tokenizer, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"] if texts else []
+    with in_turn(tokenizer):
+        return tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"] if texts else []
 
 
 def _rendered(line: _Line, tokenizer) -> list[str]:

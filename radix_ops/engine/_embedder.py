@@ -101,8 +101,7 @@ class Embedder(Engine[Text]):
     def _with_prompt(self, prompt: str) -> Recipe:
         recipe = dataclasses.replace(self.recipe, prompt=check_text(prompt, "the prompt"))
         if recipe.messages:
-            with self._lock:
-                Chat(self.tokenizer, recipe.messages, prompt).check(("user",))
+            Chat(self.tokenizer, recipe.messages, prompt).check(("user",))
         return recipe
 
     @property
@@ -197,8 +196,7 @@ class Embedder(Engine[Text]):
         return self._encode(items, self.recipe)
 
     def _encode(self, items: Iterable[Text], recipe: Recipe) -> Texts:
-        with self._lock:
-            return embedding.encode(items, self.tokenizer, recipe, self.truncate_right)
+        return embedding.encode(items, self.tokenizer, recipe, self.truncate_right)
 
     def _compute(self, items: Texts) -> Compute:
         return embedding.embedder(self.runner, self.recipe, items)

@@ -27,8 +27,18 @@ from .batches import Compute, OnBatch, RunStats, run
 from .errors import UserError, options_as_arguments
 from .inputs import Record, kind_of
 from .items import Collector, Items
-from .loading import config_of, find_device, load_config, load_runner, load_tokenizer, runner_of
+from .loading import (
+    check_is_decoder,
+    check_model,
+    config_of,
+    find_device,
+    load_config,
+    load_runner,
+    load_tokenizer,
+    runner_of,
+)
 from .runners import Runner
+from .tokenizing import check_tokenizer
 
 I = TypeVar("I")  # noqa: E741 (an item)
 OnProgress = Callable[[int, int], object]
@@ -59,8 +69,7 @@ class Engine(ABC, Generic[I]):
         self._model: nn.Module | None = None
         self._runner: Runner | None = None
         self._checked: set[bool] = set()  # the modes, folded or not, that the model is known to run in
-        # Neither the model nor the tokenizer serves two threads at once.
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # the model serves one thread at a time; tokenizers have locks of their own
         if isinstance(model, nn.Module):
             if tokenizer is None:
                 raise UserError("a loaded model needs its tokenizer beside it: tokenizer=...")
@@ -74,7 +83,11 @@ class Engine(ABC, Generic[I]):
             self.config = load_config(self._source, trust_remote_code=trust_remote_code)
         else:
             config_of(model)  # which refuses it
-        self.tokenizer = tokenizer or load_tokenizer(self._source, trust_remote_code=trust_remote_code)
+        check_is_decoder(self.name, self.config)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(self._source, trust_remote_code=trust_remote_code)
+        check_tokenizer(tokenizer)
+        self.tokenizer = tokenizer
 
     @property
     @abstractmethod
@@ -143,6 +156,7 @@ class Engine(ABC, Generic[I]):
 
     def check(self, items: Items, folded: bool) -> None:
         """UserError unless the model has the items' tokens, and can be run as wanted; it tries a few of them."""
+        check_model(self.model)
         largest = int(items.store.input_ids.max())
         if largest >= self.runner.vocab_size:
             raise UserError(

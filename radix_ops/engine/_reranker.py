@@ -169,10 +169,9 @@ class Reranker(Engine[Query]):
         return reranking.check_instruction(reranking.parse_query(record), self.template)
 
     def encode(self, items: Iterable[Query]) -> Items:
-        with self._lock:
-            return reranking.encode(
-                items, self.tokenizer, self.template, self._max_length, self.truncate_right, self._chat, self._prompt
-            )
+        return reranking.encode(
+            items, self.tokenizer, self.template, self._max_length, self.truncate_right, self._chat, self._prompt
+        )
 
     def _compute(self, items: Items) -> Compute:
         return reranking.scorer(self.runner, self._answers, self._activation)

@@ -107,9 +107,8 @@ class Scorer(Engine[Item]):
         return scoring.parse_item(record)
 
     def encode(self, items: Iterable[Item]) -> Choices:
-        with self._lock:
-            longest = context_length(self.config, self.tokenizer)
-            return scoring.encode(items, self.tokenizer, longest, self.truncate_left)
+        longest = context_length(self.config, self.tokenizer)
+        return scoring.encode(items, self.tokenizer, longest, self.truncate_left)
 
     def _compute(self, items: Choices) -> Compute:
         return scoring.scorer(self.runner, items)

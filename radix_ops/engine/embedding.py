@@ -18,6 +18,7 @@ from .items import Items, shortest_decimals
 from .messages import Chat
 from .recipes import Recipe
 from .runners import Runner
+from .tokenizing import cutting_right, in_turn
 
 RESERVED_KEYS = ("embedding",)
 _TEXTS_AT_ONCE = 1024  # given to the tokenizer
@@ -95,9 +96,9 @@ def _as_texts(texts: list[Text], tokenizer, recipe: Recipe, truncate_right: bool
         raise UserError(f"--max-length {recipe.max_length} leaves no room beside {num_special} special tokens")
     options: dict[str, Any] = {"verbose": False}
     if truncate_right and recipe.max_length is not None:
-        tokenizer.truncation_side = "right"
         options |= {"truncation": True, "max_length": recipe.max_length}
-    return tokenizer([recipe.prompt + text.text for text in texts], **options)["input_ids"]
+    with cutting_right(tokenizer):
+        return tokenizer([recipe.prompt + text.text for text in texts], **options)["input_ids"]
 
 
 def _as_messages(texts: list[Text], tokenizer, recipe: Recipe, truncate_right: bool) -> Iterator[list[int]]:
@@ -113,7 +114,8 @@ def tokens_to_skip(tokenizer, recipe: Recipe) -> int:
     """Return how many of a prompt's tokens a mean leaves out, counted as sentence-transformers does."""
     if recipe.pools_prompt or recipe.pooling != "mean" or not recipe.prompt:
         return 0
-    ids = tokenizer(recipe.prompt)["input_ids"]
+    with in_turn(tokenizer):
+        ids = tokenizer(recipe.prompt)["input_ids"]
     return len(ids) - (bool(ids) and ids[-1] in tokenizer.all_special_ids)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import logging
 import zipfile
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from .runners import ClassifierRunner, Qwen3Runner, Runner, TransformersRunner
 
 # The names are safetensors' and torch's.
 _FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
+_DEVICES = ("cpu", "cuda")
 _HUB_TIMEOUT = 10  # seconds
 _on_hub: set[str] = set()  # models that are known to be there
 
@@ -107,13 +109,27 @@ def runner_of(model: nn.Module, pad_token_id: int = 0, layout: Layout = "auto") 
     """Return the runner of a loaded model in eval mode: a model of transformers, or one of `radix_ops.models.qwen3`."""
     from ..models.qwen3 import Qwen3ForCausalLM, Qwen3Model
 
-    if model.training:
-        raise UserError(f"the {type(model).__name__} is in training mode; model.eval() takes it out")
+    check_model(model)
     if isinstance(model, (Qwen3Model, Qwen3ForCausalLM)):
         return Qwen3Runner(model, config_of(model), layout)
     if type(model).__name__.endswith("ForSequenceClassification"):
         return ClassifierRunner(model, pad_token_id, layout)
     return TransformersRunner(model, layout)
+
+
+def check_model(model: nn.Module) -> None:
+    """UserError for a loaded model with a part in training mode, where dropout is at work, or on another device."""
+    kind = type(model).__name__
+    for name, module in model.named_modules():
+        # What resize_token_embeddings makes is in training mode, where it computes as ever.
+        if module.training and (not name or type(module) not in (nn.Linear, nn.Embedding)):
+            part = f"{name} of the {kind}" if name else f"the {kind}"
+            raise UserError(f"{part} is in training mode; model.eval() takes it out")
+    # Where accelerate keeps weights elsewhere, it brings them along.
+    tensors = itertools.islice(model.parameters(), 1 if hasattr(model, "hf_device_map") else None)
+    wrong = next((tensor.device for tensor in tensors if tensor.device.type not in _DEVICES), None)
+    if wrong is not None:
+        raise UserError(f"the {kind} has weights on the device {wrong}; it must be on cpu or cuda")
 
 
 def config_of(model: nn.Module):
@@ -133,15 +149,23 @@ def config_of(model: nn.Module):
     return Qwen3Config(**{name: value for name, value in fields.items() if name not in ("rope", "sliding_windows")})
 
 
+def check_is_decoder(name: str, config) -> None:
+    """UserError for an encoder-decoder model, whose decoder reads a second text."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"--model {name} is an encoder-decoder model of type {config.model_type}; radix-ops runs decoders alone"
+        )
+
+
 def find_device(name: str | torch.device | None) -> torch.device:
     """Return the device of that name, by default CUDA's where there is one."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-    except RuntimeError:
+        device = None if isinstance(name, bool) else torch.device(name)
+    except (RuntimeError, TypeError):
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if device is None or device.type not in _DEVICES:
         raise UserError(f"--device {name!r} can't be used: it must be cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name!r} can't be used: torch finds {torch.cuda.device_count()} CUDA devices")

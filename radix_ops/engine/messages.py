@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import UserError
+from .tokenizing import in_turn
 
 # The templates of these types take the content as it is, whatever they look like.
 _FLAT_TYPES = ("apertus", "deepseek_v3", "gpt_oss", "seed_oss")
@@ -69,7 +70,7 @@ class Chat:
     def ids(self, conversations: Sequence[Sequence[Turn]]) -> list[list[int]]:
         """Return the token ids of each conversation; the template brings all special tokens along."""
         prompt = [("system", self._prompt)] * bool(self._prompt)
-        with _rendering():
+        with _rendering(), in_turn(self._tokenizer):
             return self._tokenizer.apply_chat_template(
                 [self._of([*prompt, *turns]) for turns in conversations],
                 tokenize=True,

@@ -19,6 +19,7 @@ from .messages import Chat
 from .runners import Runner
 from .scoring import MAX_LOGIT_BYTES
 from .templates import Template
+from .tokenizing import cutting_right, in_turn
 
 RESERVED_KEYS = ("scores", "order")
 SHAPE = 'one object {"query": ..., "documents": [...]} a line'
@@ -100,7 +101,8 @@ def _check_length(where: str, length: int, max_length: int | None) -> None:
 
 def _in_template(queries: list[Query], tokenizer, template: Template, room: int | None) -> Iterator[list[int]]:
     def ids_of(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        with in_turn(tokenizer):
+            return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     parts = [template.parts(q.query, template.instruction if q.instruction is None else q.instruction) for q in queries]
     tails = ids_of([tail for _, tail in parts]) if any(tail for _, tail in parts) else [[]] * len(parts)
@@ -132,22 +134,24 @@ def _as_messages(queries: list[Query], chat: Chat, room: int | None) -> Iterator
 def _as_pairs(queries: list[Query], tokenizer, prompt: str, room: int | None) -> Iterator[list[int]]:
     first, second = zip(*((prompt + q.query, document) for q in queries for document in q.documents), strict=True)
     options = {"add_special_tokens": True, "verbose": False}
-    batch = tokenizer(list(first), list(second), **options)
+    with in_turn(tokenizer):
+        batch = tokenizer(list(first), list(second), **options)
     if any(map(any, batch.get("token_type_ids", []))):
         raise UserError("the model's tokenizer marks which text a token is of, which radix-ops rerank can't pass on")
     if room is None:
         yield from batch["input_ids"]
         return
-    tokenizer.truncation_side = "right"
     wheres = (f"{q.where}: documents[{index}]" for q in queries for index in range(len(q.documents)))
     for where, query, document, ids in zip(wheres, first, second, batch["input_ids"], strict=True):
         if len(ids) > room:
-            size = len(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+            with in_turn(tokenizer):
+                size = len(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
             if len(ids) - room >= size:
                 raise UserError(
                     f"{where} has no room: its query takes {len(ids) - size} tokens, and the most are {room}"
                 )
-            ids = tokenizer(query, document, truncation="only_second", max_length=room, **options)["input_ids"]
+            with cutting_right(tokenizer):
+                ids = tokenizer(query, document, truncation="only_second", max_length=room, **options)["input_ids"]
         yield ids
 
 

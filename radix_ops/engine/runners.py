@@ -24,6 +24,7 @@ from .errors import UserError
 if TYPE_CHECKING:
     from ..hf.forward import Verify
 
+_CONFIG = {"use_cache": False, "return_dict": True}  # while the model runs
 _TOKENS_AT_ONCE = 16_384  # a mean holds the hidden states of so many in fp32
 
 
@@ -120,7 +121,8 @@ class Qwen3Runner:
         return self.model.config.vocab_size
 
     def check(self, probe: np.ndarray, folded: bool) -> None:
-        """Do nothing: folded and packed batches run the same code, which tests compare with transformers'."""
+        """UserError for a head of another dtype. Folded and packed batches run the same code."""
+        check_head_dtype(self.model, self.head, self.parameter)
 
     @contextlib.contextmanager
     def running(self, folded: bool) -> Iterator[None]:
@@ -181,36 +183,49 @@ class TransformersRunner:
 
     def check(self, probe: np.ndarray, folded: bool) -> None:
         """UserError unless logits are the head on the stack's output and, if wanted, folding is right for the model."""
-        with torch.inference_mode(), self._without_cache():
-            self._check(probe, folded)
+        ids = torch.from_numpy(probe[:8].astype(np.int64))[None].to(self.device)
+        with torch.inference_mode(), self._set_config():
+            with self._plain():
+                self._check_head(ids)
+            if folded:
+                self._check_folding(ids)
 
-    def _check(self, ids: np.ndarray, folded: bool) -> None:
-        probe = torch.from_numpy(ids[:8].astype(np.int64))[None].to(self.device)
+    def _check_head(self, probe: Tensor) -> None:
+        head: Any = self._last_layer()
+        if head is None:
+            return
+        hidden = self.stack(input_ids=probe).last_hidden_state
+        check_head_dtype(self.model, head, hidden)
         # Logit scaling, soft caps and the like sit between head and logits in some model types.
         if self.head is not None:
             logits = self.model(input_ids=probe).logits
-            ours = self.head(self.stack(input_ids=probe).last_hidden_state)
+            ours = self.head(hidden)
             if not torch.allclose(ours, logits.to(ours.dtype), rtol=1e-5, atol=1e-5, equal_nan=True):
                 raise UserError(
                     f"{type(self.model).__name__} does more to its logits than its output head, so it can't be used"
                 )
-        if folded:
-            # A few tokens are enough to try whether folding is right for this model.
-            probe = torch.cat([probe, probe.roll(1, 1)], 1).repeat(2, 1)
-            probe[1, -1] = probe[0, 0]
-            try:
-                with self._folding(verify="always"):
-                    self.stack(input_ids=probe, attention_mask=torch.ones_like(probe))
-            except (ValueError, TypeError, RuntimeError) as error:
-                raise UserError(f"{error}; --plain runs without folding") from error
+
+    def _last_layer(self) -> Any:
+        """Return what makes logits of hidden states, or None."""
+        return self.head
+
+    def _check_folding(self, probe: Tensor) -> None:
+        # A few tokens are enough to try whether folding is right for this model.
+        probe = torch.cat([probe, probe.roll(1, 1)], 1).repeat(2, 1)
+        probe[1, -1] = probe[0, 0]
+        with _or_plain(), self._folding(verify="always"):
+            self.stack(input_ids=probe, attention_mask=torch.ones_like(probe))
 
     @contextlib.contextmanager
     def running(self, folded: bool) -> Iterator[None]:
-        with self._without_cache():
+        with self._set_config():
             if not folded:
-                yield
+                with self._plain():
+                    yield
                 return
-            with self._folding(verify="never"):
+            with contextlib.ExitStack() as stack:
+                with _or_plain():
+                    stack.enter_context(self._folding(verify="never"))
                 before = self.model.radix_stats.rows
                 self._rows -= before
                 self.folded = True
@@ -225,18 +240,30 @@ class TransformersRunner:
         # A batch that was planned for folding would hold much padding.
         return hf.folded(self.model, threshold=1.0, layout=self.layout, verify=verify)
 
+    def _plain(self) -> AbstractContextManager[Any]:
+        """Return a context in which a model that its owner enabled folds nothing."""
+        from .. import hf
+        from ..hf.forward import StackForward
+
+        is_enabled = any(isinstance(vars(module).get("forward"), StackForward) for module in self.model.modules())
+        return hf.folded(self.model, threshold=0.0) if is_enabled else contextlib.nullcontext()
+
     @contextlib.contextmanager
-    def _without_cache(self) -> Iterator[None]:
-        config = self.model.config
-        has_flag, before = hasattr(config, "use_cache"), getattr(config, "use_cache", None)
-        config.use_cache = False
+    def _set_config(self) -> Iterator[None]:
+        """Let the model make no cache, and outputs that are no tuples, until the end."""
+        before: list[tuple[Any, str, bool, Any]] = []
         try:
+            for config in {id(part.config): part.config for part in (self.model, self.stack)}.values():
+                for name, value in _CONFIG.items():
+                    before.append((config, name, hasattr(config, name), getattr(config, name, None)))
+                    setattr(config, name, value)
             yield
         finally:
-            if has_flag:
-                config.use_cache = before
-            else:
-                del config.use_cache
+            for config, name, had, value in reversed(before):
+                if had:
+                    setattr(config, name, value)
+                else:
+                    delattr(config, name)
 
     def states(self, sequences: list[np.ndarray]) -> States:
         inputs = self._padded(sequences)
@@ -256,6 +283,25 @@ class TransformersRunner:
         return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask)}
 
 
+@contextlib.contextmanager
+def _or_plain() -> Iterator[None]:
+    """Turn the reason why a model can't be folded into a UserError with the remedy."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{error}; --plain runs without folding") from error
+
+
+def check_head_dtype(model: nn.Module, head: nn.Module | None, states: Tensor) -> None:
+    """UserError where the head is a linear layer of another dtype than the hidden states."""
+    wanted = states.dtype
+    if type(head) is nn.Linear and head.weight.dtype != wanted and not torch.is_autocast_enabled(states.device.type):
+        raise UserError(
+            f"the output head of the {type(model).__name__} is of {head.weight.dtype} and its hidden states are of "
+            f"{wanted}; model.to({wanted}) makes them one"
+        )
+
+
 class ClassifierRunner(TransformersRunner):
     """A transformers model with a classification head of one label, called as a whole."""
 
@@ -266,6 +312,9 @@ class ClassifierRunner(TransformersRunner):
     @staticmethod
     def _parts(model: Any) -> tuple[Any, Any]:
         return model.base_model, None
+
+    def _last_layer(self) -> Any:
+        return getattr(self.model, "score", None)
 
     def logits(self, sequences: list[np.ndarray]) -> Tensor:
         """Compute the one logit of each sequence, [B] in fp32."""

@@ -23,6 +23,7 @@ from .errors import UserError
 from .inputs import Record
 from .items import Items, first_equals
 from .runners import Runner
+from .tokenizing import in_turn
 
 MAX_LOGIT_BYTES = 64 * 2**20  # of logits that are held at a time
 RESERVED_KEYS = ("logprobs", "tokens", "greedy", "best", "best_per_char")
@@ -128,7 +129,8 @@ def _encode_texts(tokenizer, texts: list[str], prefix_text: str | None, special:
     for flag in (False, True):
         chosen = [index for index in range(len(texts)) if has_prefix[index] == flag]
         if chosen:
-            batch = tokenizer([texts[i] for i in chosen], add_special_tokens=special and not flag, verbose=False)
+            with in_turn(tokenizer):
+                batch = tokenizer([texts[i] for i in chosen], add_special_tokens=special and not flag, verbose=False)
             for index, ids in zip(chosen, batch["input_ids"], strict=True):
                 encoded[index] = ids
     return encoded

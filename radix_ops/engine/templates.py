@@ -10,6 +10,7 @@ from typing import Any
 from ..models.files import read_json
 from .errors import UserError
 from .inputs import check_text
+from .tokenizing import in_turn
 
 _PLACEHOLDER = re.compile(r"\{(query|document|instruction)\}")
 
@@ -54,7 +55,8 @@ class Template:
 
 
 def _token_id(tokenizer, name: str, token: str | int) -> int:
-    ids = [token] if isinstance(token, int) else tokenizer.encode(token, add_special_tokens=False)
+    with in_turn(tokenizer):
+        ids = [token] if isinstance(token, int) else tokenizer.encode(token, add_special_tokens=False)
     if len(ids) != 1 or not 0 <= ids[0] < len(tokenizer):
         raise UserError(
             f"the template's {name}, {token!r}, is {len(ids)} tokens to the model's tokenizer; it must be one"
