@@ -102,7 +102,7 @@ def plan_attention(batch: FoldedBatch, layout: Layout) -> AttentionPlan:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
     is_compiling = torch.compiler.is_compiling()
     if batch.cu_seqlens_q.device.type == "cpu" and not is_compiling:
-        batch.check_num_nodes()
+        batch._check_num_nodes()
     is_choice = layout == "auto"
     way: _Way = "compact" if layout == "auto" else layout
     has_padding, repeats = False, 0.0

@@ -29,25 +29,44 @@ class FoldedBatch:
 
     The fields belong together. Where one was altered by hand and does not fit the others, `to_padded`, `last_rows` and
     attention raise on the CPU rather than cut. On CUDA the first two are device asserts, and attention trusts them.
+
+    Attributes:
+        input_ids: [num_rows].
+        position_ids: [num_rows].
+        unfold_index: [N] packed token -> its row.
+        fold_index: [num_rows] row -> the packed token where it first occurs; 0 for padding rows.
+        unfold_indptr: [num_rows + 1] with unfold_members: row -> all its packed tokens.
+        unfold_members: [N].
+        run_sequences: [R] the sequences that add rows, ascending.
+        cu_seqlens_q: [R + 1] run r is the rows cu_seqlens_q[r]:cu_seqlens_q[r + 1].
+        cu_seqlens_k: [R + 1] the ends of those sequences in kv_index.
+        kv_index: [K] the rows of all tokens of those sequences.
+        kv_indptr: [num_rows + 1] with kv_members: the inverse of kv_index.
+        kv_members: [K].
+        cu_seqlens: [B + 1].
+        num_nodes: M, the rows without padding.
+        max_seqlen_q: the longest run.
+        max_seqlen_k: the longest sequence.
+        min_seqlen: the shortest sequence; 0 if there is none.
     """
 
-    input_ids: Tensor  # [num_rows]
-    position_ids: Tensor  # [num_rows]
-    unfold_index: Tensor  # [N] packed token -> its row
-    fold_index: Tensor  # [num_rows] row -> the packed token where it first occurs; 0 for padding rows
-    unfold_indptr: Tensor  # [num_rows + 1] with unfold_members: row -> all its packed tokens
-    unfold_members: Tensor  # [N]
-    run_sequences: Tensor  # [R] the sequences that add rows, ascending
-    cu_seqlens_q: Tensor  # [R + 1] run r is the rows cu_seqlens_q[r]:cu_seqlens_q[r + 1]
-    cu_seqlens_k: Tensor  # [R + 1] the ends of those sequences in kv_index
-    kv_index: Tensor  # [K] the rows of all tokens of those sequences
-    kv_indptr: Tensor  # [num_rows + 1] with kv_members: the inverse of kv_index
-    kv_members: Tensor  # [K]
-    cu_seqlens: Tensor  # [B + 1]
-    num_nodes: int  # M, the rows without padding
-    max_seqlen_q: int  # the longest run
-    max_seqlen_k: int  # the longest sequence
-    min_seqlen: int  # the shortest sequence; 0 if there is none
+    input_ids: Tensor
+    position_ids: Tensor
+    unfold_index: Tensor
+    fold_index: Tensor
+    unfold_indptr: Tensor
+    unfold_members: Tensor
+    run_sequences: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    kv_index: Tensor
+    kv_indptr: Tensor
+    kv_members: Tensor
+    cu_seqlens: Tensor
+    num_nodes: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    min_seqlen: int
 
     @classmethod
     def from_sequences(
@@ -214,7 +233,7 @@ class FoldedBatch:
         _require(fits, "cu_seqlens must start at 0, not decrease and end at the number of packed tokens")
         return lengths
 
-    def check_num_nodes(self) -> None:
+    def _check_num_nodes(self) -> None:
         """Raise RuntimeError unless the runs end at num_nodes: attention takes the rows behind them for padding."""
         _require((self.cu_seqlens_q[-1:] == self.num_nodes).all(), "num_nodes must be where cu_seqlens_q ends")
 

@@ -30,6 +30,11 @@ class Qwen3Config:
     """The shape of a Qwen3. `from_pretrained` and `from_dict` read it from a config.json of transformers.
 
     Raises ValueError for a value that is of another kind or out of range, naming it and what is allowed.
+
+    Attributes:
+        rope: rope_type ("default", "linear" or "yarn"), rope_theta, and what the type needs.
+        sliding_windows: each layer's window, None for full attention.
+        pad_token_id: the token whose embedding gets no gradient, if any.
     """
 
     vocab_size: int
@@ -40,13 +45,13 @@ class Qwen3Config:
     num_key_value_heads: int
     rms_norm_eps: float
     head_dim: int
-    rope: dict[str, Any]  # rope_type ("default", "linear" or "yarn"), rope_theta, and what the type needs
-    sliding_windows: tuple[int | None, ...]  # of each layer; None: full attention
+    rope: dict[str, Any]
+    sliding_windows: tuple[int | None, ...]
     attention_bias: bool = False
     max_position_embeddings: int = 32768
     attention_dropout: float = 0.0
     tie_word_embeddings: bool = False
-    pad_token_id: int | None = None  # its embedding gets no gradient
+    pad_token_id: int | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:

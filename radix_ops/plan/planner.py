@@ -23,13 +23,21 @@ _ORDERS: tuple[Order, ...] = get_args(Order)
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Batches of sequences. Iterating gives the indices of each batch's sequences, int64 arrays."""
+    """Batches of sequences. Iterating gives the indices of each batch's sequences, int64 arrays.
 
-    order: npt.NDArray[np.int64]  # [B] the sequences, batch after batch
-    ends: npt.NDArray[np.int64]  # [len(plan)] where each batch ends in `order`
-    rows: npt.NDArray[np.int64]  # [len(plan)] the trie rows of each batch; of a padded plan its positions
-    num_tokens: int  # of all sequences
-    given_rows: int | None = None  # of a folded plan: all rows of batches in the caller's order, within the same limits
+    Attributes:
+        order: [B] the sequences, batch after batch.
+        ends: [len(plan)] where each batch ends in `order`.
+        rows: [len(plan)] the trie rows of each batch; of a padded plan its positions.
+        num_tokens: the tokens of all sequences.
+        given_rows: of a folded plan, all rows of batches in the caller's order, within the same limits.
+    """
+
+    order: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    num_tokens: int
+    given_rows: int | None = None
 
     def __len__(self) -> int:
         return len(self.ends)
