@@ -98,7 +98,7 @@ def plan_attention(batch: FoldedBatch, layout: Layout) -> AttentionPlan:
 
     Raises ValueError for a layout that does not exist; on the CPU, RuntimeError for a batch altered by hand.
     """
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
     is_compiling = torch.compiler.is_compiling()
     if batch.cu_seqlens_q.device.type == "cpu" and not is_compiling:

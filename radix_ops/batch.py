@@ -223,6 +223,8 @@ class FoldedBatch:
         vars(self).update(state)
 
     def _check_length(self, method: str, x: Tensor, wanted: int, name: str) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{method}: x must be a torch.Tensor, got {type(x).__name__}")
         if x.dim() < 1 or x.shape[0] != wanted:
             raise ValueError(f"{method}: x must have {name}={wanted} rows in dim 0, got shape {list(x.shape)}")
 

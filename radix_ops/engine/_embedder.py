@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import embedding
-from ._engine import DTypeName, Engine, Layout, OnProgress, check_count, numbered, windows, with_progress
+from ._engine import DTypeName, Engine, Layout, OnProgress, check_count, check_flags, numbered, windows, with_progress
 from .batches import Compute
 from .embedding import Text, Texts
 from .errors import UserError, options_as_arguments
@@ -71,8 +71,11 @@ class Embedder(Engine[Text]):
         lazy: bool = False,
     ):
         with options_as_arguments():
-            if pooling not in (None, *POOLINGS):
+            if pooling is not None and not (isinstance(pooling, str) and pooling in POOLINGS):
                 raise UserError(f"pooling must be one of {', '.join(map(repr, POOLINGS))}, or None, got {pooling!r}")
+            check_flags(truncate_right=truncate_right, lazy=lazy)
+            if normalize is not None:
+                check_flags(normalize=normalize)
             check_count("dim", dim)
             check_count("max_length", max_length)
             recipe = find_recipe(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else Recipe("")
@@ -165,7 +168,7 @@ class Embedder(Engine[Text]):
         for part in windows(_parsed(texts), window):
             with options_as_arguments():
                 rows = self._rows(self._encode(part, recipe), first, on_progress)
-            yield from rows
+            yield from (row.copy() for row in rows)  # one that is kept would keep the window
             first += len(part)
 
     def _recipe(self, prompt: str | None, name: str | None) -> Recipe:
@@ -173,7 +176,7 @@ class Embedder(Engine[Text]):
             return self.recipe if prompt is None else self._with_prompt(prompt)
         if prompt is not None:
             raise UserError("prompt and prompt_name can't both be given")
-        if name not in self.recipe.prompts:
+        if not isinstance(name, str) or name not in self.recipe.prompts:
             known = ", ".join(map(repr, self.recipe.prompts)) or "none"
             raise UserError(f"prompt_name {name!r} is not one of the model's prompts, which are {known}")
         return self._with_prompt(self.recipe.prompts[name])

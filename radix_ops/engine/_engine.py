@@ -10,6 +10,8 @@ Each input goes these steps, which a server or a cluster may take apart:
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 import os
 import threading
@@ -64,6 +66,7 @@ class Engine(ABC, Generic[I]):
         trust_remote_code: bool,
     ):
         _check_options(layout, token_budget)
+        check_flags(plain=plain, trust_remote_code=trust_remote_code)
         self.layout, self.plain, self._trust = layout, plain, trust_remote_code
         self._budget = None if token_budget is None else Budget(token_budget)
         self._model: nn.Module | None = None
@@ -212,25 +215,45 @@ class Engine(ABC, Generic[I]):
         for where, given in numbered(fields, name, f"objects like {shape}"):
             if not isinstance(given, Mapping):
                 raise UserError(f"{where} is {kind_of(given)}; it must be an object like {shape}")
-            yield self.parse(Record(where, {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}))
+            item: Any = self.parse(Record(where, {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}))
+            yield dataclasses.replace(item, extra=_copied(where, item.extra))
 
 
 def numbered(inputs: Iterable, name: str, what: str) -> Iterator[tuple[str, object]]:
     """Yield (where, input) of an argument's inputs. UserError for an argument that is no iterable of several."""
-    if isinstance(inputs, (str, bytes, Mapping)) or not isinstance(inputs, Iterable):
+    iterator = iterator_of(inputs)
+    if iterator is None:
         raise UserError(f"{name} is {kind_of(inputs)}; it must be a list, or another iterable, of {what}")
-    for index, given in enumerate(inputs):
+    for index, given in enumerate(iterator):
         yield f"{name}[{index}]", given
+
+
+def iterator_of(inputs: object) -> Iterator | None:
+    """Return an iterator over an argument's inputs; None where it is one input, or an array of no dimensions."""
+    if isinstance(inputs, (str, bytes, Mapping)) or not isinstance(inputs, Iterable):
+        return None
+    try:
+        return iter(inputs)
+    except TypeError:
+        return None
+
+
+def _copied(where: str, extra: dict) -> dict:
+    """Return a copy of an input's other keys for its result, which shares nothing with the input."""
+    try:
+        return copy.deepcopy(extra)
+    except Exception as error:  # an object may refuse in any way
+        raise UserError(f"{where} has a key whose value can't be copied to the result: {error}") from error
 
 
 def windows(items: Iterable[I], size: int) -> Iterator[list[I]]:
     """Yield the items in lists of `size`."""
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
         raise UserError(f"window must be a whole number from 1, got {size!r}")
     items = iter(items)
     while True:
         with options_as_arguments():
-            part = list(itertools.islice(items, size))
+            part = list(itertools.islice(items, int(size)))
         if not part:
             return
         yield part
@@ -240,6 +263,8 @@ def with_progress(on_batch: OnBatch, items: Items, on_progress: OnProgress | Non
     """Return an `on_batch` that tells `on_progress(done, total)` of the tokens that are done, too."""
     if on_progress is None:
         return on_batch
+    if not callable(on_progress):
+        raise UserError(f"on_progress must be a function of (done, total), or None, got {on_progress!r}")
     lengths, done = items.lengths, 0
     total = int(lengths.sum())
 
@@ -253,9 +278,16 @@ def with_progress(on_batch: OnBatch, items: Items, on_progress: OnProgress | Non
 
 
 def _check_options(layout: str, token_budget: int | None) -> None:
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise UserError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
     check_count("token_budget", token_budget)
+
+
+def check_flags(**flags: object) -> None:
+    """UserError for an argument that is neither True nor False."""
+    for name, value in flags.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise UserError(f"{name} must be True or False, got {value!r}")
 
 
 def check_count(name: str, value: int | None) -> None:

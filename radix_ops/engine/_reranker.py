@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import reranking
-from ._engine import DTypeName, Engine, Layout, OnProgress, check_count
+from ._engine import DTypeName, Engine, Layout, OnProgress, check_count, check_flags, iterator_of
 from .batches import Compute
 from .cross_encoders import READINGS, CrossEncoder, chat_of, find_cross_encoder
 from .errors import UserError, options_as_arguments
@@ -66,6 +66,9 @@ class Reranker(Engine[Query]):
     ):
         with options_as_arguments():
             check_count("max_length", max_length)
+            check_flags(truncate_right=truncate_right, lazy=lazy)
+            if template is not None and not isinstance(template, (str, os.PathLike, Template)):
+                raise UserError(f"template must be a name, a file or a Template, got {template!r}")
             template = os.fspath(template) if isinstance(template, os.PathLike) else template
             super().__init__(
                 model, tokenizer, device=device, dtype=dtype, token_budget=token_budget, layout=layout, plain=plain,
@@ -122,9 +125,11 @@ class Reranker(Engine[Query]):
         """
         with options_as_arguments():
             check_count("top_k", top_k)
-            if isinstance(documents, (str, bytes, Mapping)) or not isinstance(documents, Iterable):
+            check_flags(return_documents=return_documents)
+            listed = iterator_of(documents)
+            if listed is None:
                 raise UserError(f"documents must be a list of strings, got {type(documents).__name__}")
-            fields = {"query": query, "documents": list(documents)}
+            fields = {"query": query, "documents": list(listed)}
             fields |= {} if instruction is None else {"instruction": instruction}
             parsed = self.parse(Record("rank", fields))
         (found,) = self._results([parsed], None)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import scoring
-from ._engine import DTypeName, Engine, Layout, OnProgress
+from ._engine import DTypeName, Engine, Layout, OnProgress, check_flags
 from .batches import Compute
 from .errors import options_as_arguments
 from .inputs import Record
@@ -63,6 +63,7 @@ class Scorer(Engine[Item]):
         lazy: bool = False,
     ):
         with options_as_arguments():
+            check_flags(truncate_left=truncate_left, lazy=lazy)
             super().__init__(
                 model, tokenizer, device=device, dtype=dtype, token_budget=token_budget, layout=layout, plain=plain,
                 trust_remote_code=trust_remote_code,

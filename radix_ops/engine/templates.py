@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..models.files import read_json
 from .errors import UserError
 from .inputs import check_text
@@ -15,13 +17,16 @@ from .tokenizing import in_turn
 _PLACEHOLDER = re.compile(r"\{(query|document|instruction)\}")
 
 
+_KINDS: dict[str, Any] = {"text": str, "yes": (str, int), "no": (str, int), "instruction": str}
+
+
 @dataclass(frozen=True)
 class Template:
     """A prompt that a language model reranks with.
 
     `text` holds {query}, {document} once and perhaps {instruction}; what is behind {document} is tokenised apart. `yes`
-    and `no` are tokens, as text or as ids; `instruction` stands in where none is given. Raises ValueError for a text
-    that lacks a place.
+    and `no` are tokens, as text or as ids; `instruction` stands in where none is given. Raises UserError, a ValueError,
+    for fields of another kind and for a text that lacks a place.
     """
 
     text: str
@@ -30,9 +35,15 @@ class Template:
     instruction: str | None = None
 
     def __post_init__(self):
+        for key in _KINDS:
+            value = getattr(self, key)
+            if isinstance(value, np.integer):
+                object.__setattr__(self, key, int(value))
+            elif value is not None or key != "instruction":
+                _check_field("Template", key, value)
         found = _PLACEHOLDER.findall(self.text)
         if found.count("document") != 1 or "query" not in found:
-            raise ValueError("its text must hold {document} once and {query}")
+            raise UserError("its text must hold {document} once and {query}")
 
     @property
     def takes_instruction(self) -> bool:
@@ -52,6 +63,13 @@ class Template:
         if yes == no:
             raise UserError(f"the template's yes ({self.yes!r}) and no ({self.no!r}) are one token, {yes}")
         return yes, no
+
+
+def _check_field(where: str, key: str, value) -> None:
+    if not isinstance(value, _KINDS[key]) or isinstance(value, bool):
+        raise UserError(f'{where}: "{key}" must be a string{" or a token id" if key in ("yes", "no") else ""}')
+    if isinstance(value, str):
+        check_text(value, f'{where}: "{key}"')
 
 
 def _token_id(tokenizer, name: str, token: str | int) -> int:
@@ -92,16 +110,12 @@ def find_template(name_or_path: str) -> Template:
         raise UserError(f"{where} is neither {known} nor a file: {error.strerror or error}") from error
     except ValueError as error:
         raise UserError(f"--template {error}") from error
-    kinds: dict[str, Any] = {"text": str, "yes": (str, int), "no": (str, int), "instruction": str}
     if not isinstance(fields, dict) or "text" not in fields:
         raise UserError(f'{where} must hold an object with "text" and perhaps "yes", "no" and "instruction"')
     for key, value in fields.items():
-        if key not in kinds:
+        if key not in _KINDS:
             raise UserError(f'{where} has the key "{key}"; a template has text, yes, no and instruction')
-        if not isinstance(value, kinds[key]) or isinstance(value, bool):
-            raise UserError(f'{where}: "{key}" must be a string{" or a token id" if key in ("yes", "no") else ""}')
-        if isinstance(value, str):
-            check_text(value, f'{where}: "{key}"')
+        _check_field(where, key, value)
     try:
         return Template(**fields)
     except ValueError as error:

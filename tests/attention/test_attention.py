@@ -309,6 +309,7 @@ ROWS = BATCH.num_rows
             ValueError,
             "layout must be one of 'auto', 'compact', 'trie', 'unfold', got 'flat'",
         ),
+        ([(ROWS, 4, 8)] * 3, {"layout": np.array(["auto", "trie"])}, ValueError, "layout must be one of"),
         ([(ROWS, 4, 8)] * 3, {"sliding_window": 0}, ValueError, "sliding_window must be at least 1, or None .* got 0"),
         ([(ROWS + 1, 4, 8)] * 3, {}, ValueError, rf"q must have shape \[num_rows={ROWS}, heads, head_dim\], got"),
         ([(ROWS, 4, 8), (ROWS, 32), (ROWS, 4, 8)], {}, ValueError, r"k must have shape \[num_rows"),

@@ -155,6 +155,8 @@ def test_fold_and_unfold_refuse_other_lengths(method):
         getattr(batch, method)(torch.rand(5, 2))
     with pytest.raises(ValueError, match=method):
         getattr(batch, method)(torch.tensor(1.0))
+    with pytest.raises(TypeError, match=f"{method}: x must be a torch.Tensor, got ndarray"):
+        getattr(batch, method)(torch.rand(size[1], 2).numpy())
 
 
 def test_it_is_a_pytree_and_copies():
