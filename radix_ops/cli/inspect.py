@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Callable
 
 from ..data.formats import PAIRS, FormatParser, formats, packed_arrays
 from ..engine.costs import forward_cost
+from ..engine.cross_encoders import find_cross_encoder
 from ..engine.errors import UserError
 from ..engine.items import Items
 from ..engine.loading import load_config, load_tokenizer, runs_own_model
+from ..engine.recipes import find_recipe
 from ..engine.templates import TEMPLATES
 from ..plan.budget import Budget
 from ..plan.sharing import SEED, Sharing, sharing_from_end
@@ -28,6 +31,8 @@ from .inspection.plot import check_plot_path, plot
 from .inspection.report import to_text
 from .inspection.summary import summarise
 from .job import with_progress
+
+_logger = logging.getLogger(__name__)
 
 BATCH_SIZES = (8, 32, 128, 512)
 MAX_ROWS = 16_384
@@ -111,7 +116,8 @@ def _read(args: argparse.Namespace, tokenizer) -> tuple[Items, str, object]:
         if not len(items.store):
             raise UserError(f"{args.file} holds no sequences")
         return items, "packed token ids", tokenizer
-    parser = FormatParser(formats(args.text_key, args.prompt, args.template))
+    prompt, pair_prompt = _prompts(args)
+    parser = FormatParser(formats(args.text_key, prompt, args.template, pair_prompt))
     records = read_records(args.file, parser, "one JSON object a line", args.format)
     form = parser.format
     assert form is not None  # a file without records is refused
@@ -124,6 +130,31 @@ def _read(args: argparse.Namespace, tokenizer) -> tuple[Items, str, object]:
     if records.format == "text":
         return items, f"{lines} of text", tokenizer
     return items, f"{lines} of {form.shape}\n{form.meaning}", tokenizer
+
+
+def _prompts(args: argparse.Namespace) -> tuple[str, str]:
+    """Return what stands before each text, by default as the model's folder says, and before each query of a pair."""
+    of_text, of_pair = args.prompt, ""
+    if args.model and args.template == PAIRS:
+        config = load_config(args.model, trust_remote_code=args.trust_remote_code)
+        encoder = find_cross_encoder(args.model, config)
+        if encoder is not None and encoder.messages is not None:
+            raise UserError(
+                f"--model {args.model} reads a query and a document by its chat template, whose sequences "
+                f"radix-ops inspect can't count; with --tokenizer in place of --model it counts --template {PAIRS}"
+            )
+        of_pair = "" if encoder is None else encoder.prompt
+    if args.model and of_text is None:
+        try:
+            recipe = find_recipe(args.model)
+        except UserError:  # it makes no embeddings of texts
+            return "", of_pair
+        of_text = recipe.prompt
+        if recipe.messages is not None:
+            _logger.warning(
+                f"{args.model} reads texts by its chat template; what that writes around each of them is not counted"
+            )
+    return of_text or "", of_pair
 
 
 def _shower(items: Items, tokenizer) -> Callable[[int, int, int], str]:
@@ -164,7 +195,12 @@ def add_parser(commands) -> None:
     command.add_argument(
         "--text-key", type=utf8_text, default="text", metavar="KEY", help="key of the texts (default: %(default)s)"
     )
-    command.add_argument("--prompt", type=utf8_text, default="", metavar="TEXT", help="text before each of the texts")
+    command.add_argument(
+        "--prompt",
+        type=utf8_text,
+        metavar="TEXT",
+        help="text before each of the texts (default: that of --model's folder)",
+    )
     command.add_argument(
         "--template",
         metavar="T",

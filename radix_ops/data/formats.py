@@ -65,10 +65,13 @@ class FormatParser:
         return found
 
 
-def formats(text_key: str = "text", prompt: str = "", template: str | None = None) -> list[Format]:
+def formats(
+    text_key: str = "text", prompt: str = "", template: str | None = None, pair_prompt: str = ""
+) -> list[Format]:
     """Return all formats, the most telling keys first.
 
-    `prompt` stands before each text under `text_key`; `template` is a name or file of `find_template`, or PAIRS.
+    `prompt` stands before each text under `text_key`; `template` is a name or file of `find_template`, or PAIRS, where
+    `pair_prompt` stands before each query.
     """
     pairs = template == PAIRS
     found = None if template is None or pairs else find_template(template)
@@ -84,7 +87,7 @@ def formats(text_key: str = "text", prompt: str = "", template: str | None = Non
         return reranking.check_instruction(query, found)
 
     def encode_queries(queries: Iterable[reranking.Query], tokenizer) -> Items:
-        return reranking.encode(queries, tokenizer, found, max_length=None, truncate_right=False)
+        return reranking.encode(queries, tokenizer, found, max_length=None, truncate_right=False, prompt=pair_prompt)
 
     return [
         Format(("input_ids",), "token ids", _parse_ids, _encode_ids, needs_tokenizer=False),

@@ -9,7 +9,7 @@ from expecttest import assert_expected_inline
 
 from helpers.batches import trie_size
 from helpers.commands import failing_inspect, inspect_json, report, write_jsonl
-from helpers.language_models import TEXT, tiny_tokenizer
+from helpers.language_models import TEXT, tiny_model, tiny_tokenizer
 from radix_ops import cli
 
 pytest.importorskip("transformers")
@@ -346,3 +346,34 @@ def test_text_of_a_prefix_is_printed_on_one_line_without_control_characters(
     assert shown.endswith('the river end"')
     assert " ... " in shown
     assert len(shown) < 110
+
+
+def test_the_prompt_of_a_models_folder_is_counted(capsys, tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    tiny_model("Llama").model.save_pretrained(tmp_path / "base")
+    (tokenizer := tiny_tokenizer(adds_bos=True)).save_pretrained(tmp_path / "base")
+    options = {"prompts": {"of": "the river: "}, "default_prompt_name": "of", "device": "cpu"}
+    made = library.SentenceTransformer(modules=[Transformer(str(tmp_path / "base")), Pooling(32, "mean")], **options)
+    made.save_pretrained(str(tmp_path / "st"))
+    file = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in TEXT])
+    for given, prompt in (((), "the river: "), (("--prompt", ""), ""), (("--prompt", "a "), "a ")):
+        summary = inspect_json(capsys, file, "--model", tmp_path / "st", *given)
+        check_sequences(summary, tokenizer([prompt + text for text in TEXT])["input_ids"])
+
+
+def test_a_cross_encoders_pairs_are_those_that_it_reads(capsys, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    from helpers import sentence_folders
+
+    (tmp_path / "chat").mkdir()
+    prompts = {"prompts": {"query": "w30 w31 "}, "default_prompt_name": "query"}
+    folder, made = sentence_folders.cross_encoder(tmp_path, None, **prompts)
+    file = write_jsonl(tmp_path / "queries.jsonl", [{"query": "w1 w2", "documents": ["w3", "w4 w5"]}])
+    summary = inspect_json(capsys, file, "--model", folder, "--template", "pairs")
+    pairs = [("w30 w31 w1 w2", document) for document in ("w3", "w4 w5")]
+    check_sequences(summary, [made.tokenizer(*pair)["input_ids"] for pair in pairs])
+    chat, _ = sentence_folders.cross_encoder(tmp_path / "chat")
+    message = failing_inspect(capsys, file, "--model", chat, "--template", "pairs")
+    assert "reads a query and a document by its chat template, whose sequences radix-ops inspect can't count" in message
