@@ -1,4 +1,4 @@
-"""What a type checker finds in the installed package; `make lint` checks the calls in tests/typed."""
+"""The types of the installed package; `make lint` checks the calls in tests/typed."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def put_in_place(file: BinaryIO, part: Path, path: Path) -> None:
     if not stands_at(file, part):
         if os.path.lexists(part):
             raise UserError(f"{part} was replaced by another file while the run wrote to it")
-        # What `file` has in its buffer may be older than what a memory map wrote.
+        # The buffer of `file` may be older than what a memory map wrote.
         with os.fdopen(os.dup(file.fileno()), "rb") as held, open_helper(part, os.O_CREAT | os.O_EXCL) as copy:
             held.seek(0)
             shutil.copyfileobj(held, copy, 2**20)

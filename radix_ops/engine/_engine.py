@@ -100,7 +100,7 @@ class Engine(ABC, Generic[I]):
     @property
     @abstractmethod
     def identity(self) -> tuple:
-        """What decides about results beside the model, an item's fields, its tokens and the mode."""
+        """Return what decides about results beside the model, an item's fields, its tokens and the mode."""
 
     @abstractmethod
     def parse(self, record: Record) -> I:

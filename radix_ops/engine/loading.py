@@ -121,7 +121,7 @@ def check_model(model: nn.Module) -> None:
     """UserError for a loaded model with a part in training mode, where dropout is at work, or on another device."""
     kind = type(model).__name__
     for name, module in model.named_modules():
-        # What resize_token_embeddings makes is in training mode, where it computes as ever.
+        # resize_token_embeddings makes modules in training mode, in which these compute as ever.
         if module.training and (not name or type(module) not in (nn.Linear, nn.Embedding)):
             part = f"{name} of the {kind}" if name else f"the {kind}"
             raise UserError(f"{part} is in training mode; model.eval() takes it out")

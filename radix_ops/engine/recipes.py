@@ -50,7 +50,7 @@ class Recipe:
 
     @property
     def identity(self) -> tuple:
-        """What decides about an embedding beside the tokens of its text."""
+        """Return what decides about an embedding beside the tokens of its text."""
         return ("", self.pooling, self.normalize, "", self.pools_prompt, self.dim, self.cuts_last, None, None)
 
 

@@ -75,7 +75,7 @@ class Runner(Protocol):
 
     @property
     def own_attention(self) -> bool:
-        """Whether the model's own attention computes the scores of padded batches in full."""
+        """Return whether the model's own attention computes the scores of padded batches in full."""
 
     @property
     def device(self) -> torch.device: ...

@@ -47,7 +47,7 @@ class Template:
 
     @property
     def takes_instruction(self) -> bool:
-        """Whether the text has a place for an instruction."""
+        """Return whether the text has a place for an instruction."""
         return "{instruction}" in self.text
 
     def parts(self, query: str, instruction: str | None) -> tuple[str, str]:

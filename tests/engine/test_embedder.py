@@ -169,7 +169,7 @@ def test_texts_are_cut_where_that_is_asked_for(folders, monkeypatch):
 
 
 def test_a_generator_of_texts_may_wait_for_another_thread(folders):
-    """Which embeds, too: the engine isn't held while texts come."""
+    """The engine isn't held while texts come, so it may embed others."""
     folder, model = folders["last"]
     embedder = Embedder(folder, device="cpu")
 

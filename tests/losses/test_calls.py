@@ -1,4 +1,4 @@
-"""How losses on compact rows may be called: precision, memory, frozen parameters, autocast, compilation, bad input."""
+"""Calls of losses on compact rows: precision, memory, frozen parameters, autocast, compilation, bad input."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def maps(batch: FoldedBatch, x: Tensor) -> None:
 
 
 def torch_models(model: nn.Module, batch: FoldedBatch, weight: Tensor) -> None:
-    """What is enabled keeps its type, so that its methods are still known."""
+    """A model that is enabled keeps its type, so that its methods are still known."""
     qwen = Qwen3ForCausalLM.from_pretrained(Path("folder"), dtype="bfloat16", device="cuda")
     assert_type(qwen, Qwen3ForCausalLM)
     assert_type(Qwen3Model.from_pretrained("Qwen/Qwen3-0.6B", dtype=torch.float16), Qwen3Model)
