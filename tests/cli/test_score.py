@@ -14,7 +14,7 @@ from expecttest import assert_expected_inline
 
 from helpers import processes
 from helpers.commands import QUESTIONS, failing_command, read_jsonl, score, write_jsonl
-from helpers.language_models import needs_hf, oracle, sequences_of, tiny_model, tiny_tokenizer
+from helpers.language_models import checked_scores, needs_hf, tiny_model, tiny_tokenizer
 
 pytest.importorskip("transformers")
 
@@ -42,15 +42,7 @@ def failing(capsys, *arguments) -> str:
 def check_results(results, questions=QUESTIONS, model=None):
     model, tokenizer = model or tiny_model(max_position_embeddings=256), tiny_tokenizer(True)
     assert [r["line"] for r in results] == list(range(1, len(questions) + 1))
-    for given, found in zip(questions, results, strict=True):
-        item = scoring.Item("", given["context"], given["choices"], {})
-        sequences = sequences_of(scoring.encode([item], tokenizer))
-        expected = [oracle(model, s) for s in sequences]
-        assert found["logprobs"] == pytest.approx([logprob for logprob, _ in expected], abs=1e-4)
-        assert found["greedy"] == [greedy for _, greedy in expected]
-        assert found["tokens"] == [len(s.continuation) for s in sequences]
-        assert found["best"] == max(range(len(expected)), key=lambda i: expected[i][0])
-        extra = {k: v for k, v in given.items() if k not in ("context", "choices")}
+    for found, extra in checked_scores(results, questions, model, tokenizer):
         assert {k: found[k] for k in extra} == extra
         assert set(found) == {"line", *extra, *scoring.RESERVED_KEYS, "key"}
 

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from helpers.commands import QUESTIONS
-from helpers.language_models import needs_hf, oracle, sequences_of, tiny_model, tiny_tokenizer, transformers
+from helpers.language_models import (
+    checked_scores,
+    needs_hf,
+    tiny_model,
+    tiny_tokenizer,
+    transformers,
+)
 from radix_ops.engine import OutOfMemory, Scorer, UserError, _engine, scoring
 from radix_ops.engine.runners import Qwen3Runner
 from radix_ops.models.qwen3 import Qwen3ForCausalLM
@@ -36,15 +42,7 @@ def scorer(folder):
 def check(results, kind, questions=QUESTIONS):
     model, tokenizer = tiny_model(kind, max_position_embeddings=256), tiny_tokenizer(adds_bos=True)
     assert len(results) == len(questions)
-    for given, found in zip(questions, results, strict=True):
-        item = scoring.Item("", given["context"], given["choices"], {})
-        sequences = sequences_of(scoring.encode([item], tokenizer))
-        expected = [oracle(model, s) for s in sequences]
-        assert found["logprobs"] == pytest.approx([logprob for logprob, _ in expected], abs=1e-4)
-        assert found["greedy"] == [greedy for _, greedy in expected]
-        assert found["tokens"] == [len(s.continuation) for s in sequences]
-        assert found["best"] == max(range(len(expected)), key=lambda i: expected[i][0])
-        extra = {k: v for k, v in given.items() if k not in ("context", "choices")}
+    for found, extra in checked_scores(results, questions, model, tokenizer):
         assert set(found) == {*extra, "logprobs", "tokens", "greedy", "best", "best_per_char"}
         assert {k: found[k] for k in extra} == extra
 

@@ -112,3 +112,17 @@ def oracle(model, sequence: Sequence) -> tuple[float, bool]:
     logprobs = logits.log_softmax(-1)[first - 1 : -1]
     picked = logprobs[torch.arange(len(ids) - first), ids[first:]]
     return picked.sum().item(), bool((logprobs.argmax(-1) == ids[first:]).all())
+
+
+def checked_scores(results, questions, model, tokenizer):
+    """Yield each result, whose numbers equal the oracle's, with the other keys of its question."""
+    for given, found in zip(questions, results, strict=True):
+        item = scoring.Item("", given["context"], given["choices"], {})
+        sequences = sequences_of(scoring.encode([item], tokenizer))
+        expected = [oracle(model, s) for s in sequences]
+        assert found["logprobs"] == pytest.approx([logprob for logprob, _ in expected], abs=1e-4)
+        assert found["greedy"] == [greedy for _, greedy in expected]
+        assert found["tokens"] == [len(s.continuation) for s in sequences]
+        assert found["best"] == max(range(len(expected)), key=lambda i: expected[i][0])
+        extra = {k: v for k, v in given.items() if k not in ("context", "choices")}
+        yield found, extra
