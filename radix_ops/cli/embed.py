@@ -18,7 +18,8 @@ from .arguments import (
     read_records,
     utf8_text,
 )
-from .job import Closeness, Job, check_keys, prepared
+from .compare import Closeness
+from .job import Job, check_keys, prepared
 
 HELP = f"""\
 Makes an embedding of each line: the hidden state of its last token, or the mean over its tokens, normalised. What

@@ -16,7 +16,8 @@ from .arguments import (
     add_model_arguments,
     read_records,
 )
-from .job import Agreement, Job, check_keys, prepared
+from .compare import Agreement
+from .job import Job, check_keys, prepared
 
 HELP = f"""\
 Scores each document of each line by its relevance to the line's query. The query and what stands before it are

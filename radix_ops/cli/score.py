@@ -6,7 +6,8 @@ import argparse
 
 from ..engine import Scorer, scoring
 from .arguments import FILE_HELP, MODEL_HELP, RESUME_HELP, add_command, add_model_arguments, read_records
-from .job import Agreement, Job, check_keys, prepared
+from .compare import Agreement
+from .job import Job, check_keys, prepared
 
 HELP = f"""\
 Scores each choice of each line: the log-probability of the choice's tokens behind the context, tokenised as

@@ -18,7 +18,7 @@ from helpers.language_models import checked_scores, needs_hf, tiny_model, tiny_t
 
 pytest.importorskip("transformers")
 
-from radix_ops.cli import job
+from radix_ops.cli import compare, job
 from radix_ops.data.fingerprint import fingerprint
 from radix_ops.data.records import Records
 from radix_ops.engine import _engine, loading, scoring
@@ -266,7 +266,7 @@ def test_comparison_table_is_computed_from_the_runs():
     plain = RunStats(tokens=40_000, rows=41_000, head_rows=300, batches=9, seconds=80.0)
     folded = RunStats(tokens=40_000, rows=5_000, head_rows=280, batches=3, seconds=10.5)
     assert_expected_inline(
-        job.comparison_table(plain, folded),
+        compare.comparison_table(plain, folded),
         """\
                            plain    folded
 tokens                    40,000    40,000
