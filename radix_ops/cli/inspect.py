@@ -127,7 +127,7 @@ def _read(args: argparse.Namespace, tokenizer) -> tuple[Items, str, object]:
         tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     items = form.encode(with_progress(records, "tokenising"), tokenizer)
     lines = f"{len(records):,} line{'s' * (len(records) != 1)}"
-    if records.format == "text":
+    if records.is_text:
         return items, f"{lines} of text", tokenizer
     return items, f"{lines} of {form.shape}\n{form.meaning}", tokenizer
 

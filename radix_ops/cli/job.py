@@ -91,6 +91,9 @@ class Job:
     def key_of(self, item: int) -> str:
         return key_of(self.base, self.records, self.items, item)
 
+    def _item_of_line(self, line: int) -> int | None:
+        return self.records.index_of({"line": line})
+
     def _run_remaining(self) -> None:
         results = self.results()
         remaining = remaining_of(self.args, results)
@@ -122,7 +125,7 @@ class Job:
             key = key_of_parts(self.base, store.lengths.tobytes(), memoryview(store.input_ids))
             return _Rows(MatrixFile(output, (count, self.dim), key, overwrite), self.records)
         if output:
-            return _Lines(ResultFile(output, count, self.key_of, overwrite, self.records.index_of), self)
+            return _Lines(ResultFile(output, count, self.key_of, overwrite, self._item_of_line), self)
         return _Lines(ResultStream(count, self.key_of), self)
 
 

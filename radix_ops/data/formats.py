@@ -8,8 +8,6 @@ items = parser.format.encode(records, tokenizer)
 from __future__ import annotations
 
 import itertools
-import os
-import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +20,7 @@ from ..engine.inputs import Record, check_text, kind_of
 from ..engine.items import Items
 from ..engine.templates import TEMPLATES, find_template
 from ..engine.tokenizing import in_turn
-from ..plan.planner import TokenStore
+from .ids import packed_ids
 
 _LINES_AT_ONCE = 128  # given to the tokenizer
 _MAX_ID = 2**31 - 1
@@ -126,28 +124,9 @@ def formats(
 
 
 def packed_arrays(path: str) -> Items:
-    """Read a .npz file of input_ids [N], end to end, and cu_seqlens [B + 1]. UserError for anything else."""
-    if os.path.isfile(path) and not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is no .npz file, which is a zip archive of arrays")
-    try:
-        with np.load(path) as arrays:
-            names = set(arrays.files)
-            ids: Any
-            ids, ends = (arrays[name] if name in names else None for name in ("input_ids", "cu_seqlens"))
-    except Exception as error:  # an archive may be damaged in any way
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"{path} can't be used: {reason}") from error
-    missing = "input_ids" if ids is None else "cu_seqlens" if ends is None else None
-    if missing:
-        raise UserError(f"{path} has no array {missing}; it must hold input_ids and cu_seqlens")
-    ends = np.asarray(ends)
-    if ends.dtype.kind not in "iu":
-        raise UserError(f"{path}: cu_seqlens holds {ends.dtype}; it must hold whole numbers")
+    """Return the sequences of a .npz file, an item each; see `packed_ids`."""
     items = Items()
-    try:
-        items.store = TokenStore.from_packed(ids, ends)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} can't be used: {error}") from error
+    items.store = packed_ids(path)
     return items
 
 

@@ -1,4 +1,4 @@
-"""The lines of an input file, be it plain, gzip or a pipe, and the names of files that are none of them.
+"""The bytes of an input file, be it plain, gzip, zstd or a pipe, its lines, and the names of files of other kinds.
 
 lines = LineFile("texts.jsonl.gz", skips_blank=True)
 starts = [start for number, start, line in lines]  # once, in order
@@ -16,13 +16,16 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from .libraries import pyarrow
+
+STANDARD_INPUT = "-"
 LONGEST_LINE = 64 * 2**20  # bytes
 MOST_BLANK = 2**20  # bytes of blank lines in a row
-_BOM = b"\xef\xbb\xbf"
-_GZIP = b"\x1f\x8b"
+BOM = b"\xef\xbb\xbf"
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _HEAD_SIZE = 512
-_UTF16, _UTF32 = "text in UTF-16", "text in UTF-32"
-_UNPACK = "decompress it first (of compressed files gzip alone is read)"
+_UTF16, _UTF32 = "is text in UTF-16", "is text in UTF-32"
+_UNPACK = "decompress it first (of compressed files gzip and zstd are read)"
 _CONVERT = "write it as JSON lines first"
 # The starts of files of other kinds; the first that fits counts.
 _SIGNS = (
@@ -30,68 +33,144 @@ _SIGNS = (
     (b"\0\0\xfe\xff", _UTF32),
     (b"\xff\xfe", _UTF16),
     (b"\xfe\xff", _UTF16),
-    (b"PK\3\4", f"a zip archive; {_UNPACK}"),
-    (b"PK\5\6", f"a zip archive; {_UNPACK}"),
-    (b"\x28\xb5\x2f\xfd", f"compressed by zstd; {_UNPACK}"),
-    (b"\xfd7zXZ\0", f"compressed by xz; {_UNPACK}"),
-    (b"BZh", f"compressed by bzip2; {_UNPACK}"),
-    (b"\x04\x22\x4d\x18", f"compressed by lz4; {_UNPACK}"),
-    (b"7z\xbc\xaf\x27\x1c", f"a 7z archive; {_UNPACK}"),
-    (_GZIP, f"compressed by gzip twice; {_UNPACK}"),
-    (b"PAR1", f"a Parquet file; {_CONVERT}"),
-    (b"ARROW1", f"an Arrow file; {_CONVERT}"),
-    (b"\xff\xff\xff\xff", f"an Arrow stream; {_CONVERT}"),
-    (b"FEA1", f"a Feather file; {_CONVERT}"),
-    (b"Obj\1", f"an Avro file; {_CONVERT}"),
-    (b"\x93NUMPY", f"a NumPy array; {_CONVERT}"),
-    (b"\x89HDF", f"an HDF5 file; {_CONVERT}"),
-    (b"SQLite format 3\0", f"an SQLite database; {_CONVERT}"),
+    (b"PK\3\4", f"is a zip archive; {_UNPACK}"),
+    (b"PK\5\6", f"is a zip archive; {_UNPACK}"),
+    (_ZSTD, f"is compressed twice, by zstd inside; {_UNPACK}"),
+    (b"\xfd7zXZ\0", f"is compressed by xz; {_UNPACK}"),
+    (b"BZh", f"is compressed by bzip2; {_UNPACK}"),
+    (b"\x04\x22\x4d\x18", f"is compressed by lz4; {_UNPACK}"),
+    (b"7z\xbc\xaf\x27\x1c", f"is a 7z archive; {_UNPACK}"),
+    (_GZIP, f"is compressed by gzip twice; {_UNPACK}"),
+    (b"PAR1", "looks like Parquet: name it .parquet, or read it with --format parquet"),
+    (b"ARROW1", "looks like Arrow: name it .arrow, or read it with --format arrow"),
+    (b"\xff\xff\xff\xff", "looks like an Arrow stream: name it .arrow, or read it with --format arrow"),
+    (b"FEA1", f"is a Feather file of version 1; {_CONVERT}"),
+    (b"Obj\1", f"is an Avro file; {_CONVERT}"),
+    (b"\x93NUMPY", f"is a NumPy array; {_CONVERT}"),
+    (b"\x89HDF", f"is an HDF5 file; {_CONVERT}"),
+    (b"SQLite format 3\0", f"is an SQLite database; {_CONVERT}"),
 )
 
 
 class StreamError(ValueError):
-    """A file can't be read as lines; the message goes on where the file's name stands."""
+    """A file can't be read; the message goes on where the file's name stands."""
+
+
+class ByteFile:
+    """The bytes of a file from its start, unpacked, to be read once in order.
+
+    StreamError for gzip and zstd that are damaged or cut off, of whichever `errors()` is held while `stream` is read;
+    OSError where the file can't be read.
+
+    stream: reads the bytes.
+    head: the first of them, which `stream` gives, too.
+    is_plain: whether `stream` is the file itself, which can be sought.
+    looks_like: what else than text the file seems to be by its first bytes, as what goes on behind its name; None for
+        text.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        is_standard = os.fspath(path) == STANDARD_INPUT
+        self.raw: Any = open(0 if is_standard else path, "rb", closefd=not is_standard)  # noqa: SIM115
+        self.stream: BinaryIO = self.raw
+        self._packing = ""
+        self._seeks = not is_standard and self.raw.seekable()
+        head = self.raw.read(_HEAD_SIZE)
+        self._piped = _Unread(head, self.raw)
+        if self._seeks:
+            self.raw.seek(0)
+        else:
+            self.stream = io.BufferedReader(self._piped)
+        if head.startswith(_GZIP):
+            self._packing = "gzip"
+            head = self._unpack(io.BufferedReader(gzip.GzipFile(fileobj=self.stream), 2**16))
+        elif head.startswith(_ZSTD):
+            self._packing = "zstd"
+            found = pyarrow(f"{path} is compressed by zstd, whose reader")
+            native = found.CompressedInputStream(found.PythonFile(self.stream, "r"), "zstd")
+            head = self._unpack(io.BufferedReader(_Native(native), 2**16))
+        self.head = head
+        self.looks_like = _name_of(head)
+        self._stamp = self._current_stamp()
+
+    def _unpack(self, unpacked: io.BufferedReader) -> bytes:
+        with self.errors():
+            head = unpacked.read(_HEAD_SIZE)
+        self.stream = io.BufferedReader(_Unread(head, unpacked))
+        return head
+
+    @property
+    def is_plain(self) -> bool:
+        return self.stream is self.raw
+
+    @property
+    def is_packed(self) -> bool:
+        return bool(self._packing)
+
+    @property
+    def packed_size(self) -> int:
+        """How many bytes of the file or the pipe were read."""
+        return self.raw.tell() if self._seeks else self._piped.size
+
+    @property
+    def num_read(self) -> int:
+        """How many bytes of the file itself were read; 0 for a pipe."""
+        return self.raw.tell() if self._seeks else 0
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Raise a StreamError for what is wrong with the packing."""
+        try:
+            yield
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise StreamError(f" is damaged: of its gzip, {error}") from error
+        except EOFError as error:
+            raise StreamError(f" is cut off: its {self._packing or 'text'} has no end") from error
+        except _NativeError as error:
+            if "Truncated" in str(error):
+                raise StreamError(" is cut off: its zstd has no end") from error
+            raise StreamError(f" is damaged: of its zstd, {error}") from error
+
+    def check_unchanged(self) -> None:
+        """StreamError where the file has changed since it was opened."""
+        if self._current_stamp() != self._stamp:
+            raise StreamError(" was changed while it was being read")
+
+    def check_is_utf8(self) -> None:
+        """StreamError for UTF-16 and UTF-32."""
+        if self.looks_like in (_UTF16, _UTF32):
+            raise StreamError(f" {self.looks_like}; it must be UTF-8, which iconv makes of it")
+
+    def _current_stamp(self) -> tuple[int, int] | None:
+        if not self._seeks:
+            return None
+        status = os.fstat(self.raw.fileno())
+        return status.st_size, status.st_mtime_ns
 
 
 class LineFile:
     """Iterating gives (number from 1, position, line with its newline) of each line in order, once; blank ones may be
     skipped, and a byte order mark of UTF-8 is left out.
 
-    By its position a line can be read again. What can't be read twice, a pipe or gzip, is copied to a temporary file.
-    StreamError for a line of more than LONGEST_LINE bytes, more than MOST_BLANK bytes of skipped lines in a row, gzip
-    that is damaged or cut off, UTF-16 and UTF-32; OSError where the file can't be read.
-
-    looks_like: what else the file seems to be by its first bytes, for the message where its lines are no good; None
-        for text.
+    By its position a line can be read again. What can't be read twice, a pipe or a packed file, is copied to a
+    temporary file. StreamError for a line of more than LONGEST_LINE bytes, more than MOST_BLANK bytes of skipped lines
+    in a row, packing that is damaged or cut off, UTF-16 and UTF-32; OSError where the file can't be read.
     """
 
-    def __init__(self, path: str | os.PathLike, skips_blank: bool):
+    def __init__(self, path: str | os.PathLike | ByteFile, skips_blank: bool, keeps: bool = True):
+        """`keeps` says whether lines are to be read again."""
+        self.bytes = path if isinstance(path, ByteFile) else ByteFile(path)
         self._skips_blank = skips_blank
-        self._raw = open(path, "rb")  # noqa: SIM115
-        head = self._raw.read(_HEAD_SIZE)
-        self._stream: BinaryIO = self._raw  # read in order
-        self._kept: BinaryIO = self._raw  # read by position
-        if self._raw.seekable():
-            self._raw.seek(0)
-        else:
-            self._stream, self._kept = io.BufferedReader(_Unread(head, self._raw)), _temporary_file()
-        if head.startswith(_GZIP):
-            unpacked = io.BufferedReader(gzip.GzipFile(fileobj=self._stream), 2**16)
-            with _gzip_errors():
-                head = unpacked.read(_HEAD_SIZE)
-            self._stream, self._kept = io.BufferedReader(_Unread(head, unpacked)), _temporary_file()
-        self._is_copied = self._kept is not self._raw
-        self.looks_like = _name_of(head)
-        mark = self._stream.read(len(_BOM)) if head.startswith(_BOM) else b""
+        self._is_copied = keeps and not self.bytes.is_plain
+        self._kept: BinaryIO = temporary_file() if self._is_copied else self.bytes.stream  # read by position
+        mark = self.bytes.stream.read(len(BOM)) if self.bytes.head.startswith(BOM) else b""
         self.end = 0 if self._is_copied else len(mark)  # the position behind all lines that were read
-        self._stamp = self._current_stamp()
 
     def __iter__(self) -> Iterator[tuple[int, int, bytes]]:
-        if self.looks_like in (_UTF16, _UTF32):
-            raise StreamError(f" is {self.looks_like}; it must be UTF-8, which iconv makes of it")
-        number, num_blank, readline = 0, 0, self._stream.readline
+        self.bytes.check_is_utf8()
+        number, num_blank, readline = 0, 0, self.bytes.stream.readline
         is_copied, skips_blank = self._is_copied, self._skips_blank
-        with _gzip_errors():
+        with self.bytes.errors():
             while line := readline(LONGEST_LINE + 1):
                 number += 1
                 if len(line) > LONGEST_LINE:
@@ -114,8 +193,8 @@ class LineFile:
 
         StreamError where the file has changed since it was opened.
         """
-        if self._current_stamp() != self._stamp:
-            raise StreamError(" was changed while it was being read")
+        if not self._is_copied:
+            self.bytes.check_unchanged()
         self._kept.seek(start)
         line = self._kept.read(min(end - start, LONGEST_LINE))
         size = line.find(b"\n")  # blank lines that were skipped may follow
@@ -124,15 +203,7 @@ class LineFile:
     @property
     def num_read(self) -> int:
         """How many bytes of the file itself iteration has read; 0 for a pipe."""
-        if not self._raw.seekable():
-            return 0
-        return self._raw.tell() if self._is_copied else self.end
-
-    def _current_stamp(self) -> tuple[int, int] | None:
-        if self._is_copied:
-            return None
-        status = os.fstat(self._raw.fileno())
-        return status.st_size, status.st_mtime_ns
+        return self.bytes.num_read if self._is_copied else self.end
 
 
 class _Unread(io.RawIOBase):
@@ -140,35 +211,52 @@ class _Unread(io.RawIOBase):
 
     def __init__(self, head: bytes, file: Any):
         self._head, self._file = head, file
+        self.size = len(head)  # of what was read
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
         if not self._head:
-            return self._file.readinto1(buffer)
+            size = self._file.readinto1(buffer)
+            self.size += size
+            return size
         part = self._head[: len(buffer)]
         buffer[: len(part)], self._head = part, self._head[len(part) :]
         return len(part)
 
 
-def _temporary_file() -> BinaryIO:
+class _NativeError(Exception):
+    """An error of a stream of pyarrow, told apart from those of the system."""
+
+
+class _Native(io.RawIOBase):
+    """A stream of pyarrow as a file of Python."""
+
+    def __init__(self, file: Any):
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        try:
+            part = self._file.read(len(buffer))
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise _NativeError(str(error)) from error
+        buffer[: len(part)] = part
+        return len(part)
+
+
+def temporary_file() -> BinaryIO:
     return tempfile.TemporaryFile(prefix="radix_ops-")
-
-
-@contextlib.contextmanager
-def _gzip_errors():
-    try:
-        yield
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise StreamError(f" is damaged: of its gzip, {error}") from error
-    except EOFError as error:
-        raise StreamError(" is cut off: its gzip has no end") from error
 
 
 def _name_of(head: bytes) -> str | None:
     if head[257:262] == b"ustar":
-        return f"a tar archive; {_UNPACK}"
+        return f"is a tar archive; {_UNPACK}"
     if (name := next((name for sign, name in _SIGNS if head.startswith(sign)), None)) is not None:
         return name
     # Without a byte order mark: of a first character below 256 all bytes but one are 0.

@@ -52,7 +52,7 @@ def test_blank_lines_are_no_records_and_lines_keep_their_numbers(tmp_path, seed,
         (str(i), f"{path}, line {number}") for i, number in enumerate(numbers)
     ]
     assert [records.line_of(i) for i in range(50)] == numbers
-    found = {line: records.index_of(line) for line in range(-1, numbers[-1] + 9)}
+    found = {line: records.index_of({"line": line}) for line in range(-1, numbers[-1] + 9)}
     assert {line: index for line, index in found.items() if index is not None} == {n: i for i, n in enumerate(numbers)}
     assert [records.raw(i).decode() for i in range(50)] == LINES
 
@@ -143,15 +143,28 @@ FOREIGN = {
     + [LINES[0].encode(code) for code in ("utf-32-le", "utf-32-be")],
     "compressed by gzip twice; decompress it first": [gzip.compress(gzip.compress(b"{}"))],
     "a zip archive; decompress it first": [b"PK\3\4\x14\0\xff", b"PK\5\6" + bytes(18)],
-    "compressed by zstd; decompress it first": [b"\x28\xb5\x2f\xfd\x24\x02\x11\0\0"],
+    "compressed twice, by zstd inside; decompress it first": [gzip.compress(b"\x28\xb5\x2f\xfd\x24\x02\x11\0\0")],
     "compressed by xz; decompress": [b"\xfd7zXZ\0\0\x04"],
     "compressed by bzip2; decompress": [b"BZh91AY&SY\xd8"],
-    "a Parquet file; write it as JSON lines first": [b"PAR1\x15\x04\x15\xff"],
-    "an Arrow file; write it as JSON lines first": [b"ARROW1\0\0\xff\xff\xff\xff"],
-    "an Arrow stream; write it as JSON lines first": [b"\xff\xff\xff\xff\x10\0\0\0"],
     "a NumPy array; write it as JSON lines first": [b"\x93NUMPY\1\0v\0{"],
     "a tar archive; decompress it first": [_tar()],
 }
+
+
+MISNAMED = {
+    "Parquet: name it .parquet, or read it with --format parquet": b"PAR1\x15\x04\x15\xff",
+    "Arrow: name it .arrow, or read it with --format arrow": b"ARROW1\0\0\xff\xff\xff\xff",
+    "an Arrow stream: name it .arrow, or read it with --format arrow": b"\xff\xff\xff\xff\x10\0\0\0",
+    "a JSON array: name it .json, or read it with --format json": b'[\n{"text": "a"}]\n',
+}
+
+
+@pytest.mark.parametrize("name", MISNAMED)
+def test_files_under_the_name_of_another_kind_are_named(tmp_path, name):
+    for ending in ("jsonl", "csv", "txt") if "Arrow" in name or "Parquet" in name else ("jsonl",):
+        path = tmp_path / f"t.{ending}"
+        path.write_bytes(MISNAMED[name])
+        assert refusal(path) == f"{path} looks like {name}"
 
 
 @pytest.mark.parametrize("name", FOREIGN)

@@ -1,0 +1,130 @@
+"""The rows of CSV and TSV, by Python's csv: cells are strings under the names that the first row gives them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Collection, Iterator
+
+from ..engine.errors import UserError
+from .lines import decode, dump_json, parse_json
+from .sources import Row, place
+from .streams import LONGEST_LINE, ByteFile, LineFile, StreamError
+
+_OTHER_DELIMITERS = ",;\t|"
+IN_A_CELL = 'a cell may hold it as JSON, such as ["yes", "no"]'
+
+
+def read_delimited(
+    name: str, file: ByteFile, delimiter: str, header: list[str] | None, arrays: Collection[str]
+) -> Iterator[Row]:
+    """Yield the rows. One with too few or too many cells, or a quote out of place, has its error.
+
+    header: the columns' names, where no first row gives them.
+    arrays: the columns whose cells may hold a JSON array, object or number in place of a string.
+    """
+    text = _Text(name, file)
+    # The limit is the whole process's; it may grow, since _Text bounds what a row takes.
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_LINE))
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    columns, number = header, 0
+    while True:
+        text.start_row("header" if columns is None else f"row {number + 1}")
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except (csv.Error, UserError) as error:
+            found = error if isinstance(error, UserError) else UserError(f"{name}, {text.row} can't be read: {error}")
+            if text.is_whole:
+                raise StreamError(f", {text.row}: {error}: does it leave a quote open?") from error
+            if columns is None:
+                raise StreamError(str(found).removeprefix(name)) from error
+            number += 1
+            yield Row(number, text.taken, found)
+            continue
+        if not cells or (len(cells) == 1 and not cells[0].strip() and len(columns or ()) != 1):  # a blank line
+            continue
+        if columns is None:
+            columns = _checked(cells, delimiter)
+            continue
+        number += 1
+        yield _row(number, place(name, "row", number), columns, cells, arrays, text)
+
+
+def _row(number: int, where: str, columns: list[str], cells: list[str], arrays: Collection[str], text: _Text) -> Row:
+    try:
+        if len(cells) != len(columns):
+            raise UserError(f"{where} has {len(cells)} cells and the header has {len(columns)}")
+        fields: dict = dict(zip(columns, cells, strict=True))
+        nested = {column: _value(fields[column]) for column in columns if column in arrays}
+        raw = dump_json(fields | nested)
+        return Row(number, raw, parse_json(raw, where) if nested else fields)
+    except UserError as error:
+        return Row(number, text.taken, error)
+
+
+def _checked(columns: list[str], delimiter: str) -> list[str]:
+    for index, column in enumerate(columns):
+        if not column:
+            raise StreamError(f", header: column {index + 1} has no name")
+        if columns.index(column) < index:
+            raise StreamError(f", header: two columns have the name {column!r}")
+    if len(columns) == 1:
+        other = next((sign for sign in _OTHER_DELIMITERS if sign != delimiter and sign in columns[0]), None)
+        if other is not None:
+            raise StreamError(
+                f", header, is one column, {columns[0]!r}: --delimiter {other!r} reads it as several, and --header "
+                "names a column whose file has no header"
+            )
+    return columns
+
+
+def _value(cell: str) -> object:
+    """Return the array, object or whole number that a cell holds as JSON, else the cell."""
+    try:
+        value = json.loads(cell, parse_constant=float)
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
+        return cell
+    return value if type(value) in (list, dict, int) else cell
+
+
+class _Text:
+    """The lines of a file as text. StreamError for one that is not UTF-8, and for a row of too many bytes."""
+
+    def __init__(self, name: str, file: ByteFile):
+        self._name, self._looks_like = name, file.looks_like
+        self._lines = iter(LineFile(file, skips_blank=False, keeps=False))
+        self.is_whole = False  # whether all were read
+        self.start_row("header")
+
+    def start_row(self, row: str) -> None:
+        self.row, self._parts, self._size = row, list[bytes](), 0
+
+    @property
+    def taken(self) -> bytes:
+        """The bytes of the row so far."""
+        return b"".join(self._parts)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            _, _, line = next(self._lines)
+        except StopIteration:
+            self.is_whole = True
+            raise
+        self._parts.append(line)
+        self._size += len(line)
+        if self._size > LONGEST_LINE:
+            raise StreamError(
+                f", {self.row} is longer than {LONGEST_LINE:,} bytes, the most for a row: does it leave a quote open?"
+            )
+        try:
+            return decode(line, f"{self._name}, {self.row}")
+        except UserError as error:
+            if self._looks_like:
+                raise StreamError(f" {self._looks_like}") from error
+            raise

@@ -1,0 +1,16 @@
+"""The libraries that some kinds of files need, imported when such a file is read."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ..engine.errors import UserError
+
+
+def pyarrow(what: str, module: str = "pyarrow") -> Any:
+    """Return the module of pyarrow. UserError where it isn't installed; `what` is the message's subject."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{what} needs pyarrow: pip install '.[data]'") from error
