@@ -16,6 +16,7 @@ from ._embedder import Embedder
 from ._reranker import Reranker
 from ._scorer import Scorer
 from .errors import OutOfMemory, UserError
+from .measures import metrics
 from .templates import Template
 
-__all__ = ["Embedder", "OutOfMemory", "Reranker", "Scorer", "Template", "UserError"]
+__all__ = ["Embedder", "OutOfMemory", "Reranker", "Scorer", "Template", "UserError", "metrics"]

@@ -1,34 +1,45 @@
-"""`Scorer` scores multiple-choice questions by a causal language model."""
+"""`Scorer` scores multiple-choice questions, and whole texts, by a causal language model."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from . import scoring
-from ._engine import DTypeName, Engine, Layout, OnProgress, check_flags
+from . import rolling, scoring
+from ._engine import DTypeName, Engine, Layout, OnProgress, check_count, check_flags, numbered
 from .batches import Compute
-from .errors import options_as_arguments
-from .inputs import Record
+from .chat import prompter
+from .errors import UserError, options_as_arguments
+from .inputs import Record, check_text
 from .loading import context_length
+from .rolling import Text, is_text
 from .scoring import Choices, Item
 
 _SHAPE = '{"context": "...", "choices": ["...", "..."]}'
 
 
-class Scorer(Engine[Item]):
-    """Scores choices behind their contexts by a causal language model, shared prefixes computed once.
+class Scorer(Engine[Item | Text]):
+    """Scores choices behind their contexts, and whole texts, by a causal language model, shared prefixes computed once.
 
     Args:
         model: a folder, a hub id or a .gguf file; or a loaded model in eval mode, of transformers or of
             `radix_ops.models`, which stays as it is.
         tokenizer: transformers'; by default that of the named model.
+        letters: ask questions as lm-evaluation-harness' mmlu does: the choices are listed, and letters answer.
+        chat: put each context as the user's message into the tokenizer's chat template, with its prompt for an answer
+            behind; a choice is the assistant's answer.
+        system: the system's message of a chat.
+        max_length: tokens that the model reads at a time; by default what its config says.
         truncate_left: cut contexts that are too long for the model from their start; without it they are errors.
+        stride: score texts that are too long for the model in windows, each of which asks for so many tokens more, as
+            lm-evaluation-harness does with `max_length`; without it they are errors.
         device: as torch names it; by default CUDA's where there is one. A loaded model has its own.
         dtype: "float32", "bfloat16" or "float16", of weights and computation. By default float32 on the CPU and the
             model's own on CUDA, where one of float32 computes in bfloat16. A loaded model has its own.
@@ -46,14 +57,19 @@ class Scorer(Engine[Item]):
     """
 
     auto_class = "AutoModelForCausalLM"
-    identity = ()
+    identity = ()  # an item's tokens say how it is asked
 
     def __init__(
         self,
         model: str | os.PathLike[str] | nn.Module,
         tokenizer: Any = None,
         *,
+        letters: bool = False,
+        chat: bool = False,
+        system: str | None = None,
+        max_length: int | None = None,
         truncate_left: bool = False,
+        stride: int | None = None,
         device: str | torch.device | None = None,
         dtype: DTypeName | torch.dtype | None = None,
         token_budget: int | None = None,
@@ -63,14 +79,33 @@ class Scorer(Engine[Item]):
         lazy: bool = False,
     ):
         with options_as_arguments():
-            check_flags(truncate_left=truncate_left, lazy=lazy)
+            check_flags(letters=letters, chat=chat, truncate_left=truncate_left, lazy=lazy)
+            check_count("max_length", max_length)
+            check_count("stride", stride)
+            if system is not None and not chat:
+                raise UserError("--system is the system's message of a chat; it needs --chat")
             super().__init__(
                 model, tokenizer, device=device, dtype=dtype, token_budget=token_budget, layout=layout, plain=plain,
                 trust_remote_code=trust_remote_code,
             )  # fmt: skip
-            self.truncate_left = truncate_left
+            self.letters, self.chat, self.truncate_left, self.stride = letters, chat, truncate_left, stride
+            self.max_length = self._max_length(max_length)
+            system = "" if system is None else check_text(system, "--system")
+            self._prompt: Callable[[str], str] | None = prompter(self.tokenizer, system) if chat else None
             if not lazy:
                 self.load()
+
+    def _max_length(self, given: int | None) -> int | None:
+        """Return the tokens that the model reads at a time, None where nothing says it."""
+        longest = context_length(self.config, self.tokenizer)
+        if given and longest and given > longest:
+            raise UserError(f"--max-length {given} is more than the model reads, {longest}")
+        length = given or longest
+        if self.stride and length is None:
+            raise UserError("--stride needs --max-length: nothing says how many tokens the model reads at a time")
+        if self.stride and length and self.stride > length:
+            raise UserError(f"--stride {self.stride} is more than the model reads at a time, {length}")
+        return length
 
     def score(
         self, items: Iterable[Mapping[str, Any]], *, on_progress: OnProgress | None = None
@@ -78,14 +113,18 @@ class Scorer(Engine[Item]):
         """Score all items, planned together, so that what they share at their starts is computed once.
 
         Args:
-            items: an iterable of {"context": str, "choices": [str, ...]}; what the model reads is context + choice, so
-                a choice brings its leading space along. Other keys are copied to the result.
+            items: an iterable of {"context": str, "choices": [str, ...]}, where what the model reads is context +
+                choice, so that a choice brings its leading space along; or of {"question": str, "choices": [str, ...]},
+                which is asked as "Question: ...\\nAnswer:", or by `letters`. "gold" names the right choice: its index
+                from 0, its letter or its text. Other keys are copied to the result. Or of {"text": str}, as
+                `perplexity` takes it.
             on_progress: called with (tokens that are done, all tokens) after each batch.
 
-        Returns a dict for each item, in order: its other keys, then "logprobs", the sum over each choice's tokens;
-        "tokens", how many those are; "greedy", whether greedy decoding would write the choice; "best", the choice with
-        the largest sum (acc); "best_per_char", the same per character, leading white space not counted (acc_norm).
-        Tokens are those of lm-evaluation-harness. Logits are of scored tokens alone.
+        Returns a dict for each item, in order: its other keys, with "gold" as an index, then "logprobs", the sum over
+        each choice's tokens; "tokens", how many those are; "greedy", whether greedy decoding would write the choice;
+        "best", the choice with the largest sum (acc); "best_per_char", the same per character, leading white space not
+        counted (acc_norm). Tokens are those of lm-evaluation-harness. Logits are of scored tokens alone. `metrics`
+        counts how often the answers are right.
 
         Raises UserError, before the model runs, for an item that can't be used: it names the index, what is there, what
         is allowed and the remedy. OutOfMemory where one sequence alone does not fit into the device's memory.
@@ -104,16 +143,54 @@ class Scorer(Engine[Item]):
         """
         return self._stream(self._parsed(items, "items", _SHAPE), window, on_progress)
 
-    def parse(self, record: Record) -> Item:
-        return scoring.parse_item(record)
+    def perplexity(self, texts: Iterable[str], *, on_progress: OnProgress | None = None) -> list[dict[str, Any]]:
+        """Score whole texts, planned together, so that what they share at their starts is computed once.
 
-    def encode(self, items: Iterable[Item]) -> Choices:
-        longest = context_length(self.config, self.tokenizer)
-        return scoring.encode(items, self.tokenizer, longest, self.truncate_left)
+        A text stands behind BOS, or EOS where the tokenizer has no BOS, as in lm-evaluation-harness; without either its
+        first token is not scored.
+
+        Returns a dict for each text, in order: "logprob", the sum over its tokens; "tokens", how many were scored;
+        "words" and "bytes", as lm-evaluation-harness counts them; "perplexity", a token's, None where none was scored.
+        `metrics` adds them up. Raises as `score` does.
+        """
+        with options_as_arguments():
+            found = numbered(texts, "texts", "strings")
+            parsed: list[Item | Text] = [Text(where, check_text(text, where), {}) for where, text in found]
+        return self._results(parsed, on_progress)
+
+    def parse(self, record: Record) -> Item | Text:
+        if is_text(record):
+            if self.letters or self.chat:
+                option = "--letters" if self.letters else "--chat"
+                raise UserError(f'{record.where} holds a text; {option} is for questions with "choices"')
+            return rolling.parse_text(record)
+        return scoring.parse_item(record, self.letters, self.chat)
+
+    def encode(self, items: Iterable[Item | Text]) -> Choices:
+        items = iter(items)
+        first = next(items, None)
+        kind = Text if isinstance(first, Text) else Item
+        same: Any = map(functools.partial(_of_kind, kind), itertools.chain([] if first is None else [first], items))
+        if kind is Text:
+            return rolling.encode(same, self.tokenizer, self.max_length, self.stride)
+        return scoring.encode(same, self.tokenizer, self.max_length, self.truncate_left, self._prompt)
 
     def _compute(self, items: Choices) -> Compute:
         return scoring.scorer(self.runner, items)
 
-    def result(self, item: Item, encoded: list[tuple[np.ndarray, np.ndarray]], *numbers: np.ndarray) -> dict[str, Any]:
-        logprobs, greedy = numbers
-        return scoring.result(item, [len(choice) for _, choice in encoded], logprobs, greedy)
+    def result(
+        self, item: Item | Text, encoded: list[tuple[np.ndarray, np.ndarray]], *numbers: np.ndarray
+    ) -> dict[str, Any]:
+        logprobs, greedy = numbers or (np.empty(0), np.empty(0, bool))  # none where a text has no token to score
+        sizes = [len(asked) for _, asked in encoded]
+        if isinstance(item, Text):
+            return rolling.result(item, sizes, logprobs)
+        return scoring.result(item, sizes, logprobs, greedy)
+
+
+def _of_kind(kind: type, item: Item | Text) -> Item | Text:
+    """Return the item. UserError where it is of another kind than those before it."""
+    if not isinstance(item, kind):
+        texts, others = ("a text", "questions") if isinstance(item, Text) else ("a question", "texts")
+        raise UserError(f"{item.where} holds {texts}, and what stands before it {others}; score them apart")
+    return item

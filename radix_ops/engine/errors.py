@@ -24,7 +24,7 @@ class OutOfMemory(UserError, torch.OutOfMemoryError):
     """One sequence alone does not fit into the device's memory."""
 
 
-_FLAGS = ("truncate_left", "truncate_right", "plain", "trust_remote_code")
+_FLAGS = ("truncate_left", "truncate_right", "plain", "trust_remote_code", "letters", "chat")
 _OPTION = re.compile(r"(?<!\S)--([a-z]+(?:-[a-z]+)*)")
 
 

@@ -59,11 +59,12 @@ class Chat:
     def dropped(self, roles: Sequence[str]) -> list[str]:
         """Return the roles whose texts change nothing of what is rendered, found by trying."""
         turns = [("system", self._prompt)] * bool(self._prompt) + [(role, _PROBES[0]) for role in roles]
-        base = self._rendered(turns)
+        base = self.rendered(turns)
         changed = lambda place: [*turns[:place], (turns[place][0], _PROBES[1]), *turns[place + 1 :]]  # noqa: E731
-        return [role for place, (role, _) in enumerate(turns) if self._rendered(changed(place)) == base]
+        return [role for place, (role, _) in enumerate(turns) if self.rendered(changed(place)) == base]
 
-    def _rendered(self, turns: Sequence[Turn]) -> str:
+    def rendered(self, turns: Sequence[Turn]) -> str:
+        """Return the text of a conversation."""
         with _rendering():
             return self._tokenizer.apply_chat_template(self._of(turns), tokenize=False, **self._messages.arguments)
 

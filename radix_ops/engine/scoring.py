@@ -1,4 +1,4 @@
-"""Multiple-choice scoring: the log-probability of each choice behind its context.
+"""Scoring: the log-probability of each choice behind its context, or of the windows of a text.
 
 The data flows one way: `parse_item` (of an input line) -> `encode` (token ids) -> `score` (planned batches, hidden
 states, then logits of scored tokens only) -> `result` (one output object an item). Plain and folded runs share every
@@ -11,7 +11,8 @@ import array
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +21,15 @@ from torch import Tensor
 from ..plan.budget import Budget
 from .batches import Compute, OnBatch, RunStats, run
 from .errors import UserError
-from .inputs import Record
+from .inputs import Record, check_text
 from .items import Items, first_equals
+from .prompts import check_choices, gold_of, with_context
 from .runners import Runner
 from .tokenizing import in_turn
 
 MAX_LOGIT_BYTES = 64 * 2**20  # of logits that are held at a time
 RESERVED_KEYS = ("logprobs", "tokens", "greedy", "best", "best_per_char")
-SHAPE = 'one object {"context": ..., "choices": [...]} a line'
+SHAPE = 'one object {"context": ..., "choices": [...]}, {"question": ..., "choices": [...]} or {"text": ...} a line'
 _ITEMS_AT_ONCE = 256  # contexts for one call of the tokenizer
 _TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 2**22  # contexts with their choices, likewise
 
@@ -71,16 +73,27 @@ class Choices(Items):
         return self.store.lengths - 1
 
 
-def parse_item(record: Record) -> Item:
-    """Return the item of {"context": str, "choices": [str, ...], ...}. UserError for anything else."""
-    context, choices = record.text("context"), record.texts("choices")
-    for index, choice in enumerate(choices):
-        if not choice:
-            raise UserError(f"{record.where}: choices[{index}] is an empty string; a choice must hold text to score")
-    return Item(record.where, context, choices, record.others(("context", "choices"), RESERVED_KEYS))
+def parse_item(record: Record, letters: bool = False, in_chat: bool = False) -> Item:
+    """Return the item of {"context": str, "choices": [str, ...], ...}, or of a question as `with_context` has it.
+
+    Among its other keys, "gold" is an index, as `gold_of` finds it. UserError for anything else.
+    """
+    if letters and "context" in record.fields:
+        raise UserError(f'{record.where} has the key "context"; --letters asks a "question" with its "choices" alone')
+    if letters or ("question" in record.fields and "context" not in record.fields):
+        record = with_context(record, letters, in_chat)
+    context, choices = record.text("context"), check_choices(record)
+    extra, gold = record.others(("context", "choices"), RESERVED_KEYS), gold_of(record, choices)
+    return Item(record.where, context, choices, extra if gold is None else extra | {"gold": gold})
 
 
-def encode(items: Iterable[Item], tokenizer, max_length: int | None = None, truncate_left: bool = False) -> Choices:
+def encode(
+    items: Iterable[Item],
+    tokenizer,
+    max_length: int | None = None,
+    truncate_left: bool = False,
+    prompt: Callable[[str], str] | None = None,
+) -> Choices:
     """Return the token ids of every (context, choice) pair, split as lm-evaluation-harness 0.4.13 splits them.
 
     Trailing white space of the context counts as the continuation's. The continuation is what the encoding of the
@@ -90,13 +103,19 @@ def encode(items: Iterable[Item], tokenizer, max_length: int | None = None, trun
 
     UserError where a choice yields no token, and where the model would read more than `max_length` tokens; with
     `truncate_left` such a sequence loses context on its left instead, and only a continuation too long is an error.
+
+    prompt: makes the text that stands before a choice of an item's context, and brings all special tokens along.
     """
     prefix_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     prefix_text = None if prefix_id is None else tokenizer.decode(prefix_id)
     encoded, items = Choices(), iter(items)
+    special = prompt is None
     while part := list(itertools.islice(items, _ITEMS_AT_ONCE)):
-        contexts = _encode_texts(tokenizer, [item.context.rstrip() for item in part], prefix_text)
-        wholes = _encode_many(tokenizer, (i.context + c for i in part if i.context for c in i.choices), prefix_text)
+        if prompt is not None:
+            part = [_prompted(item, prompt) for item in part]
+        contexts = encode_texts(tokenizer, [item.context.rstrip() for item in part], prefix_text, special)
+        texts = (item.context + choice for item in part if item.context for choice in item.choices)
+        wholes = _encode_many(tokenizer, texts, prefix_text, special)
         bare = _encode_many(tokenizer, (c for i in part if not i.context for c in i.choices), None, False)
         for item, context in zip(part, contexts, strict=True):
             # An empty context takes no special tokens along: the prefix token stands in for them.
@@ -110,20 +129,29 @@ def encode(items: Iterable[Item], tokenizer, max_length: int | None = None, trun
     return encoded
 
 
+def _prompted(item: Item, prompt: Callable[[str], str]) -> Item:
+    try:
+        context = prompt(item.context)
+    except UserError as error:
+        raise UserError(f"{item.where}: {error}") from error
+    return replace(item, context=check_text(context, f"{item.where}: what the chat template writes"))
+
+
 def _encode_many(tokenizer, texts: Iterable[str], *options) -> Iterator[list[int]]:
-    """Yield what _encode_texts makes, of a few texts at a time: a long context stands before each of its choices."""
+    """Yield what encode_texts makes, of a few texts at a time: a long context stands before each of its choices."""
     part: list[str] = []
     size = 0
     for text in texts:
         part.append(text)
         size += len(text)
         if len(part) == _TEXTS_AT_ONCE or size >= _CHARACTERS_AT_ONCE:
-            yield from _encode_texts(tokenizer, part, *options)
+            yield from encode_texts(tokenizer, part, *options)
             part, size = [], 0
-    yield from _encode_texts(tokenizer, part, *options)
+    yield from encode_texts(tokenizer, part, *options)
 
 
-def _encode_texts(tokenizer, texts: list[str], prefix_text: str | None, special: bool = True) -> list[list[int]]:
+def encode_texts(tokenizer, texts: list[str], prefix_text: str | None, special: bool = True) -> list[list[int]]:
+    """Return the token ids of texts, with `special` tokens around those that don't start with the prefix themselves."""
     encoded: list[list[int]] = [[]] * len(texts)
     has_prefix = [prefix_text is not None and text.startswith(prefix_text) for text in texts]
     for flag in (False, True):
@@ -172,9 +200,9 @@ def scorer(runner: Runner, choices: Choices) -> Compute:
 
     def compute(indices: np.ndarray, inputs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         targets = [choices.parts(i)[1] for i in indices]
-        context_lengths = [len(ids) + 1 - len(choice) for ids, choice in zip(inputs, targets, strict=True)]
         states = runner.states(inputs)
-        tokens, row_of = _head_rows(np.searchsorted(ends, indices, "right"), context_lengths, targets, states.starts)
+        contexts = [ids[: len(ids) + 1 - len(choice)] for ids, choice in zip(inputs, targets, strict=True)]
+        tokens, row_of = _head_rows(np.searchsorted(ends, indices, "right"), contexts, targets, states.starts)
         rows = states.at(tokens)
         logprobs, greedy = score_targets(
             lambda first, end: runner.head(rows[first:end]).float(),
@@ -190,21 +218,22 @@ def scorer(runner: Runner, choices: Choices) -> Compute:
     return compute
 
 
-def _head_rows(items, context_lengths: list[int], targets, starts) -> tuple[np.ndarray, np.ndarray]:
+def _head_rows(items, contexts: list[np.ndarray], targets, starts) -> tuple[np.ndarray, np.ndarray]:
     """Return the packed tokens of the batch that need logits, and for each scored token which of them predicts it.
 
-    Choices of one item that start alike share those tokens: a small trie per item, rooted at its context's end.
+    Choices of one item that start alike share those tokens: a small trie for each of its contexts, which may be cut to
+    several lengths, or be a text's windows.
     """
-    nodes: dict[tuple[int, int], int] = {}
+    nodes: dict[tuple[int, Any], int] = {}
     tokens: list[int] = []
     row_of: list[int] = []
-    for item, length, choice, start in zip(items.tolist(), context_lengths, targets, starts.tolist(), strict=True):
-        # A root's first part is negative. Contexts of one item that were cut to the same length are the same.
-        key = (-1 - item, length)
+    for item, context, choice, start in zip(items.tolist(), contexts, targets, starts.tolist(), strict=True):
+        # A root's first part is negative.
+        key: tuple[int, Any] = (-1 - item, context.tobytes())
         for offset, token in enumerate(choice.tolist()):
             row = nodes.setdefault(key, len(tokens))
             if row == len(tokens):
-                tokens.append(start + length - 1 + offset)
+                tokens.append(start + len(context) - 1 + offset)
             row_of.append(row)
             key = (row, token)
     return np.asarray(tokens, dtype=np.int64), np.asarray(row_of, dtype=np.int64)

@@ -1,0 +1,112 @@
+"""What a run's results say together: accuracy where the right choice is known, perplexity of texts."""
+
+from __future__ import annotations
+
+import array
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from .calibration import Calibration
+from .errors import UserError
+from .rolling import perplexity_of
+
+_LEVEL, _QUANTILE = 0.95, 1.959963984540054  # of the normal distribution, for both sides
+ACCURACIES = ("sum", "per_token", "per_char")
+
+
+def metrics(results: Iterable[Mapping[str, Any]], *, calibration: bool = False) -> dict[str, Any]:
+    """Return what results of `Scorer` say together, whichever call or file they come from.
+
+    Results of questions: "rows", "rows_with_gold", which alone are counted, and, where there are some, "accuracy" by
+    "sum" (acc of lm-evaluation-harness), "per_token" and "per_char" (acc_norm), each with the number that is "correct",
+    its share as "value" and the "low" and "high" of the Wilson score interval, whose confidence is "level". With
+    `calibration` also the bins of the answers by their confidence, the softmax of a question's "logprobs" at the best,
+    and the expected calibration error.
+
+    Results of texts: "rows", the sums of "logprob", "tokens", "words" and "bytes", "token_perplexity",
+    "word_perplexity", "byte_perplexity" and "bits_per_byte" over all of them, as lm-evaluation-harness has them.
+
+    Raises UserError, a ValueError, for what is no result, and for `calibration` where no right choice is known.
+    """
+    measures = Measures(calibration)
+    for index, result in enumerate(results):
+        try:
+            measures.add(result)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise UserError(f"results[{index}] is no result of a Scorer, or not of the kind before it") from error
+    if calibration and not measures.num_gold:
+        raise UserError('calibration=True needs results with "gold", the right choice; none has it')
+    return measures.found()
+
+
+class Measures:
+    """Counts over results that come one by one, in any order. Memory holds 8 bytes a text, and those of Calibration."""
+
+    def __init__(self, calibration: bool = False):
+        self.num_rows = self.num_gold = 0
+        self._correct = dict.fromkeys(ACCURACIES, 0)
+        self._calibration = Calibration() if calibration else None
+        self._logprobs = array.array("d")  # of texts; their exact sum does not depend on their order
+        self._sizes = {"tokens": 0, "words": 0, "bytes": 0}
+
+    def add(self, result: Mapping[str, Any]) -> None:
+        """Add a result, of a question or of a text like those before."""
+        is_text = "logprob" in result
+        if self.num_rows and is_text != bool(self._logprobs):
+            raise ValueError("questions and texts")
+        if is_text:
+            self._logprobs.append(result["logprob"])
+            for name in self._sizes:
+                self._sizes[name] += result[name]
+        else:
+            self._add_question(result)
+        self.num_rows += 1
+
+    def _add_question(self, result: Mapping[str, Any]) -> None:
+        logprobs, tokens = np.array(result["logprobs"], float), np.array(result["tokens"])
+        best = (result["best"], int(np.argmax(logprobs / tokens)), result["best_per_char"])
+        gold = result.get("gold")
+        if gold is None:
+            return
+        if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(logprobs):
+            raise ValueError("gold is no index")
+        self.num_gold += 1
+        for name, answer in zip(ACCURACIES, best, strict=True):
+            self._correct[name] += answer == gold
+        if self._calibration is not None:
+            self._calibration.add(logprobs, best[0] == gold)
+
+    def found(self) -> dict[str, Any]:
+        """Return what `metrics` does."""
+        if self._logprobs:
+            return {"rows": self.num_rows, **self._of_texts()}
+        found: dict[str, Any] = {"rows": self.num_rows, "rows_with_gold": self.num_gold}
+        if self.num_gold:
+            accuracy = {name: _share(self._correct[name], self.num_gold) for name in ACCURACIES}
+            found |= {"accuracy": accuracy, "interval": {"method": "Wilson score", "level": _LEVEL}}
+            if self._calibration is not None:
+                found["calibration"] = self._calibration.table()
+        return found
+
+    def _of_texts(self) -> dict[str, Any]:
+        logprob = math.fsum(self._logprobs)
+        found = {f"{name[:-1]}_perplexity": perplexity_of(logprob, count) for name, count in self._sizes.items()}
+        bits = -logprob / self._sizes["bytes"] / math.log(2) if self._sizes["bytes"] else None
+        return {"logprob": logprob, **self._sizes, **found, "bits_per_byte": bits}
+
+
+def _share(correct: int, count: int) -> dict[str, Any]:
+    low, high = wilson_interval(correct, count)
+    return {"correct": correct, "value": correct / count, "low": low, "high": high}
+
+
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
+    """Return the Wilson score interval of a share (Wilson 1927), without continuity correction, at 95%."""
+    share, square = correct / count, _QUANTILE**2
+    middle = (share + square / (2 * count)) / (1 + square / count)
+    half = _QUANTILE * math.sqrt(share * (1 - share) / count + square / (4 * count**2)) / (1 + square / count)
+    # Rounding must not take the ends of the scale out of the interval.
+    return (0.0 if correct == 0 else middle - half), (1.0 if correct == count else middle + half)
