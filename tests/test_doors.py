@@ -123,5 +123,6 @@ def test_ops_are_there_and_described(name):
 
 
 def test_the_command_is_a_module_and_an_entry_point():
+    assert importlib.util.find_spec("radix_ops.__main__")
     assert importlib.util.find_spec("radix_ops.cli.__main__")
-    assert 'radix-ops = "radix_ops.cli:main"' in (ROOT / "pyproject.toml").read_text()
+    assert 'radix-ops = "radix_ops_command:main"' in (ROOT / "pyproject.toml").read_text()

@@ -57,7 +57,7 @@ def test_a_missing_library_says_how_to_build(monkeypatch, tmp_path):
 ROOT = Path(__file__).parents[1]
 TEXTS = [*ROOT.glob("*.md"), ROOT / "Makefile", ROOT / "pyproject.toml"] + [
     path
-    for folder in ("docs", "examples", "radix_ops", "benchmarks", "tools")
+    for folder in ("docs", "examples", "radix_ops", "radix_ops_command", "benchmarks", "tools")
     for path in (ROOT / folder).rglob("*")
     if path.suffix in (".md", ".py")
 ]
@@ -87,7 +87,7 @@ def test_no_text_tells_to_install_the_package_by_name():
 def test_distribution_import_and_command_have_their_names():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'^name = "torch-radix-ops"$', project, re.MULTILINE)
-    assert re.search(r'^radix-ops = "radix_ops.cli:main"$', project, re.MULTILINE)
+    assert re.search(r'^radix-ops = "radix_ops_command:main"$', project, re.MULTILINE)
     assert re.fullmatch(r"\d+\.\d+\.\d+", radix_ops.__version__)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import radix_ops
+import radix_ops_command
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -138,6 +139,7 @@ def test_the_readme_counts_the_proven_types():
 
 
 def test_the_citation_names_the_version():
+    assert radix_ops_command.__version__ == radix_ops.__version__
     assert f"version: {radix_ops.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 

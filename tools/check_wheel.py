@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "radix_ops"
+PACKAGES = [ROOT / "radix_ops", ROOT / "radix_ops_command"]
 DATA = ["_C.abi3.so", "hf/models.json", "py.typed"]
 USE = """
 import importlib, sys
@@ -33,15 +33,16 @@ for name in data:
 
 
 def modules() -> list[str]:
-    """Return the package's modules, as the checkout has them; a __main__ would run when it is imported."""
-    paths = [path.relative_to(ROOT).with_suffix("") for path in PACKAGE.rglob("*.py")]
+    """Return the modules of both packages, as the checkout has them; a __main__ would run when it is imported."""
+    paths = [path.relative_to(ROOT).with_suffix("") for package in PACKAGES for path in package.rglob("*.py")]
     names = [".".join(path.parts).removesuffix(".__init__") for path in paths if path.name != "__main__"]
     return sorted(names)
 
 
 def build(folder: Path) -> Path:
     """Build the wheel of pyproject.toml in a folder with copies of what goes into it."""
-    shutil.copytree(PACKAGE, folder / "radix_ops", ignore=shutil.ignore_patterns("__pycache__"))
+    for package in PACKAGES:
+        shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     (folder / "MANIFEST.in").write_text("include radix_ops/_C.abi3.so\n")
@@ -61,7 +62,7 @@ def main() -> None:
         (folder / "source").mkdir()
         wheel = build(folder / "source")
         tops = {Path(member).parts[0] for member in zipfile.ZipFile(wheel).namelist()}
-        assert {top for top in tops if not top.endswith(".dist-info")} == {"radix_ops"}, tops
+        assert {top for top in tops if not top.endswith(".dist-info")} == {package.name for package in PACKAGES}, tops
         site = folder / "site"
         pip("install", "--no-deps", "--target", site, wheel)
         # Without the site module no .pth file leads back to the checkout.
@@ -69,7 +70,7 @@ def main() -> None:
         python = [sys.executable, "-S"]
         for arguments in (
             ["-c", USE, str(site), " ".join(modules()), " ".join(DATA)],
-            ["-m", "radix_ops.cli", "--version"],
+            ["-m", "radix_ops", "--version"],
         ):
             if status := subprocess.call([*python, *arguments], cwd=folder, env=environment):
                 sys.exit(status)

@@ -1,5 +1,5 @@
-"""The `radix-ops` command."""
+"""The `radix-ops` command: what each subcommand does. Its arguments stand in `radix_ops_command`."""
 
-from ._main import main
+from radix_ops_command import main
 
 __all__ = ["main"]

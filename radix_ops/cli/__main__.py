@@ -1,5 +1,5 @@
 import sys
 
-from . import main
+from radix_ops_command import main
 
 sys.exit(main())

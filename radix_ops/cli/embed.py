@@ -5,52 +5,9 @@ from __future__ import annotations
 import argparse
 
 from ..engine import Embedder, embedding
-from ..engine.recipes import POOLINGS
-from .arguments import (
-    FILE_HELP,
-    MODEL_HELP,
-    RESUME_HELP,
-    add_command,
-    add_format_argument,
-    add_length_arguments,
-    add_model_arguments,
-    positive_int,
-    read_records,
-    utf8_text,
-)
 from .compare import Closeness
 from .job import Job, check_keys, prepared
-
-HELP = f"""\
-Makes an embedding of each line: the hidden state of its last token, or the mean over its tokens, normalised. What
-texts of a batch share at their start, such as an instruction, is computed once.
-
-FILE holds one text a line, or JSON objects like {{"text": "..."}}, whose other keys are copied to the output. A text
-that is too long for the model is an error, unless --truncate-right.
-
---output PATH.npy gets a float32 matrix [lines, dim] in the input's order, made as a memory map. Any other --output,
-and standard output, get JSON lines: line (from 1), the input's other keys, embedding, and key, a hash of input line,
-tokens, model, dtype and options.
-
-A sentence-transformers folder (one with a modules.json) says itself how to pool and whether to normalise, and which
-prompt stands before each text; options here go before that. Any other model pools the last token and normalises.
-Special tokens are those that the model's tokenizer puts around a text. Where the folder has the modality "message", the
-tokenizer's chat template renders each text as the user's message and the prompt as the system's, as in
-sentence-transformers 6. What a folder sets and embed does not know is refused by name. --dim keeps the first numbers
-of a Matryoshka model, and normalises after that; a folder's truncate_dim does before, as in sentence-transformers.
-
-  radix-ops embed --model Qwen/Qwen3-Embedding-0.6B --output documents.npy documents.txt
-  radix-ops embed --model Qwen/Qwen3-Embedding-0.6B --output queries.npy queries.txt \\
-      --prompt $'Instruct: Given a web search query, retrieve relevant passages that answer the query\\nQuery:'
-
-{RESUME_HELP}A .npy is made as PATH.npy.part, and a side file, PATH.npy.rows, says which rows are done, by a
-checksum of each; both go when it is finished.
-
-It does not pay where texts start differently: documents without a prompt, or with one that is short beside them.
-`radix-ops inspect` says how much a file shares, --compare how much time that saves.
-
-{FILE_HELP}
-{MODEL_HELP}"""
+from .reading import read_records
 
 
 def run(args: argparse.Namespace) -> None:
@@ -68,33 +25,3 @@ def run(args: argparse.Namespace) -> None:
             **options,
         )
         Job(args, engine, records, "embed", "embedded {count:,} texts:", Closeness()).run()
-
-
-def add_parser(commands) -> None:
-    command = add_command(commands, "embed", "make embeddings of texts", HELP, run)
-    command.add_argument("file", metavar="FILE", help="the texts, JSONL or one a line")
-    add_format_argument(command)
-    command.add_argument(
-        "--text-key",
-        type=utf8_text,
-        default="text",
-        metavar="KEY",
-        help="key of the text in a JSON object (default: %(default)s)",
-    )
-    add_model_arguments(
-        command, "file for the embeddings, a matrix where it ends in .npy (default: JSON lines on standard output)"
-    )
-    command.add_argument(
-        "--pooling", choices=POOLINGS, help="pooling of hidden states (default: as the model's folder says, else last)"
-    )
-    command.add_argument(
-        "--prompt",
-        type=utf8_text,
-        metavar="TEXT",
-        help='text before each text; "" for none (default: as the model\'s folder says)',
-    )
-    command.add_argument(
-        "--dim", type=positive_int, metavar="N", help="numbers that are kept, the first N (default: all)"
-    )
-    command.add_argument("--no-normalize", action="store_true", help="embeddings at the length that they have")
-    add_length_arguments(command, "text", "texts")

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from radix_ops_command.errors import printable
+
 from ..data.claim import checked_output
 from ..data.fingerprint import fingerprint
 from ..data.matrix import MatrixFile, is_matrix
@@ -23,8 +25,8 @@ from ..engine.embedding import check_finite
 from ..engine.inputs import Record
 from ..engine.items import Collector, Items
 from ..engine.loading import find_device
-from .arguments import printable, progress_bar
 from .compare import Comparison, compare_runs
+from .progress import progress_bar
 
 Numbers = list[np.ndarray]  # an item's: an array of each kind
 

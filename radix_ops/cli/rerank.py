@@ -5,56 +5,9 @@ from __future__ import annotations
 import argparse
 
 from ..engine import Reranker, reranking
-from ..engine.cross_encoders import READINGS
-from ..engine.templates import TEMPLATES
-from .arguments import (
-    FILE_HELP,
-    MODEL_HELP,
-    RESUME_HELP,
-    add_command,
-    add_length_arguments,
-    add_model_arguments,
-    read_records,
-)
 from .compare import Agreement
 from .job import Job, check_keys, prepared
-
-HELP = f"""\
-Scores each document of each line by its relevance to the line's query. The query and what stands before it are
-computed once for all its documents.
-
-FILE holds one JSON object a line: {{"query": "...", "documents": ["...", "..."]}}, perhaps with an "instruction".
-Other keys are copied to the output, which holds one object a line in the input's order:
-  line    the input line, counted from 1, then the input's other keys
-  scores  of each document, from 0 to 1, but for a cross-encoder whose folder says otherwise
-  order   the documents by score, the best first, counted from 0
-  key     a hash of input line, tokens, model, dtype, mode and template
-
-A language model reads query and document in a template and answers yes or no: the score is P(yes) against P(no) as its
-next token. The template qwen3-reranker is that of Qwen3-Reranker, and the default for Qwen3 models. Others come in a
-JSON file:
-  {{"text": "Query: {{query}}\\nDocument: {{document}}\\nRelevant:", "yes": " yes", "no": " no"}}
-whose text may hold {{instruction}}, too; "instruction" is then the default for lines without one. yes and no are single
-tokens, as text or as ids. What stands behind {{document}} is tokenised apart, so that a document that is cut leaves it
-whole; the text brings all special tokens along.
-
-A model with a classification head of one label (a cross-encoder) reads query and document as the pair that its
-tokenizer makes (--template pairs) or as its tokenizer's chat template renders the roles query and document (--template
-chat), or in another template if one is given. Its score is the sigmoid of its logit. A folder that
-sentence-transformers saved says itself which of the two, how the logit becomes a score, and which prompt stands before
-each query; so does that of a language model with a LogitScore. What it sets and rerank does not know is refused by
-name. Where a folder says nothing and the template takes both roles, one of the two must be asked for.
-
-A document that is too long with its query is an error, unless --truncate-right; nothing else is ever cut.
-
-  radix-ops rerank --model Qwen/Qwen3-Reranker-0.6B --output ranked.jsonl queries.jsonl
-
-{RESUME_HELP}
-It does not pay where a line has one document, or documents that are long beside template and query.
-`radix-ops inspect` says how much a file shares, --compare how much time that saves.
-
-{FILE_HELP}
-{MODEL_HELP}"""
+from .reading import read_records
 
 
 def run(args: argparse.Namespace) -> None:
@@ -68,16 +21,3 @@ def run(args: argparse.Namespace) -> None:
         )
         records = read_records(args.file, lambda record: engine.parse(check_keys(record)), reranking.SHAPE)
         Job(args, engine, records, "rerank", "reranked", Agreement("order", "orders", "score", "scores")).run()
-
-
-def add_parser(commands) -> None:
-    command = add_command(commands, "rerank", "order documents by relevance to their query", HELP, run)
-    command.add_argument("file", metavar="FILE", help="the queries with their documents, JSONL")
-    add_model_arguments(command, "file for the results (default: standard output)")
-    command.add_argument(
-        "--template",
-        metavar="T",
-        help=f"template: {' or '.join(TEMPLATES)}, or a JSON file (default: qwen3-reranker for Qwen3 language models); "
-        f"for a cross-encoder also {' or '.join(READINGS)}, see above",
-    )
-    add_length_arguments(command, "query with its document", "documents")

@@ -13,13 +13,13 @@ import radix_ops
 from helpers.commands import failing_command, write_jsonl
 from helpers.language_models import tiny_model, tiny_tokenizer
 from radix_ops import cli
-from radix_ops.cli._main import COMMANDS
 from radix_ops.data import claim
 from radix_ops.data.matrix import MatrixFile
 from radix_ops.data.records import UserError
 from radix_ops.data.results import ResultFile, ResultStream
 from radix_ops.plan import budget
 from radix_ops.plan.budget import find_budget
+from radix_ops_command._main import COMMANDS
 
 transformers = pytest.importorskip("transformers")
 CPU, NUM_ITEMS = torch.device("cpu"), 300

@@ -1,27 +1,19 @@
-"""The `radix-ops` command. Each subcommand is a module of `radix_ops.cli` that adds its own parser."""
+"""The `radix-ops` command. Each subcommand is a module beside this one that adds its own parser."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import io
-import logging
 import os
 import sys
-from collections.abc import Iterator
 
-import torch
+import radix_ops_command
 
-import radix_ops
+from .errors import Failure, printable
 
-from ..engine.errors import UserError
-from .arguments import printable
-
-# Each module's add_parser(commands) adds a parser whose default `run` is a function of the parsed arguments.
+# Each module's add_parser(commands) adds a parser whose default `run` names the module of run(args).
 COMMANDS = ("inspect", "embed", "rerank", "score")
-
-
 _LONGEST_MESSAGE = 2000
 
 
@@ -35,10 +27,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="radix-ops",
         description="Shared prefixes of a batch, computed once. `radix-ops inspect` says whether that pays for a file.",
     )
-    parser.add_argument("--version", action="version", version=f"radix-ops {radix_ops.__version__}")
+    parser.add_argument("--version", action="version", version=f"radix-ops {radix_ops_command.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
-        importlib.import_module(f"radix_ops.cli.{name}").add_parser(commands)
+        importlib.import_module(f"radix_ops_command.{name}").add_parser(commands)
     return parser
 
 
@@ -49,16 +41,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         prints = getattr(args, "output", None) is None or args.compare
         if prints and sys.stdout is None:
-            raise UserError("standard output is closed, and results would go there")
-        with _warnings_shown():
-            args.run(args)
+            raise Failure("standard output is closed, and results would go there")
+        importlib.import_module("radix_ops.cli._run").run(args)  # imports torch, which takes seconds
         if sys.stdout is not None:
             sys.stdout.flush()
         return 0
-    except UserError as error:
-        message, status = error.as_option, 1
-    except torch.OutOfMemoryError:
-        message, status = "out of memory", 1
+    except Failure as failure:
+        message, status = str(failure), 1
     except BrokenPipeError:  # the reader of standard output has gone
         message, status = None, 1
     except OSError as error:
@@ -75,20 +64,6 @@ def main(argv: list[str] | None = None) -> int:
             message = f"{message[: _LONGEST_MESSAGE // 2]} ... {message[-_LONGEST_MESSAGE // 2 :]}"
         print(f"radix-ops: {message}", file=sys.stderr)
     return status
-
-
-@contextlib.contextmanager
-def _warnings_shown() -> Iterator[None]:
-    """Print what the package warns of to standard error, a line each."""
-    logger, handler = logging.getLogger("radix_ops"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    propagates, logger.propagate = logger.propagate, False
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagates
 
 
 def _check_streams() -> None:

@@ -1,15 +1,10 @@
-"""Arguments that subcommands share, their types, and input that is read with a progress bar."""
+"""Arguments that subcommands share, and their types."""
 
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Callable
 
-from ..data.records import Records, T
-from ..data.streams import LONGEST_LINE
-from ..engine.errors import UserError
-from ..engine.inputs import LONGEST_TEXT, Record
+from .names import LONGEST_LINE, LONGEST_TEXT
 
 FILE_HELP = f"""\
 FILE may be compressed by gzip, or a pipe. Blank lines of JSONL are skipped, and lines are counted with them. A line
@@ -29,13 +24,8 @@ dtype and mode (folded or --plain) is an error. The finished file is put into th
 MOST_THREADS = 1024
 
 
-def printable(text: str) -> str:
-    """Return the text on one line, with an escape for whatever doesn't print or could move a terminal's cursor."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def add_command(commands, name: str, summary: str, description: str, run: Callable) -> argparse.ArgumentParser:
-    """Add a parser for the subcommand, whose description keeps its line breaks."""
+def add_command(commands, name: str, summary: str, description: str, run: str) -> argparse.ArgumentParser:
+    """Add a parser for the subcommand, whose description keeps its line breaks; `run` names the module of run(args)."""
     parser = commands.add_parser(
         name, help=summary, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,22 +72,6 @@ def thread_count(text: str) -> int:
     if value > MOST_THREADS:
         raise argparse.ArgumentTypeError(f"{text!r} threads are more than {MOST_THREADS}")
     return value
-
-
-def progress_bar(total: int, desc: str, unit: str, delay: float = 0):
-    """Return a tqdm bar on standard error; it shows after `delay` seconds."""
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise UserError("radix-ops needs tqdm: pip install tqdm") from error
-    return tqdm(total=total, desc=desc, unit=unit, unit_scale=True, delay=delay)
-
-
-def read_records(path: str, parse: Callable[[Record], T], shape: str, format: str | None = "jsonl") -> Records[T]:
-    """Read and check the whole file (see `Records`), with a progress bar where that takes long."""
-    size = os.path.getsize(path) if os.path.isfile(path) else 0
-    with progress_bar(size, "checking the input", "B", delay=2) as bar:
-        return Records(path, parse, format=format, shape=shape, on_bytes=bar.update)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, results: str) -> None:

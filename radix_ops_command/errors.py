@@ -1,0 +1,10 @@
+"""The error that ends the command with one sentence, and the way it is printed."""
+
+
+class Failure(Exception):
+    """An error that its message names in one sentence; the command prints it and ends with status 1."""
+
+
+def printable(text: str) -> str:
+    """Return the text on one line, with an escape for whatever doesn't print or could move a terminal's cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,91 @@
+"""The arguments of `radix-ops inspect`."""
+
+from __future__ import annotations
+
+from .arguments import FILE_HELP, add_command, add_format_argument, add_trust_argument, positive_int, utf8_text
+from .names import PAIRS, SEED, TEMPLATES
+
+BATCH_SIZES = (8, 32, 128, 512)
+MAX_ROWS = 16_384
+
+HELP = f"""\
+Says how much the sequences of a file share, and what folding could save: the first thing to run before deciding. No
+model runs, and no weights are read.
+
+FILE holds one text a line (.txt), or one JSON object a line, of which the first line's keys tell the format:
+  {{"text": ...}}                            texts; --text-key names another key, --prompt what stands before each
+  {{"context": ..., "choices": [...]}}       questions as `radix-ops score` reads them
+  {{"query": ..., "documents": [...]}}       queries as `radix-ops rerank` reads them, in a --template
+  {{"messages": [...]}}                      conversations, by the tokenizer's chat template
+  {{"prompt": ..., "completion": ...}}       training data; strings, or arrays of messages
+  {{"prompt": ..., "chosen": ..., "rejected": ...}}
+  {{"input_ids": [...]}}                     token ids, which need no tokenizer
+or it is a .npz file of two arrays, input_ids [N] end to end and cu_seqlens [B + 1].
+
+{FILE_HELP}
+  radix-ops inspect --tokenizer Qwen/Qwen3-0.6B --plot sharing.png questions.jsonl
+
+Tokens that two sequences of a batch have in common at their starts are computed once, as one row. The report says
+which prefixes are shared and how many sequences share them, then counts, exactly, the rows of batches of several sizes:
+in the order given, shuffled one by one (seed {SEED}), and as the planner of the other commands puts them together, for
+a transformers model or, where --model names a Qwen3, for that.
+
+The speed-up is at most rows before over rows after. With --model, a model's name, it is that of FLOPs, read off its
+config: a row costs 2 for each weight of the layers' products (of experts those that a token visits), and in each layer
+2 * heads * (width of a query + width of a value) for each key that it attends to. "Packed" batches compute each token,
+"padded" ones each position of batches sorted by length. The embedding, the output head, moving data and launching
+kernels are not counted; `--compare` of the other commands measures the time.
+
+--json prints the numbers as one JSON object. --plot draws tokens / rows by batch size and order, and the trie.
+"""
+
+
+def _sizes(text: str) -> list[int]:
+    return [positive_int(part.strip()) for part in text.split(",")]
+
+
+def add_parser(commands) -> None:
+    command = add_command(
+        commands, "inspect", "how much a data set shares, and what folding could save", HELP, "radix_ops.cli.inspect"
+    )
+    command.add_argument("file", metavar="FILE", help="the data, JSONL, text or .npz")
+    command.add_argument(
+        "--tokenizer", metavar="T", help="a local folder, a hub id or a .gguf file (default: that of --model)"
+    )
+    command.add_argument(
+        "--model", metavar="M", help="model whose config gives speed-ups in FLOPs; no weights are read"
+    )
+    add_format_argument(command)
+    command.add_argument(
+        "--text-key", type=utf8_text, default="text", metavar="KEY", help="key of the texts (default: %(default)s)"
+    )
+    command.add_argument(
+        "--prompt",
+        type=utf8_text,
+        metavar="TEXT",
+        help="text before each of the texts (default: that of --model's folder)",
+    )
+    command.add_argument(
+        "--template",
+        metavar="T",
+        help=f"template for queries with documents: {' or '.join(TEMPLATES)}, a JSON file as for `radix-ops rerank`, "
+        f"or {PAIRS} as a cross-encoder reads them",
+    )
+    command.add_argument(
+        "--batch-sizes",
+        type=_sizes,
+        default=list(BATCH_SIZES),
+        metavar="N,N,...",
+        help=f"sequences of a batch to count rows of (default: {','.join(map(str, BATCH_SIZES))})",
+    )
+    command.add_argument(
+        "--token-budget",
+        type=positive_int,
+        default=MAX_ROWS,
+        metavar="N",
+        help="rows of a batch that the verdict goes by (default: %(default)s; the other commands take at most 4,096 on "
+        "the CPU and 65,536 on CUDA)",
+    )
+    add_trust_argument(command)
+    command.add_argument("--plot", metavar="FILE", help="file for a picture: .png, .svg or .pdf")
+    command.add_argument("--json", action="store_true", help="one JSON object in place of the report")

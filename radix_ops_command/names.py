@@ -1,0 +1,9 @@
+"""Names and limits of the engine that arguments and help need. Where torch is there, a test holds them equal."""
+
+LONGEST_LINE = 64 * 2**20  # bytes
+LONGEST_TEXT = 8 * 2**20  # bytes of UTF-8
+POOLINGS = ("last", "mean")
+TEMPLATES = ("qwen3-reranker",)
+READINGS = ("pairs", "chat")
+PAIRS = "pairs"
+SEED = 0  # of the shuffled order
