@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from .arguments import FILE_HELP, MODEL_HELP, RESUME_HELP, add_command, add_model_arguments
+from .arguments import (
+    FILE_HELP,
+    MODEL_HELP,
+    RESUME_HELP,
+    add_command,
+    add_model_arguments,
+    positive_int,
+    utf8_text,
+)
 
 HELP = f"""\
-Scores each choice of each line: the log-probability of the choice's tokens behind the context, tokenised as
-lm-evaluation-harness does. What sequences of a batch share at their start is computed once.
+Scores each choice of each question: the log-probability of the choice's tokens behind the context, tokenised as
+lm-evaluation-harness does; or whole texts. What sequences of a batch share at their start is computed once.
 
-FILE holds one JSON object a line: {{"context": "Q: ...", "choices": [" yes", " no"]}}. Other keys are copied to the
-output. The text that a model reads is context + choice, so a choice brings its leading space along.
+FILE holds one object a line, of one of these kinds. Other keys are copied to the output.
+  {{"context": "Q: ...", "choices": [" yes", " no"]}}  what a model reads is context + choice, so a choice brings its
+                                                     leading space along
+  {{"question": "...", "choices": ["yes", "no"]}}      asked as "Question: ...\\nAnswer:", or by --letters
+  {{"text": "..."}}                                    scored whole, behind BOS, or EOS where there is no BOS; a file of
+                                                     text has one a line
 
 The output holds one object a line in the input's order:
   line           the input line, counted from 1, then the input's other keys
@@ -19,8 +31,18 @@ The output holds one object a line in the input's order:
   best           the choice with the largest sum (acc), counted from 0
   best_per_char  the same per character, leading white space not counted (acc_norm)
   key            a hash of input line, tokens, model, dtype and mode
+and for a text, in place of what choices have:
+  logprob        the sum over its tokens
+  tokens         how many were scored, and its words and bytes
+  perplexity     a token's
+
+"gold" says which choice is right: its index from 0, its letter or its text; in the output it is the index. Where rows
+have it, standard error ends with the accuracy by sum, per token and per character, each with its 95% Wilson score
+interval; for texts, with the perplexities a token, word and byte. --metrics writes these, too.
 
   radix-ops score --model Qwen/Qwen3-0.6B --output scores.jsonl questions.jsonl
+  radix-ops score --model Qwen/Qwen3-0.6B --letters --chat --metrics metrics.json exam.jsonl
+  radix-ops score --model Qwen/Qwen3-0.6B --max-length 2048 --stride 2048 texts.txt
 
 {RESUME_HELP}
 It does not pay where nothing long is shared: one choice a line, contexts of a few tokens, contexts that all start
@@ -32,10 +54,39 @@ differently. `radix-ops inspect` says how much a file shares, --compare how much
 
 def add_parser(commands) -> None:
     command = add_command(
-        commands, "score", "score multiple-choice questions with a language model", HELP, "radix_ops.cli.score"
+        commands,
+        "score",
+        "score multiple-choice questions, or whole texts, with a language model",
+        HELP,
+        "radix_ops.cli.score",
     )
-    command.add_argument("file", metavar="FILE", help="the questions, JSONL")
+    command.add_argument("file", metavar="FILE", help="the questions or texts")
     add_model_arguments(command, "file for the results (default: standard output)")
+    command.add_argument("--letters", action="store_true", help="questions that list their choices, answered by letter")
+    command.add_argument(
+        "--chat",
+        action="store_true",
+        help="contexts as the user's messages in the tokenizer's chat template, choices as the assistant's answers",
+    )
+    command.add_argument("--system", type=utf8_text, metavar="TEXT", help="system's message of each chat")
+    command.add_argument(
+        "--max-length",
+        type=positive_int,
+        metavar="N",
+        help="tokens that the model reads at a time at most (default: as the model and its tokenizer say)",
+    )
     command.add_argument(
         "--truncate-left", action="store_true", help="a cut at the start of contexts that are too long"
+    )
+    command.add_argument(
+        "--stride",
+        type=positive_int,
+        metavar="N",
+        help="windows for texts that are too long, each of which asks for N tokens more",
+    )
+    command.add_argument("--metrics", metavar="PATH.json", help="file for what all results say together")
+    command.add_argument(
+        "--calibration",
+        action="store_true",
+        help="table of the answers by the model's confidence, and how many of them are right",
     )

@@ -21,6 +21,11 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 HUB_ID = re.compile(r"\b(?:Qwen|HuggingFaceTB|meta-llama|google|tomaarsen)/[\w.-]+")
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 
 class Block(NamedTuple):
     name: str  # page:line
@@ -79,6 +84,7 @@ def models(tmp_path_factory) -> dict[str, str]:
     names = {"AutoModelForCausalLM": "causal", "AutoModel": "base", "AutoModelForSequenceClassification": "cross"}
     for kind, name in names.items():
         getattr(transformers, kind).from_config(config).save_pretrained(folder / name)
+        tokenizer.chat_template = CHAT_TEMPLATE if name == "causal" else None
         tokenizer.save_pretrained(folder / name)
     return {name: str(folder / name) for name in names.values()}
 
@@ -88,7 +94,8 @@ def workplace(tmp_path, monkeypatch) -> Path:
     """Make the working directory, with the files that commands read."""
     questions = [{"context": f"Q: Is {x} blue?\nA:", "choices": [" yes", " no"]} for x in ("the sky", "grass")]
     queries = [{"query": "a river", "documents": ["the Seine", "a hill", "the Rhine"]}]
-    for name, lines in (("questions", questions), ("queries", queries)):
+    exam = [{"question": "Is the sea salty?", "choices": ["yes", "no"], "gold": "A"}]
+    for name, lines in (("questions", questions), ("exam", exam), ("queries", queries)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "texts.txt").write_text("the Seine\nthe Rhine\n")
     monkeypatch.chdir(tmp_path)

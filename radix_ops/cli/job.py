@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,7 @@ class Job:
     task: str  # part of each result's key
     done: str  # to {count} items, for the summary
     comparison: Comparison
+    on_result: Callable[[dict], object] | None = None  # called with each result that is written
     items: Items = field(init=False)
     base: object = field(init=False)  # the hash that keys start from
 
@@ -148,6 +149,8 @@ class _Lines:
         fields = [{"line": self._job.records.line_of(i)} | self._job.fields_of(i, numbers) for i, numbers in found]
         for (item, _), line in zip(found, fields, strict=True):
             self._results.add(item, line)
+            if self._job.on_result:
+                self._job.on_result(line)
         self._results.flush()
 
 

@@ -1,18 +1,66 @@
-"""`radix-ops score`: multiple-choice questions scored with shared prefixes computed once."""
+"""`radix-ops score`: questions and texts scored with shared prefixes computed once."""
 
 from __future__ import annotations
 
 import argparse
 
+from ..data.measured import check_metrics
 from ..engine import Scorer, scoring
-from .compare import Agreement
+from ..engine.errors import UserError
+from ..engine.inputs import Record
+from ..engine.rolling import Text
+from ..engine.scoring import Item
 from .job import Job, check_keys, prepared
+from .measured import Differences, Measured
 from .reading import read_records
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.metrics:
+        check_metrics(args.metrics, args.overwrite, args.file, *([args.output] if args.output else []))
     with prepared(args) as options:
-        records = read_records(args.file, lambda record: scoring.parse_item(check_keys(record)), scoring.SHAPE)
-        engine = Scorer(args.model, truncate_left=args.truncate_left, **options)
-        differences = Agreement("best", "answers", "choice's log-probability", "logprobs")
-        Job(args, engine, records, "score", "scored", differences).run()
+        engine = Scorer(
+            args.model,
+            letters=args.letters,
+            chat=args.chat,
+            system=args.system,
+            max_length=args.max_length,
+            truncate_left=args.truncate_left,
+            stride=args.stride,
+            **options,
+        )
+        parser = _Parser(engine, args)
+        records = read_records(args.file, parser, scoring.SHAPE, None)
+        parser.check()
+        measured = Measured(args)
+        Job(args, engine, records, "score", "scored", Differences(measured), measured.add).run()
+        measured.finish()
+
+
+class _Parser:
+    """Parses records, which must be of one kind and fit to the options."""
+
+    def __init__(self, engine: Scorer, args: argparse.Namespace):
+        self._engine, self._args = engine, args
+        self._kind: type | None = None
+        self._has_gold = False
+
+    def __call__(self, record: Record) -> Item | Text:
+        item = self._engine.parse(check_keys(record))
+        is_text = isinstance(item, Text)
+        what, others = ("a text", "questions") if is_text else ("a question", "texts")
+        self._kind = self._kind or type(item)
+        if not isinstance(item, self._kind):
+            raise UserError(f"{item.where} holds {what}, and what stands before it {others}; score them apart")
+        unfit = ("calibration", "truncate_left") if is_text else ("stride",)
+        option = next((name for name in unfit if getattr(self._args, name)), None)
+        if option:
+            raise UserError(f"{item.where} holds {what}; --{option.replace('_', '-')} is for {others}")
+        self._has_gold = self._has_gold or item.extra.get("gold") is not None
+        return item
+
+    def check(self) -> None:
+        """UserError where what is asked for needs to know which choices are right, and nothing says it."""
+        option = next((name for name in ("calibration", "metrics") if getattr(self._args, name)), None)
+        if option and self._kind is not Text and not self._has_gold:
+            raise UserError(f'--{option} needs "gold", the right choice, and no row has it')

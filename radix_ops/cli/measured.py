@@ -1,0 +1,117 @@
+"""What all results of a run of `radix-ops score` say together: told on standard error, and written where asked."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..data.measured import write_metrics
+from ..data.records import Records
+from ..engine.inputs import Record
+from ..engine.measures import ACCURACIES, Measures
+from .compare import Agreement, Comparison
+from .job import Job, Numbers
+
+_NAMES = dict(zip(ACCURACIES, ("by sum (acc)", "per token", "per character (acc_norm)"), strict=True))
+# The fields of results that count, which a table may hold as JSON.
+_FIELDS = ("logprobs", "tokens", "best", "best_per_char", "gold", "logprob", "words", "bytes")
+
+
+class Measured:
+    """The measures of a run. It reads them from --output, which holds what an earlier run left, too; without one it
+    gets each result by `add`."""
+
+    def __init__(self, args: argparse.Namespace):
+        self._output, self._path = args.output, args.metrics
+        self._measures = Measures(args.calibration)
+
+    def add(self, result: Mapping[str, Any]) -> None:
+        """Count a result where no --output holds it."""
+        if self._output is None:
+            self._measures.add(result)
+
+    def finish(self) -> None:
+        """Tell and write what all results say."""
+        if self._output is not None:
+            Records(self._output, self._count)
+        found = self._measures.found()
+        for line in report(found):
+            print(line, file=sys.stderr)
+        if self._path:
+            write_metrics(self._path, found)
+
+    def _count(self, record: Record) -> None:
+        fields = {name: _value(record.fields[name]) for name in _FIELDS if name in record.fields}
+        self._measures.add({name: value for name, value in fields.items() if value is not None})
+
+
+def _value(value: Any) -> Any:
+    return (json.loads(value) if value else None) if isinstance(value, str) else value
+
+
+class Differences(Comparison):
+    """Measures how far scores are apart, and how often answers agree; those of the folded run count."""
+
+    def __init__(self, measured: Measured):
+        self._measured, self._is_of_texts, self._largest = measured, False, 0.0
+        self._answers = Agreement("best", "answers", "choice's log-probability", "logprobs")
+
+    def add(self, job: Job, item: int, plain: Numbers, folded: Numbers) -> None:
+        found = job.fields_of(item, folded)
+        self._measured.add(found)
+        self._is_of_texts = "logprob" in found
+        if self._is_of_texts:
+            difference = np.subtract(job.fields_of(item, plain)["logprob"], found["logprob"])
+            self._largest = max(self._largest, float(np.abs(difference)))
+        else:
+            self._answers.add(job, item, plain, folded)
+
+    def report(self, count: int) -> list[str]:
+        if self._is_of_texts:
+            return [f"largest difference of a text's log-probability: {self._largest:.1e}"]
+        return self._answers.report(count)
+
+
+def report(found: dict[str, Any]) -> list[str]:
+    """Return the lines that tell of metrics; none where no right choice is known."""
+    if "logprob" in found:
+        return _of_texts(found)
+    if "accuracy" not in found:
+        return []
+    num_rows, num_gold = found["rows"], found["rows_with_gold"]
+    rows = f"the {num_gold:,} rows with gold, of {num_rows:,}" if num_gold < num_rows else f"{num_rows:,} rows"
+    lines = [f"accuracy of {rows}, and its {found['interval']['level']:.0%} interval (Wilson score):"]
+    for name, words in _NAMES.items():
+        share = found["accuracy"][name]
+        lines.append(f"  {words:<26}{share['value']:>6.1%}  {share['low']:.1%} to {share['high']:.1%}")
+    if "calibration" in found:
+        lines += _of_calibration(found["calibration"])
+    return lines
+
+
+def _of_calibration(found: dict[str, Any]) -> list[str]:
+    lines = [f"{'confidence':<14}{'answers':>9}{'mean confidence':>18}{'accuracy':>11}"]
+    for row in found["bins"]:
+        bounds = f"{row['above']:.1f} to {row['up_to']:.1f}"
+        lines.append(f"{bounds:<14}{row['answers']:>9,}{row['confidence']:>18.3f}{row['accuracy']:>11.3f}")
+    return [*lines, f"expected calibration error: {found['expected_calibration_error']:.4f}"]
+
+
+def _of_texts(found: dict[str, Any]) -> list[str]:
+    units = ", ".join(
+        f"{_number(found[f'{unit}_perplexity'])} a {unit} ({found[f'{unit}s']:,} {unit}s)"
+        for unit in ("token", "word", "byte")
+    )
+    return [
+        f"perplexity of {found['rows']:,} texts: {units}",
+        f"log-probability {found['logprob']:,.3f}, bits a byte {_number(found['bits_per_byte'])}",
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:,.4f}"
