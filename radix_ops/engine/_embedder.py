@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
-from . import embedding
+from . import embedding, ids
 from ._engine import DTypeName, Engine, Layout, OnProgress, check_count, check_flags, numbered, windows, with_progress
 from .batches import Compute
 from .embedding import Text, Texts
@@ -21,6 +22,7 @@ from .inputs import Record, check_text
 from .loading import max_length_of
 from .messages import Chat
 from .recipes import POOLINGS, Pooling, Recipe, find_recipe
+from .shapes.recognition import recognised
 
 _TEXTS_AT_ONCE = 1024  # while other threads wait for the tokenizer
 
@@ -49,6 +51,8 @@ class Embedder(Engine[Text]):
     Raises UserError, a ValueError, as `Scorer` does, and for what a folder sets and radix_ops can't do, by name.
     """
 
+    task = "embed"
+    text_key = "text"  # of an object that holds a text
     auto_class = "AutoModel"
 
     def __init__(
@@ -84,25 +88,35 @@ class Embedder(Engine[Text]):
                 layout=layout, plain=plain, trust_remote_code=trust_remote_code,
             )  # fmt: skip
             self.truncate_right = truncate_right
-            given = {"pooling": pooling, "dim": dim, "cuts_last": None if dim is None else False}
+            given: dict[str, Any] = {"pooling": pooling, "dim": dim, "cuts_last": None if dim is None else False}
             given |= {"normalize": normalize}
-            given["max_length"] = max_length_of(max_length, self.config, self.tokenizer, recipe.max_length)
-            self.recipe = self._complete(recipe, {name: value for name, value in given.items() if value is not None})
-            self.recipe = self._with_prompt(self.recipe.prompt if prompt is None else prompt)
-            if not lazy:
-                self.load()
+            if prompt is not None:
+                given["prompt"] = check_text(prompt, "the prompt")
+            self._given_length, self._has_prompt = max_length, bool(prompt)
+            self._pooling = self._complete(recipe, {name: value for name, value in given.items() if value is not None})
+            self._finish(lazy)
 
     def _complete(self, recipe: Recipe, given: dict) -> Recipe:
-        """Return the recipe with what was given, and with what was left open."""
+        """Return the recipe with what was given, and with the numbers that were left open."""
         recipe = dataclasses.replace(recipe, **given)
         hidden_size = self.config.get_text_config().hidden_size
         if recipe.dim is not None and recipe.dim > hidden_size:
             raise UserError(f"--dim {recipe.dim} is more than the model has, {hidden_size}")
-        messages = recipe.messages and recipe.messages.fitted(self.tokenizer, self.config.model_type)
-        return dataclasses.replace(recipe, dim=recipe.dim or hidden_size, messages=messages)
+        return dataclasses.replace(recipe, dim=recipe.dim or hidden_size)
 
-    def _with_prompt(self, prompt: str) -> Recipe:
-        recipe = dataclasses.replace(self.recipe, prompt=check_text(prompt, "the prompt"))
+    @functools.cached_property
+    def recipe(self) -> Recipe:
+        """The way from a text to an embedding, of which the tokenizer decides a part."""
+        recipe = self._pooling
+        length = max_length_of(self._given_length, self.config, self.tokenizer, recipe.max_length)
+        messages = recipe.messages and recipe.messages.fitted(self.tokenizer, self.config.model_type)
+        return self._with_prompt(recipe.prompt, dataclasses.replace(recipe, max_length=length, messages=messages))
+
+    def _check_reading(self) -> None:
+        assert self.recipe is not None
+
+    def _with_prompt(self, prompt: str, recipe: Recipe | None = None) -> Recipe:
+        recipe = dataclasses.replace(recipe or self.recipe, prompt=check_text(prompt, "the prompt"))
         if recipe.messages:
             Chat(self.tokenizer, recipe.messages, prompt).check(("user",))
         return recipe
@@ -110,17 +124,19 @@ class Embedder(Engine[Text]):
     @property
     def prompts(self) -> dict[str, str]:
         """The prompts of the model's folder by name."""
-        return dict(self.recipe.prompts)
+        return dict(self._pooling.prompts)
 
     @property
     def dim(self) -> int:
         """How many numbers an embedding has."""
-        assert self.recipe.dim is not None
-        return self.recipe.dim
+        assert self._pooling.dim is not None
+        return self._pooling.dim
 
     @property
     def identity(self) -> tuple:
-        return (self.recipe.identity, embedding.tokens_to_skip(self.tokenizer, self.recipe))
+        recipe = self._pooling
+        skips = not recipe.pools_prompt and recipe.pooling == "mean" and bool(recipe.prompt)
+        return (recipe.identity, embedding.tokens_to_skip(self.tokenizer, recipe) if skips else 0)
 
     def embed(
         self,
@@ -144,7 +160,7 @@ class Embedder(Engine[Text]):
         """
         with options_as_arguments():
             recipe, encoded = self._recipe(prompt, prompt_name), Texts()
-            for part in windows(_parsed(texts), _TEXTS_AT_ONCE):
+            for part in windows(self._items(texts, recipe is not None), _TEXTS_AT_ONCE):
                 encoded.extend(self._encode(part, recipe))
             return self._rows(encoded, 0, on_progress)
 
@@ -165,21 +181,22 @@ class Embedder(Engine[Text]):
         with options_as_arguments():
             recipe = self._recipe(prompt, prompt_name)
         first = 0
-        for part in windows(_parsed(texts), window):
+        for part in windows(self._items(texts, recipe is not None), window):
             with options_as_arguments():
                 rows = self._rows(self._encode(part, recipe), first, on_progress)
             yield from (row.copy() for row in rows)  # one that is kept would keep the window
             first += len(part)
 
-    def _recipe(self, prompt: str | None, name: str | None) -> Recipe:
+    def _recipe(self, prompt: str | None, name: str | None) -> Recipe | None:
+        """Return the recipe of a call's own prompt; None where it has none."""
         if name is None:
-            return self.recipe if prompt is None else self._with_prompt(prompt)
+            return None if prompt is None else self._with_prompt(prompt)
         if prompt is not None:
             raise UserError("prompt and prompt_name can't both be given")
-        if not isinstance(name, str) or name not in self.recipe.prompts:
-            known = ", ".join(map(repr, self.recipe.prompts)) or "none"
+        if not isinstance(name, str) or name not in self._pooling.prompts:
+            known = ", ".join(map(repr, self._pooling.prompts)) or "none"
             raise UserError(f"prompt_name {name!r} is not one of the model's prompts, which are {known}")
-        return self._with_prompt(self.recipe.prompts[name])
+        return self._with_prompt(self._pooling.prompts[name])
 
     def _rows(self, encoded: Texts, first: int, on_progress: OnProgress | None) -> npt.NDArray[np.float32]:
         """Return the embeddings of encoded texts, of which the first is texts[first]."""
@@ -192,22 +209,35 @@ class Embedder(Engine[Text]):
         self.execute(encoded, with_progress(on_batch, encoded, on_progress))
         return found
 
-    def parse(self, record: Record) -> Text:
-        return embedding.parse_text("text")(record)
+    def _items(self, texts: Iterable[str | Mapping[str, Any]], has_prompt: bool) -> Iterator[Text]:
+        for where, text in numbered(texts, "texts", "strings"):
+            if isinstance(text, Mapping):
+                item = self.parse(recognised(self.task, Record(where, dict(text))))
+                if has_prompt and isinstance(item, ids.Given):
+                    _refuse_prompt(where)
+                yield item
+            else:
+                yield Text(where, check_text(text, where), {})
 
-    def encode(self, items: Iterable[Text]) -> Texts:
-        return self._encode(items, self.recipe)
+    def _check_ids(self, where: str) -> None:
+        if self._has_prompt:
+            _refuse_prompt(where)
 
-    def _encode(self, items: Iterable[Text], recipe: Recipe) -> Texts:
-        return embedding.encode(items, self.tokenizer, recipe, self.truncate_right)
+    def _parse(self, record: Record) -> Text:
+        return embedding.parse_text(self.text_key)(record)
+
+    def _encode_items(self, items: Iterable[Text], recipe: Recipe | None = None) -> Texts:
+        return embedding.encode(items, self.tokenizer, recipe or self.recipe, self.truncate_right)
+
+    def _encode(self, items: Iterable[Text], recipe: Recipe | None) -> Texts:
+        return ids.encode_each(items, lambda texts: self._encode_items(texts, recipe))
 
     def _compute(self, items: Texts) -> Compute:
-        return embedding.embedder(self.runner, self.recipe, items)
+        return embedding.embedder(self.runner, self._pooling, items)
 
-    def result(self, item: Text, encoded: list[tuple[np.ndarray, int]], *numbers: np.ndarray) -> dict[str, Any]:
+    def _result(self, item: Text, encoded: list[tuple[np.ndarray, int]], *numbers: np.ndarray) -> dict[str, Any]:
         return embedding.result(item, *numbers)
 
 
-def _parsed(texts: Iterable[str]) -> Iterator[Text]:
-    for where, text in numbered(texts, "texts", "strings"):
-        yield Text(where, check_text(text, where), {})
+def _refuse_prompt(where: str) -> NoReturn:
+    raise UserError(f"{where} holds token ids, and a --prompt stands before texts; put its ids before them")

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from torch import nn
 
 from .._attention import LAYOUTS, Layout
 from ..plan.budget import Budget, find_budget
+from . import ids
 from .batches import Compute, OnBatch, RunStats, run
 from .errors import UserError, options_as_arguments
 from .inputs import Record, kind_of
@@ -33,13 +35,16 @@ from .loading import (
     check_is_decoder,
     check_model,
     config_of,
+    context_length,
     find_device,
+    has_tokenizer,
     load_config,
     load_runner,
     load_tokenizer,
     runner_of,
 )
 from .runners import Runner
+from .shapes.recognition import recognised
 from .tokenizing import check_tokenizer
 
 I = TypeVar("I")  # noqa: E741 (an item)
@@ -51,6 +56,10 @@ _DTYPES: tuple[DTypeName, ...] = get_args(DTypeName)
 
 class Engine(ABC, Generic[I]):
     """A model, its tokenizer and how it is run; see `Scorer` for the arguments."""
+
+    task: ClassVar[str]  # the command's word for what is done
+    stride: int | None = None  # of windows over texts that are too long
+    _given_length: int | None = None  # tokens at most, as an argument has it
 
     def __init__(
         self,
@@ -87,10 +96,39 @@ class Engine(ABC, Generic[I]):
         else:
             config_of(model)  # which refuses it
         check_is_decoder(self.name, self.config)
-        if tokenizer is None:
-            tokenizer = load_tokenizer(self._source, trust_remote_code=trust_remote_code)
-        check_tokenizer(tokenizer)
-        self.tokenizer = tokenizer
+        if tokenizer is not None:
+            check_tokenizer(tokenizer)
+        self._tokenizer = tokenizer
+        self._is_prepared = False
+
+    def _finish(self, lazy: bool) -> None:
+        """End the construction: check what the tokenizer decides, if there is one, and load the weights."""
+        if self._tokenizer is not None or (not lazy and has_tokenizer(self._source)):
+            self._prepare()
+        if not lazy:
+            self.load()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded if it isn't yet."""
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = load_tokenizer(self._source, trust_remote_code=self._trust)
+                check_tokenizer(self._tokenizer)
+            return self._tokenizer
+
+    def _prepare(self) -> None:
+        """Get ready to read texts. UserError where the tokenizer can't be loaded or doesn't fit to what is asked for.
+
+        Records of token ids need none of it.
+        """
+        if not self._is_prepared:
+            self._check_reading()
+            self._is_prepared = True
+
+    def _check_reading(self) -> None:
+        """UserError where texts can't be read as asked for."""
+        assert self.tokenizer is not None
 
     @property
     @abstractmethod
@@ -102,22 +140,49 @@ class Engine(ABC, Generic[I]):
     def identity(self) -> tuple:
         """Return what decides about results beside the model, an item's fields, its tokens and the mode."""
 
-    @abstractmethod
     def parse(self, record: Record) -> I:
-        """Return the item of a record. UserError for one that can't be used."""
+        """Return the item of a record of texts or of token ids. UserError for one that can't be used."""
+        parse_ids: Any = ids.PARSERS.get(self.task)
+        if parse_ids is not None and ids.holds_ids(record):
+            self._check_ids(record.where)
+            return parse_ids(record, self._limits)
+        item = self._parse(record)
+        self._prepare()
+        return item
 
-    @abstractmethod
+    def _check_ids(self, where: str) -> None:
+        """UserError where records of token ids lack what was asked for."""
+
+    @functools.cached_property
+    def _limits(self) -> ids.Limits:
+        size = getattr(self.config.get_text_config(), "vocab_size", None)
+        return ids.Limits(size, self._given_length or context_length(self.config, None), self.stride)
+
     def encode(self, items: Iterable[I]) -> Items:
         """Return the token sequences of the items. UserError for an item that the model can't read."""
+        return ids.encode_each(items, self._encode_items)
+
+    def result(self, item: I, encoded: list, *numbers: np.ndarray) -> dict[str, Any]:
+        """Return the output object of an item by what `encode` made of it and its sequences' numbers, an array of each
+        kind. UserError for a number that isn't finite."""
+        found = self._result(item, encoded, *numbers)
+        return ids.without_texts(found) if isinstance(item, ids.Given) else found
+
+    @abstractmethod
+    def _parse(self, record: Record) -> I:
+        """Return the item of a record of texts."""
+
+    @abstractmethod
+    def _encode_items(self, items: Iterable[I]) -> Items:
+        """Return the token sequences of items of texts."""
 
     @abstractmethod
     def _compute(self, items: Any) -> Compute:
         """Return the function that computes the numbers of a batch's sequences."""
 
     @abstractmethod
-    def result(self, item: I, encoded: list, *numbers: np.ndarray) -> dict[str, Any]:
-        """Return the output object of an item by what `encode` made of it and its sequences' numbers, an array of each
-        kind. UserError for a number that isn't finite."""
+    def _result(self, item: I, encoded: list, *numbers: np.ndarray) -> dict[str, Any]:
+        """Return the output object of an item, of texts or not."""
 
     @property
     def runner(self) -> Runner:
@@ -215,7 +280,8 @@ class Engine(ABC, Generic[I]):
         for where, given in numbered(fields, name, f"objects like {shape}"):
             if not isinstance(given, Mapping):
                 raise UserError(f"{where} is {kind_of(given)}; it must be an object like {shape}")
-            item: Any = self.parse(Record(where, {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}))
+            record = Record(where, {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()})
+            item: Any = self.parse(recognised(self.task, record))
             yield dataclasses.replace(item, extra=_copied(where, item.extra))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,8 @@ from .cross_encoders import READINGS, CrossEncoder, chat_of, find_cross_encoder
 from .errors import UserError, options_as_arguments
 from .inputs import Record
 from .items import Items
-from .loading import max_length_of
+from .loading import has_tokenizer, max_length_of
+from .messages import Chat
 from .reranking import Query
 from .templates import TEMPLATES, Template, find_template
 
@@ -47,6 +49,8 @@ class Reranker(Engine[Query]):
 
     Raises UserError, a ValueError, as `Scorer` does, and for a language model that has no template.
     """
+
+    task = "rerank"
 
     def __init__(
         self,
@@ -82,17 +86,36 @@ class Reranker(Engine[Query]):
             self.template = _template_of(self.name, self.config, template, encoder)
             self.truncate_right = truncate_right
             self._encoder = encoder or CrossEncoder(False)
-            self._answers, self._activation = self._encoder.answers, self._encoder.activation
-            self._chat, self._prompt = None, ""
-            if self.template is None:
-                reading = template if template in READINGS else None
-                self._chat = chat_of(self.name, self._encoder, reading, self.tokenizer, self.config)
-                self._prompt = self._encoder.prompt
-            elif not self._classifies:
-                self._answers, self._activation = self.template.token_ids(self.tokenizer), "sigmoid"
-            self._max_length = max_length_of(max_length, self.config, self.tokenizer, self._encoder.max_length)
-            if not lazy:
-                self.load()
+            self._asks = self.template is not None and not self._classifies
+            self._activation = "sigmoid" if self._asks else self._encoder.activation
+            self._prompt = self._encoder.prompt if self.template is None else ""
+            self._reading = template if template in READINGS else None
+            self._given_length = max_length
+            self._finish(lazy)
+
+    @functools.cached_property
+    def _answers(self) -> tuple[int, int | None] | None:
+        """The tokens whose logits count; None for a classification head."""
+        if not self._asks:
+            return self._encoder.answers
+        assert self.template is not None
+        if self._tokenizer is None and not has_tokenizer(self._source):
+            return self.template.answer_ids(self._limits.vocab_size)
+        return self.template.token_ids(self.tokenizer)
+
+    @functools.cached_property
+    def _chat(self) -> Chat | None:
+        """The conversations that pairs are rendered as; None where they are none."""
+        if self.template is not None:
+            return None
+        return chat_of(self.name, self._encoder, self._reading, self.tokenizer, self.config)
+
+    @functools.cached_property
+    def _max_length(self) -> int | None:
+        return max_length_of(self._given_length, self.config, self.tokenizer, self._encoder.max_length)
+
+    def _check_reading(self) -> None:
+        assert (self._answers, self._chat, self._max_length) is not None
 
     @property
     def auto_class(self) -> str:
@@ -170,10 +193,10 @@ class Reranker(Engine[Query]):
         """
         return self._stream(self._parsed(queries, "queries", _SHAPE), window, on_progress)
 
-    def parse(self, record: Record) -> Query:
+    def _parse(self, record: Record) -> Query:
         return reranking.check_instruction(reranking.parse_query(record), self.template)
 
-    def encode(self, items: Iterable[Query]) -> Items:
+    def _encode_items(self, items: Iterable[Query]) -> Items:
         return reranking.encode(
             items, self.tokenizer, self.template, self._max_length, self.truncate_right, self._chat, self._prompt
         )
@@ -181,7 +204,7 @@ class Reranker(Engine[Query]):
     def _compute(self, items: Items) -> Compute:
         return reranking.scorer(self.runner, self._answers, self._activation)
 
-    def result(self, item: Query, encoded: list, *numbers: np.ndarray) -> dict[str, Any]:
+    def _result(self, item: Query, encoded: list, *numbers: np.ndarray) -> dict[str, Any]:
         return reranking.result(item, *numbers)
 
     def _pad_token_id(self) -> int:

@@ -56,6 +56,7 @@ class Scorer(Engine[Item | Text]):
     that isn't known to fold right (docs/models.md); `plain=True` runs the latter.
     """
 
+    task = "score"
     auto_class = "AutoModelForCausalLM"
     identity = ()  # an item's tokens say how it is asked
 
@@ -89,15 +90,14 @@ class Scorer(Engine[Item | Text]):
                 trust_remote_code=trust_remote_code,
             )  # fmt: skip
             self.letters, self.chat, self.truncate_left, self.stride = letters, chat, truncate_left, stride
-            self.max_length = self._max_length(max_length)
-            system = "" if system is None else check_text(system, "--system")
-            self._prompt: Callable[[str], str] | None = prompter(self.tokenizer, system) if chat else None
-            if not lazy:
-                self.load()
+            self._given_length = max_length
+            self._system = "" if system is None else check_text(system, "--system")
+            self._finish(lazy)
 
-    def _max_length(self, given: int | None) -> int | None:
-        """Return the tokens that the model reads at a time, None where nothing says it."""
-        longest = context_length(self.config, self.tokenizer)
+    @functools.cached_property
+    def max_length(self) -> int | None:
+        """The tokens that the model reads at a time, None where nothing says it."""
+        given, longest = self._given_length, context_length(self.config, self.tokenizer)
         if given and longest and given > longest:
             raise UserError(f"--max-length {given} is more than the model reads, {longest}")
         length = given or longest
@@ -106,6 +106,13 @@ class Scorer(Engine[Item | Text]):
         if self.stride and length and self.stride > length:
             raise UserError(f"--stride {self.stride} is more than the model reads at a time, {length}")
         return length
+
+    @functools.cached_property
+    def _prompt(self) -> Callable[[str], str] | None:
+        return prompter(self.tokenizer, self._system) if self.chat else None
+
+    def _check_reading(self) -> None:
+        assert (self.max_length, self._prompt) is not None
 
     def score(
         self, items: Iterable[Mapping[str, Any]], *, on_progress: OnProgress | None = None
@@ -158,7 +165,12 @@ class Scorer(Engine[Item | Text]):
             parsed: list[Item | Text] = [Text(where, check_text(text, where), {}) for where, text in found]
         return self._results(parsed, on_progress)
 
-    def parse(self, record: Record) -> Item | Text:
+    def _check_ids(self, where: str) -> None:
+        if self.letters or self.chat:
+            option = "--letters" if self.letters else "--chat"
+            raise UserError(f"{where} holds token ids, which are read as they are; {option} is for questions of text")
+
+    def _parse(self, record: Record) -> Item | Text:
         if is_text(record):
             if self.letters or self.chat:
                 option = "--letters" if self.letters else "--chat"
@@ -166,7 +178,7 @@ class Scorer(Engine[Item | Text]):
             return rolling.parse_text(record)
         return scoring.parse_item(record, self.letters, self.chat)
 
-    def encode(self, items: Iterable[Item | Text]) -> Choices:
+    def _encode_items(self, items: Iterable[Item | Text]) -> Choices:
         items = iter(items)
         first = next(items, None)
         kind = Text if isinstance(first, Text) else Item
@@ -178,7 +190,7 @@ class Scorer(Engine[Item | Text]):
     def _compute(self, items: Choices) -> Compute:
         return scoring.scorer(self.runner, items)
 
-    def result(
+    def _result(
         self, item: Item | Text, encoded: list[tuple[np.ndarray, np.ndarray]], *numbers: np.ndarray
     ) -> dict[str, Any]:
         logprobs, greedy = numbers or (np.empty(0), np.empty(0, bool))  # none where a text has no token to score

@@ -41,6 +41,14 @@ def load_tokenizer(name: str, option: str = "--model", trust_remote_code: bool =
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
 
 
+def has_tokenizer(name: str) -> bool:
+    """Return False for a local folder that holds no file of a tokenizer."""
+    path = Path(name)
+    if not path.is_dir():
+        return True
+    return any(any(path.glob(pattern)) for pattern in ("*token*", "*vocab*", "*spiece*", "*.tiktoken", "merges.txt"))
+
+
 def load_config(name: str, option: str = "--model", trust_remote_code: bool = False):
     """Load the config of transformers."""
     source, options = _source(name, option)

@@ -59,25 +59,26 @@ class Measures:
             raise ValueError("questions and texts")
         if is_text:
             self._logprobs.append(result["logprob"])
-            for name in self._sizes:
-                self._sizes[name] += result[name]
+            # Results of token ids have no words, bytes or characters; then none of those is counted.
+            self._sizes = {name: size + result[name] for name, size in self._sizes.items() if name in result}
         else:
             self._add_question(result)
         self.num_rows += 1
 
     def _add_question(self, result: Mapping[str, Any]) -> None:
         logprobs, tokens = np.array(result["logprobs"], float), np.array(result["tokens"])
-        best = (result["best"], int(np.argmax(logprobs / tokens)), result["best_per_char"])
+        best = {"sum": result["best"], "per_token": int(np.argmax(logprobs / tokens))}
+        if "best_per_char" in result:
+            best["per_char"] = result["best_per_char"]
         gold = result.get("gold")
         if gold is None:
             return
         if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(logprobs):
             raise ValueError("gold is no index")
         self.num_gold += 1
-        for name, answer in zip(ACCURACIES, best, strict=True):
-            self._correct[name] += answer == gold
+        self._correct = {name: count + (best[name] == gold) for name, count in self._correct.items() if name in best}
         if self._calibration is not None:
-            self._calibration.add(logprobs, best[0] == gold)
+            self._calibration.add(logprobs, best["sum"] == gold)
 
     def found(self) -> dict[str, Any]:
         """Return what `metrics` does."""
@@ -85,7 +86,7 @@ class Measures:
             return {"rows": self.num_rows, **self._of_texts()}
         found: dict[str, Any] = {"rows": self.num_rows, "rows_with_gold": self.num_gold}
         if self.num_gold:
-            accuracy = {name: _share(self._correct[name], self.num_gold) for name in ACCURACIES}
+            accuracy = {name: _share(count, self.num_gold) for name, count in self._correct.items()}
             found |= {"accuracy": accuracy, "interval": {"method": "Wilson score", "level": _LEVEL}}
             if self._calibration is not None:
                 found["calibration"] = self._calibration.table()
@@ -94,8 +95,10 @@ class Measures:
     def _of_texts(self) -> dict[str, Any]:
         logprob = math.fsum(self._logprobs)
         found = {f"{name[:-1]}_perplexity": perplexity_of(logprob, count) for name, count in self._sizes.items()}
-        bits = -logprob / self._sizes["bytes"] / math.log(2) if self._sizes["bytes"] else None
-        return {"logprob": logprob, **self._sizes, **found, "bits_per_byte": bits}
+        if "bytes" in self._sizes:
+            count = self._sizes["bytes"]
+            found["bits_per_byte"] = -logprob / count / math.log(2) if count else None
+        return {"logprob": logprob, **self._sizes, **found}
 
 
 def _share(correct: int, count: int) -> dict[str, Any]:

@@ -61,12 +61,13 @@ def encode(texts: Iterable[Text], tokenizer, max_length: int | None = None, stri
                     f"{item.where} has {len(tokens):,} tokens and the model reads at most {max_length:,}; --stride N "
                     "scores it in windows, each of which asks for N more"
                 )
-            encoded.append(_windows(prefix, tokens, max_length or len(tokens), stride or 1))
+            encoded.append(windows(prefix, tokens, max_length or len(tokens), stride or 1))
     return encoded
 
 
-def _windows(prefix: np.ndarray, tokens: np.ndarray, size: int, stride: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (context, asked for), together of `size` + 1 tokens at most, whose second parts are all tokens in turn."""
+def windows(prefix: np.ndarray, tokens: np.ndarray, size: int, stride: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (context, asked for) of a text's tokens behind a prefix, together of `size` + 1 tokens at most; the second
+    parts are all tokens in turn."""
     if len(tokens):
         yield prefix, tokens[:size]
     for start in range(size, len(tokens), stride):

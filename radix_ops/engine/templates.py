@@ -57,9 +57,24 @@ class Template:
         head, tail = (_PLACEHOLDER.sub(lambda match: values[match[1]], part) for part in (head, tail))
         return head, tail
 
+    def answer_ids(self, vocab_size: int | None) -> tuple[int, int]:
+        """Return the ids of (yes, no) for a model without a tokenizer, which takes fields that are ids."""
+        for name in ("yes", "no"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise UserError(
+                    f"the template's {name} is the text {value!r}, and the model has no tokenizer to say which token "
+                    "that is; give its id"
+                )
+            if not 0 <= value < (vocab_size or 2**31):
+                raise UserError(f"the template's {name}, {value}, is no id of the model, which has {vocab_size} tokens")
+        return self._apart(int(self.yes), int(self.no))
+
     def token_ids(self, tokenizer: Any) -> tuple[int, int]:
         """Return the ids of (yes, no)."""
-        yes, no = _token_id(tokenizer, "yes", self.yes), _token_id(tokenizer, "no", self.no)
+        return self._apart(_token_id(tokenizer, "yes", self.yes), _token_id(tokenizer, "no", self.no))
+
+    def _apart(self, yes: int, no: int) -> tuple[int, int]:
         if yes == no:
             raise UserError(f"the template's yes ({self.yes!r}) and no ({self.no!r}) are one token, {yes}")
         return yes, no

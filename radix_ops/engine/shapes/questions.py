@@ -1,0 +1,186 @@
+"""Multiple-choice rows of the hub: each becomes a context or a question with its choices, and perhaps `gold`, the index
+of the right one.
+
+Contexts are the prompts of lm-evaluation-harness 0.4.13. A `question` leaves the prompt to the scorer.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ..errors import UserError
+from ..inputs import Record, check_text
+from .rows import (
+    Shape,
+    columns_of,
+    gold_of_answer,
+    gold_of_index,
+    gold_of_label,
+    is_string,
+    is_strings,
+    replaced,
+)
+
+_ANSWERS = ("answer", "answerKey", "label")
+
+
+def _question(record: Record) -> dict:
+    """Return a question whose right choice may stand under "gold", "answer", "answerKey" or "label"."""
+    choices = record.texts("choices")
+    if record.fields.get("gold") is not None:
+        return replaced(record, ("context",))
+    keys = [key for key in _ANSWERS if record.fields.get(key) is not None]
+    if len(keys) > 1:
+        words = " and ".join(f'"{key}"' for key in keys)
+        raise UserError(
+            f"{record.where} has {words}, and each may say which choice is right: rename all but one",
+            f"{record.where} has {words}, and each may say which choice is right: --column gold={keys[0]} names one",
+        )
+    gold = None
+    if keys:
+        key = keys[0]
+        # A label in digits is an index, as in the rows of HellaSwag; an answer in digits may be a choice's text.
+        is_index = key == "label"
+        gold = gold_of_index(record, key, len(choices)) if is_index else gold_of_answer(record, key, choices)
+    return replaced(record, ("context", *_ANSWERS), gold=gold)
+
+
+def _arc(record: Record) -> dict:
+    """Return a row of ARC or CommonsenseQA, whose answerKey is one of the labels: letters or digits."""
+    choices, gold = _labelled(record, "choices")
+    return replaced(record, ("answerKey",), choices=choices, gold=gold)
+
+
+def _openbookqa(record: Record) -> dict:
+    choices, gold = _labelled(record, "choices")
+    return replaced(
+        record,
+        ("question_stem", "answerKey"),
+        context=record.text("question_stem"),
+        choices=_behind_space(choices),
+        gold=gold,
+    )
+
+
+def _labelled(record: Record, key: str) -> tuple[list[str], int | None]:
+    texts, labels = columns_of(record, key, ("text", "label"))
+    _check_texts(record, texts, f"{key}.text")
+    return texts, gold_of_label(record, "answerKey", labels)
+
+
+def _check_texts(record: Record, texts: list, key: str) -> None:
+    if not texts:
+        raise UserError(f'{record.where}: "{key}" is empty; it must hold at least one string')
+    for index, text in enumerate(texts):
+        check_text(text, f"{record.where}: {key}[{index}]")
+
+
+def _mmlu_pro(record: Record) -> dict:
+    gold = gold_of_index(record, "answer_index", len(record.texts("options")))
+    return replaced(record, ("options", "answer", "answer_index"), choices=record.texts("options"), gold=gold)
+
+
+def _hellaswag(record: Record) -> dict:
+    if record.fields.get("ctx_a") is not None:
+        # str.capitalize lowers what is behind the first letter, which is what the harness does.
+        context = f"{record.text('ctx_a')} {record.text('ctx_b').capitalize()}"
+    else:
+        context = record.text("ctx")
+    endings = record.texts("endings")
+    return replaced(
+        record,
+        ("ctx", "ctx_a", "ctx_b", "activity_label", "endings", "label"),
+        context=_without_brackets(f"{record.text('activity_label')}: {context}"),
+        choices=_behind_space([_without_brackets(ending) for ending in endings]),
+        gold=gold_of_index(record, "label", len(endings)),
+    )
+
+
+def _without_brackets(text: str) -> str:
+    """Return a text without the marks that WikiHow left in HellaSwag, as the harness has it."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def _piqa(record: Record) -> dict:
+    choices = [record.text("sol1"), record.text("sol2")]
+    gold = gold_of_index(record, "label", 2)
+    return replaced(record, ("goal", "sol1", "sol2", "label"), question=record.text("goal"), choices=choices, gold=gold)
+
+
+def _winogrande(record: Record) -> dict:
+    """Return the sentence up to its blank with each option as contexts, and what is behind the blank to score."""
+    sentence, options = record.text("sentence"), [record.text("option1"), record.text("option2")]
+    before, blank, behind = sentence.partition("_")
+    if not blank or not behind.strip():
+        raise UserError(f'{record.where}: "sentence" must hold a blank, "_", and words behind it')
+    return replaced(
+        record,
+        ("sentence", "option1", "option2", "answer"),
+        contexts=[before + option for option in options],
+        continuation=" " + behind.strip(),
+        gold=gold_of_index(record, "answer", 2, first=1),
+    )
+
+
+def _boolq(record: Record) -> dict:
+    key = "label" if record.fields.get("label") is not None else "answer"
+    answer = record.fields.get(key)
+    gold = int(answer) if isinstance(answer, bool) else gold_of_index(record, key, 2)
+    return replaced(
+        record,
+        ("passage", "question", "answer", "label"),
+        context=f"{record.text('passage')}\nQuestion: {record.text('question')}?\nAnswer:",
+        choices=[" no", " yes"],
+        gold=gold,
+    )
+
+
+def _sciq(record: Record) -> dict:
+    names = ("distractor1", "distractor2", "distractor3", "correct_answer")
+    return replaced(
+        record,
+        ("support", "question", *names),
+        context=f"{record.text('support').lstrip()}\nQuestion: {record.text('question')}\nAnswer:",
+        choices=_behind_space([record.text(name) for name in names]),
+        gold=3,
+    )
+
+
+def _behind_space(texts: list[str]) -> list[str]:
+    """Return choices as they stand behind a context that ends without one."""
+    return [f" {text}" for text in texts]
+
+
+def _as_it_is(record: Record) -> dict:
+    return record.fields
+
+
+def _has_labels(fields: dict) -> bool:
+    choices = fields["choices"]
+    entries = choices if isinstance(choices, (list, tuple)) else [choices]
+    return bool(entries) and all(isinstance(entry, dict) and {"text", "label"} <= entry.keys() for entry in entries)
+
+
+def _is_truth(fields: dict) -> bool:
+    answer, label = fields.get("answer"), fields.get("label")
+    return isinstance(answer, bool) or label in (-1, 0, 1)
+
+
+QUESTIONS = (
+    Shape("ids", ("context_ids", "choices_ids"), _as_it_is),
+    Shape("ids", ("input_ids",), _as_it_is, lambda fields: "context_ids" not in fields),
+    # A text by itself is what remains where nothing else is there to score.
+    Shape("text", ("text",), _as_it_is, lambda fields: "input_ids" in fields),
+    Shape("context", ("context", "choices"), _as_it_is, lambda fields: is_strings(fields["choices"])),
+    Shape("contexts", ("contexts", "continuation"), _as_it_is),
+    Shape("question", ("question", "choices"), _question, lambda fields: is_strings(fields["choices"])),
+    Shape("arc", ("question", "choices"), _arc, lambda fields: is_string(fields["question"]) and _has_labels(fields)),
+    Shape("openbookqa", ("question_stem", "choices"), _openbookqa, _has_labels),
+    Shape("mmlu-pro", ("question", "options", "answer_index"), _mmlu_pro),
+    Shape("hellaswag", ("activity_label", "endings"), _hellaswag, lambda fields: "ctx" in fields or "ctx_a" in fields),
+    Shape("piqa", ("goal", "sol1", "sol2"), _piqa),
+    Shape("winogrande", ("sentence", "option1", "option2"), _winogrande),
+    Shape("boolq", ("question", "passage"), _boolq, _is_truth),
+    Shape("sciq", ("question", "support", "correct_answer", "distractor1", "distractor2", "distractor3"), _sciq),
+)
