@@ -32,10 +32,12 @@ _OLDEST_TORCH = (2, 11)
 
 
 def _load_extension() -> None:
+    oldest = ".".join(map(str, _OLDEST_TORCH))
     found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if found < _OLDEST_TORCH:
         raise ImportError(
-            f"radix_ops needs torch >= {'.'.join(map(str, _OLDEST_TORCH))}, but torch {torch.__version__} is installed"
+            f"radix_ops needs torch >= {oldest}, but torch {torch.__version__} is installed: "
+            f"pip install --upgrade 'torch>={oldest}'"
         )
     library = Path(__file__).with_name("_C.abi3.so")
     if not library.exists():
@@ -43,7 +45,13 @@ def _load_extension() -> None:
             f"radix_ops was not built: {library} is missing. In a source tree, run `make build`; "
             "elsewhere, install it from a checkout: pip install --no-build-isolation ."
         )
-    torch.ops.load_library(library)
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise ImportError(
+            f"radix_ops was built for another system or torch than torch {torch.__version__} here ({error}): build it "
+            "again in a checkout, pip install --force-reinstall --no-deps --no-build-isolation ."
+        ) from error
 
 
 _load_extension()

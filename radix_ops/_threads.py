@@ -16,14 +16,23 @@ _SPINS = "20000"
 
 
 def _import_torch() -> None:
-    """Import torch with few spins, unless it is imported already or a variable says how threads should wait."""
-    if "torch" in sys.modules or {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-        return
-    os.environ["GOMP_SPINCOUNT"] = _SPINS
+    """Import torch with few spins, unless it is imported already or a variable says how threads should wait.
+
+    Raises ImportError where torch is missing.
+    """
+    is_settled = "torch" in sys.modules or bool({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys())
+    if not is_settled:
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
     try:
         import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        missing = "radix_ops needs torch >= 2.11, which is not installed: pip install 'torch>=2.11'"
+        raise ImportError(missing, name="torch") from None
     finally:
-        del os.environ["GOMP_SPINCOUNT"]
+        if not is_settled:
+            del os.environ["GOMP_SPINCOUNT"]
 
 
 _import_torch()

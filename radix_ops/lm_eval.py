@@ -22,18 +22,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
-from tqdm import tqdm
 
+from ._extras import require
 from .batch import FoldedBatch
 from .engine.batches import in_memory
 from .engine.scoring import score_targets
-from .hf import RadixStats, verify
-from .hf.guards import has_own_attention
-from .hf.logits import RowLogits
 from .plan.budget import find_budget
 from .plan.planner import Plan, TokenStore, plan_folded
+
+for _package, _least in (("lm_eval", "0.4.10"), ("transformers", "5.2"), ("accelerate", None)):
+    require(_package, "lm-eval", "radix_ops.lm_eval", _least)
+
+from lm_eval.api.registry import register_model  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from .hf import RadixStats, verify  # noqa: E402
+from .hf.guards import has_own_attention  # noqa: E402
+from .hf.logits import RowLogits  # noqa: E402
 
 __all__ = ["RadixLM"]
 
@@ -224,9 +230,8 @@ class RadixLM(HFLM):
             )
         # The harness adds up, and so rounds, in the dtype of its log-probabilities.
         sums = torch.from_numpy(np.add.reduceat(logprobs.double().numpy(), starts)).to(logprobs.dtype)
-        self.radix_stats.tokens += batch.num_tokens
-        self.radix_stats.rows += batch.num_rows
-        self.radix_stats.folded += 1
+        counts = batch.num_tokens, batch.num_rows
+        self.radix_stats._add(*counts, sharing=counts)
         return list(zip(sums.tolist(), np.logical_and.reduceat(is_likeliest.numpy(), starts).tolist(), strict=True))
 
 

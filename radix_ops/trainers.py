@@ -16,9 +16,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
+
+from . import hf  # isort: skip  (says what installs transformers, where it is missing)
+
 from transformers import Trainer
 
-from . import hf
 from ._attention import Layout
 from .hf import loss
 from .hf.forward import Verify

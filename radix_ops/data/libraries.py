@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ..engine.errors import UserError
+from ..engine.errors import needs
 
 
 def pyarrow(what: str, module: str = "pyarrow") -> Any:
     """Return the module of pyarrow. UserError where it isn't installed; `what` is the message's subject."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"{what} needs pyarrow: pip install '.[data]'") from error
+    needs("pyarrow", "data", what)
+    return importlib.import_module(module)

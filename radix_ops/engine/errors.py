@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
+from .. import _extras
+
 
 class UserError(ValueError):
     """An input, a model or an option that can't be used; the message is one plain sentence for whoever gave it.
@@ -22,6 +24,16 @@ class UserError(ValueError):
 
 class OutOfMemory(UserError, torch.OutOfMemoryError):
     """One sequence alone does not fit into the device's memory."""
+
+
+def needs(package: str, extra: str, what: str = "radix-ops") -> None:
+    """UserError with the command that installs it where a package that `what` needs is missing.
+
+    package: as it is imported. extra: that of pyproject.toml which brings it. Call it before the import.
+    """
+    lack = _extras.lack_of(package, extra, what)
+    if lack is not None:
+        raise UserError(lack)
 
 
 _FLAGS = ("truncate_left", "truncate_right", "plain", "trust_remote_code", "letters", "chat")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import itertools
 import logging
 import zipfile
@@ -20,7 +19,7 @@ from torch import nn
 
 from .._attention import Layout
 from ..models.files import check_folder, check_no_adapter, shards
-from .errors import UserError
+from .errors import UserError, needs
 from .runners import ClassifierRunner, Qwen3Runner, Runner, TransformersRunner
 
 # The names are safetensors' and torch's.
@@ -201,15 +200,13 @@ def _on_device(model, device: torch.device, dtype: str | None):
 
 def _source(name: str, option: str) -> tuple[str, dict]:
     """Return (folder or hub id, further options) for transformers' from_pretrained."""
-    if importlib.util.find_spec("transformers") is None:
-        raise UserError("radix-ops needs transformers: pip install transformers")
+    needs("transformers", "hf")
     path = Path(name)
     if name.endswith(".gguf"):
         if not path.is_file():
             raise UserError(f"{option} {name} does not exist")
-        missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
-        if missing:
-            raise UserError(f"reading a .gguf file needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        for package in ("gguf", "accelerate"):
+            needs(package, "gguf", "a .gguf file")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_file():
         raise UserError(f"{option} {name} is a file; it must be a model's folder, a hub id or a .gguf file")

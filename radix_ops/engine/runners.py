@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .._attention import Layout
+from .._interrupts import uninterrupted
 from ..batch import fold, pack
 from .errors import UserError
 
@@ -259,11 +260,12 @@ class TransformersRunner:
                     setattr(config, name, value)
             yield
         finally:
-            for config, name, had, value in reversed(before):
-                if had:
-                    setattr(config, name, value)
-                else:
-                    delattr(config, name)
+            with uninterrupted():
+                for config, name, had, value in reversed(before):
+                    if had:
+                        setattr(config, name, value)
+                    else:
+                        delattr(config, name)
 
     def states(self, sequences: list[np.ndarray]) -> States:
         inputs = self._padded(sequences)

@@ -8,12 +8,18 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from .._attention import LAYOUTS, Layout
-from . import guards, proofs
-from .forward import VERIFY, Options, StackForward, Verify
-from .sentences import encode, modules
+from .._extras import require
+from .._interrupts import uninterrupted
+
+require("transformers", "hf", "radix_ops.hf", least="5.2")  # before any module of this package imports it
+
+from transformers import PreTrainedModel  # noqa: E402
+
+from . import guards, proofs  # noqa: E402
+from .forward import VERIFY, Options, StackForward, Verify  # noqa: E402
+from .sentences import encode, modules  # noqa: E402
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -87,16 +93,17 @@ def enable(model: M, threshold: float | None = None, layout: Layout = "auto", ve
     owners = [proofs.find_model(model)] if encoder is None else modules.owners_to_fold(encoder)
     stacks = [_foldable_stack(owner) for owner in owners]  # all, before the first is changed
     states = [_state_of(stack) or StackForward(stack) for stack in stacks]
-    for owner, state in zip(owners, states, strict=True):
-        state.module.forward = state
-        state.options, state.verified, state.stats = options, None, states[0].stats
-        state.add_owner(owner)
-    if encoder is not None:
-        encode.install(encoder, states)
-    outer: Any
-    for outer in (encoder, model):
-        if outer is not None and not any(outer is owner for owner in owners):
-            outer.radix_stats = states[0].stats
+    with uninterrupted():
+        for owner, state in zip(owners, states, strict=True):
+            state.module.forward = state
+            state.options, state.verified, state.stats = options, None, states[0].stats
+            state.add_owner(owner)
+        if encoder is not None:
+            encode.install(encoder, states)
+        outer: Any
+        for outer in (encoder, model):
+            if outer is not None and not any(outer is owner for owner in owners):
+                outer.radix_stats = states[0].stats
     return model
 
 
@@ -123,12 +130,13 @@ def disable(model: nn.Module) -> None:
         raise RuntimeError("the forward of the decoder stack was replaced after enable; undo that before disable")
     for state in states:
         state.check_in_place()
-    for state in states:
-        state.remove()
-    if encoder is not None:
-        modules.remove(encoder)
-        vars(encoder).pop("radix_stats", None)
-    vars(model).pop("radix_stats", None)
+    with uninterrupted():
+        for state in states:
+            state.remove()
+        if encoder is not None:
+            modules.remove(encoder)
+            vars(encoder).pop("radix_stats", None)
+        vars(model).pop("radix_stats", None)
 
 
 @contextlib.contextmanager
@@ -139,18 +147,23 @@ def folded(model: M, threshold: float | None = None, layout: Layout = "auto", ve
     was_installed = encoder is not None and modules.is_installed(encoder)
     outer = [module for module in (encoder, model) if module is not None]
     had_no_stats = [module for module in outer if "radix_stats" not in vars(module)]
-    enable(model, threshold, layout, verify)
+    is_enabled = False
     try:
+        with uninterrupted():
+            enable(model, threshold, layout, verify)
+            is_enabled = True
         yield model
     finally:
-        if not before:
-            disable(model)
-        else:
-            _restore(before, _states_in(model, encoder))
-            if encoder is not None and not was_installed:
-                modules.remove(encoder)
-            for module in had_no_stats:
-                vars(module).pop("radix_stats", None)
+        if is_enabled:
+            with uninterrupted():
+                if not before:
+                    disable(model)
+                else:
+                    _restore(before, _states_in(model, encoder))
+                    if encoder is not None and not was_installed:
+                        modules.remove(encoder)
+                    for module in had_no_stats:
+                        vars(module).pop("radix_stats", None)
 
 
 def _restore(before: list[tuple], states: list[StackForward]) -> None:
@@ -169,7 +182,7 @@ def _check_options(threshold: float | None, layout: Layout, verify: Verify) -> O
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be between 0 and 1, or None, got {threshold}")
     for name, value, allowed in (("layout", layout, LAYOUTS), ("verify", verify, VERIFY)):
-        if value not in allowed:
+        if not isinstance(value, str) or value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return Options(threshold, layout, verify)
 

@@ -138,7 +138,7 @@ class _Batch:
             raise _refusal(f"the model has changed since: {difference}")
         if outputs.get(_FIELD) is None:
             raise _refusal("the model, as it is set, makes none")
-        self.stats._add(*size_of(self.given), folded=False)
+        self.stats._add(*size_of(self.given), "the cache in a folded batch's output is used")
         return outputs[_FIELD]
 
     @contextlib.contextmanager

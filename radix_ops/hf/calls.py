@@ -30,6 +30,7 @@ class Obstacle:
 
     reason: str  # completes "a batch runs unfolded because"
     is_silent: bool = False  # nobody needs a warning: folding was never to be expected, as in a step of generate()
+    sharing: tuple[int, int] | None = None  # tokens and rows, where they were counted
 
 
 def obstacle_of(stack: PreTrainedModel, arguments: dict[str, Any]) -> Obstacle | None:

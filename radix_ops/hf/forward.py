@@ -166,42 +166,40 @@ class StackForward(_Forward):
         request = _requested.get()
         if request is None or request.state is not self:
             request = _Request(self)
-        padded = self._fold(arguments, request.obstacle)
-        if padded is not None:
-            return self._run(arguments, padded, request)
+        found = self._fold(arguments, request.obstacle)
+        if isinstance(found, PaddedBatch):
+            return self._run(arguments, found, request)
+        if not found.is_silent:
+            self._warn(f"a batch runs unfolded because {found.reason}")
         if must_fold.get():
             raise Unfolded
-        self.stats._add(*size_of(arguments), folded=False)
+        self.stats._add(*size_of(arguments), found.reason, found.sharing)
         return None
 
-    def _fold(self, arguments: dict[str, Any], obstacle: Obstacle | None) -> PaddedBatch | None:
-        """Return the batch in rows, or None, with a warning where one is due, where it runs as before."""
+    def _fold(self, arguments: dict[str, Any], obstacle: Obstacle | None) -> PaddedBatch | Obstacle:
+        """Return the batch in rows, or the reason why it runs as before."""
         stack, threshold = self.module, self.options.threshold
         obstacle = obstacle or obstacle_outside.get() or obstacle_of(stack, arguments)
         if obstacle is not None:
-            self._leave(obstacle)
-            return None
+            return obstacle
         input_ids: Any
         input_ids, mask, positions = (arguments.get(name) for name in READ)
-        if threshold == 0 or not may_pay(input_ids.numel(), threshold, stack, input_ids.device):
-            return None
+        if threshold == 0:
+            return Obstacle("threshold is 0", is_silent=True)
+        if not may_pay(input_ids.numel(), threshold, stack, input_ids.device):
+            return Obstacle("it is too small for folding to pay", is_silent=True)
         proof = proofs.proof_of(stack)
         if positions is None and proof.positions == "columns":
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         sees_packing = proof.packing and not makes_cache(stack, arguments)
         padded = PaddedBatch.fold(input_ids, mask, positions, sees_packing=sees_packing)
         if not pays_for(padded, threshold, stack):
-            return None
-        obstacle = self._obstacle_inside()  # last, since it looks at every module
-        if obstacle is not None:
-            self._leave(obstacle)
-            return None
-        return padded
-
-    def _leave(self, obstacle: Obstacle) -> None:
-        """Warn that a batch is left as it came, where that is due."""
-        if not obstacle.is_silent:
-            self._warn(f"a batch runs unfolded because {obstacle.reason}")
+            sharing = padded.batch.num_tokens, padded.batch.num_rows
+            reason = "its sequences share too little for folding to pay"
+            if threshold is not None:
+                reason = f"its rows are more than threshold={threshold:g} of its tokens"
+            return Obstacle(reason, is_silent=True, sharing=sharing)
+        return self._obstacle_inside() or padded  # last, since it looks at every module
 
     def _obstacle_inside(self) -> Obstacle | None:
         """Return what in the model, as it is at this moment, forbids to fold, or None."""
@@ -242,7 +240,8 @@ class StackForward(_Forward):
             self.verified = scope
         if leaves_rows:
             request.leave_rows(padded)
-        self.stats._add(padded.batch.num_tokens, padded.batch.num_rows, folded=True)
+        counts = padded.batch.num_tokens, padded.batch.num_rows
+        self.stats._add(*counts, sharing=counts)
         return outputs
 
     def _plain_states(self, arguments: dict[str, Any], scope: tuple[int, int]) -> Tensor | None:
@@ -277,7 +276,7 @@ class StackForward(_Forward):
     def _warn(self, text: str) -> None:
         if text not in self.warned:
             self.warned.add(text)
-            warnings.warn(f"radix_ops: {text}", stacklevel=4)
+            warnings.warn(f"radix_ops: {text}", stacklevel=2)
 
     def is_owner(self, model: PreTrainedModel) -> bool:
         return any(owner is model for owner in self.owners)

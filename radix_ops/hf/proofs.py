@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules import activation
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
+_PROOFS = Path(__file__).parent / "models.json"
 # Frequencies of these kinds depend on the config alone; those of "dynamic" and "longrope" on the longest position of a
 # batch, which left padding moves.
 FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
@@ -105,7 +106,7 @@ def _found(path: str) -> type | None:
 @functools.cache
 def proofs() -> tuple[dict[str, Proof], dict[str, str]]:
     """Return the proven types, and for others why they are not."""
-    content = json.loads((Path(__file__).parent / "models.json").read_text(encoding="utf-8"))
+    content = json.loads(_PROOFS.read_text(encoding="utf-8"))
     return {name: Proof(**proof) for name, proof in content["proven"].items()}, content["refused"]
 
 
@@ -147,7 +148,8 @@ def find_stack(model: PreTrainedModel) -> PreTrainedModel:
     if model_type not in proven or stack.config.model_type != model_type:
         raise ValueError(
             f"{name} is of model type {model_type!r}, which folding is not known to be right for"
-            f"{': ' + refused[model_type] if model_type in refused else ''}; docs/models.md lists the types that fold"
+            f"{': ' + refused[model_type] if model_type in refused else ''}; docs/models.md and "
+            f"{_PROOFS} list the types that fold"
         )
     proof = proven[model_type]
     if Version(transformers.__version__) < Version(proof.since):

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from .._extras import require
 from .files import check_no_adapter, check_regular, shards
 
 DTypeName: TypeAlias = Literal["float32", "float64", "bfloat16", "float16"]
@@ -30,6 +31,7 @@ def find_folder(path_or_hub_id: str | Path, patterns: list[str]) -> Path:
         return path
     if str(path_or_hub_id) and path.exists():
         raise NotADirectoryError(f"{path} must be a folder that transformers wrote, or a model on the hub")
+    require("huggingface_hub", "models", "a model on the hub")
     from huggingface_hub import snapshot_download
 
     try:
@@ -65,6 +67,7 @@ def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _read(folder: Path, file: str) -> Iterator[tuple[str, Tensor]]:
+    require("safetensors", "models", "a file of safetensors")
     from safetensors import SafetensorError, safe_open
 
     path = folder / file

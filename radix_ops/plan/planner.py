@@ -90,7 +90,7 @@ def plan_folded(
     limits["max_sequences"] = max_sequences
     for name, limit in limits.items():
         _check_limit(name, limit, optional=name != "max_rows")
-    if order not in _ORDERS:
+    if not isinstance(order, str) or order not in _ORDERS:
         raise ValueError(f"order must be one of {', '.join(map(repr, _ORDERS))}, got {order!r}")
     lengths = _checked_lengths(lengths, store)
     sequences = torch.from_numpy(store.input_ids), torch.from_numpy(store.starts), torch.from_numpy(lengths)

@@ -7,6 +7,7 @@ import inspect
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -117,6 +118,8 @@ ValueError: layers.0.self_attn has sliding_window 3 in a layer of type 'full_att
         ({"threshold": 1.5}, "threshold must be between 0 and 1, or None, got 1.5"),
         ({"threshold": float("nan")}, "threshold must be between 0 and 1, or None, got nan"),
         ({"layout": "tree"}, "layout must be one of .*, got 'tree'"),
+        ({"layout": np.array(["trie", "compact"])}, "layout must be one of .*, got array"),
+        ({"verify": np.array(["first", "never"])}, "verify must be one of .*, got array"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

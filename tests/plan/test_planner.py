@@ -211,6 +211,8 @@ def test_bad_arguments_are_named():
         plan_folded(store, max_rows=None)
     with pytest.raises(ValueError, match="order must be one of 'auto', 'sorted', 'given', got 'random'"):
         plan_folded(store, max_rows=3, order="random")
+    with pytest.raises(ValueError, match="order must be one of 'auto', 'sorted', 'given', got array"):
+        plan_folded(store, max_rows=3, order=np.array(["auto", "given"]))
     with pytest.raises(ValueError, match=r"lengths\[1\] must be from 0 to the sequence's 1 tokens, got 2"):
         plan_folded(store, max_rows=3, lengths=np.array([2, 2]))
     with pytest.raises(ValueError, match="lengths must hold one whole number for each of 2 sequences, got int64 of"):

@@ -186,5 +186,6 @@ def test_pictures_that_cannot_be_made(capsys, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
     assert failing_inspect(capsys, file, "--plot", tmp_path / "sharing.png") == (
-        "radix-ops: --plot needs matplotlib: pip install matplotlib"
+        "radix-ops: --plot needs matplotlib, which is not installed; in a checkout of radix_ops: "
+        "pip install --no-build-isolation '.[plot]'"
     )

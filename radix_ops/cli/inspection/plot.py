@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
 import numpy as np
 
-from ...engine.errors import UserError
+from ...engine.errors import UserError, needs
 from ...plan.sharing import Prefixes, Sharing
 from .summary import ORDERS
 
@@ -28,8 +27,7 @@ def check_plot_path(path: str, data: str) -> None:
         raise UserError(f"--plot {path}: its folder does not exist")
     if os.path.exists(path) and (not os.path.isfile(path) or (os.path.exists(data) and os.path.samefile(path, data))):
         raise UserError(f"--plot {path} is {'the input file itself' if os.path.isfile(path) else 'not a regular file'}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib: pip install matplotlib")
+    needs("matplotlib", "plot", "--plot")
 
 
 def plot(sharing: Sharing, summary: dict, path: str) -> None:

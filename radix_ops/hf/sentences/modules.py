@@ -15,6 +15,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..._interrupts import uninterrupted
 from ..calls import Obstacle
 from ..forward import obstacle_outside
 from ..proofs import class_of, no_model_in
@@ -207,8 +208,9 @@ def _try(modules: list[nn.Module], name: str, states: Tensor) -> Reading:
             read |= {side} if _differ(wide, filled) else set()
             width |= {side} if _differ(wide, short) or _differ(wide, filled) else set()
     finally:
-        for part, was in training.items():
-            part.training = was
+        with uninterrupted():
+            for part, was in training.items():
+                part.training = was
     return Reading(frozenset(read), frozenset(width))
 
 
