@@ -86,9 +86,8 @@ def report(found: dict[str, Any]) -> list[str]:
     num_rows, num_gold = found["rows"], found["rows_with_gold"]
     rows = f"the {num_gold:,} rows with gold, of {num_rows:,}" if num_gold < num_rows else f"{num_rows:,} rows"
     lines = [f"accuracy of {rows}, and its {found['interval']['level']:.0%} interval (Wilson score):"]
-    for name, words in _NAMES.items():
-        share = found["accuracy"][name]
-        lines.append(f"  {words:<26}{share['value']:>6.1%}  {share['low']:.1%} to {share['high']:.1%}")
+    for name, share in found["accuracy"].items():
+        lines.append(f"  {_NAMES[name]:<26}{share['value']:>6.1%}  {share['low']:.1%} to {share['high']:.1%}")
     if "calibration" in found:
         lines += _of_calibration(found["calibration"])
     return lines
@@ -103,13 +102,15 @@ def _of_calibration(found: dict[str, Any]) -> list[str]:
 
 
 def _of_texts(found: dict[str, Any]) -> list[str]:
-    units = ", ".join(
+    units = [
         f"{_number(found[f'{unit}_perplexity'])} a {unit} ({found[f'{unit}s']:,} {unit}s)"
         for unit in ("token", "word", "byte")
-    )
+        if f"{unit}_perplexity" in found  # texts that were token ids have no words
+    ]
+    bits = f", bits a byte {_number(found['bits_per_byte'])}" if "bits_per_byte" in found else ""
     return [
-        f"perplexity of {found['rows']:,} texts: {units}",
-        f"log-probability {found['logprob']:,.3f}, bits a byte {_number(found['bits_per_byte'])}",
+        f"perplexity of {found['rows']:,} texts: {', '.join(units)}",
+        f"log-probability {found['logprob']:,.3f}{bits}",
     ]
 
 

@@ -49,7 +49,7 @@ class _Parser:
         item = self._engine.parse(check_keys(record))
         is_text = isinstance(item, Text)
         what, others = ("a text", "questions") if is_text else ("a question", "texts")
-        self._kind = self._kind or type(item)
+        self._kind = self._kind or (Text if is_text else Item)
         if not isinstance(item, self._kind):
             raise UserError(f"{item.where} holds {what}, and what stands before it {others}; score them apart")
         unfit = ("calibration", "truncate_left") if is_text else ("stride",)

@@ -189,6 +189,22 @@ def test_texts_are_scored_whole(model_folder, tmp_path, capsys, mode):
     assert mode != ["--compare"] or "largest difference of a text's log-probability:" in out
 
 
+def test_token_ids_have_neither_characters_nor_words(model_folder, tmp_path, capsys):
+    ids = tiny_tokenizer(adds_bos=True)(TEXT[0])["input_ids"]
+    path = write_jsonl(tmp_path / "ids.jsonl", [{"input_ids": ids}])
+    assert score(model_folder, "--metrics", tmp_path / "m.json", path) == 0
+    assert json.loads((tmp_path / "m.json").read_text())["logprob"] == pytest.approx(alone(TEXT[0]), abs=1e-3)
+    assert re.search(
+        r"perplexity of 1 texts: \S+ a token \(\d+ tokens\)\nlog-probability \S+\n$", capsys.readouterr().err
+    )
+    rows = [{"context_ids": ids, "choices_ids": [[5, 6], [7]], "gold": 1}, {**QUESTIONS[0], "choices": [" x", " y"]}]
+    path = write_jsonl(tmp_path / "ids.jsonl", rows)
+    assert score(model_folder, path) == 0
+    err = capsys.readouterr().err
+    assert "per token" in err
+    assert "per character" not in err
+
+
 def test_a_file_of_texts_has_one_a_line(model_folder, tmp_path, capsys):
     (tmp_path / "texts.txt").write_text("\n".join(TEXT) + "\n")
     assert score(model_folder, tmp_path / "texts.txt") == 0
