@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..engine.errors import UserError
+from .beir import is_beir
 from .kinds import ENDINGS, PACKED_ENDINGS, kind_by_name
 from .streams import STANDARD_INPUT
 
@@ -16,8 +17,8 @@ _ABOUT = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict
 
 
 def data_files(paths: Sequence[str]) -> list[str]:
-    """Return the files of all paths in order, those of a folder sorted. UserError for a folder without data, one whose
-    files are of several kinds, and a file that is named twice."""
+    """Return the files of all paths in order, those of a folder sorted; a BEIR folder stays one. UserError for a folder
+    without data, one whose files are of several kinds, and a file that is named twice."""
     found = [name for path in paths for name in (_in_folder(path) if os.path.isdir(path) else [path])]
     seen: dict[str, str] = {}
     for name in found:
@@ -29,6 +30,8 @@ def data_files(paths: Sequence[str]) -> list[str]:
 
 
 def _in_folder(folder: str) -> list[str]:
+    if is_beir(folder):
+        return [folder]
     if os.path.isfile(about := os.path.join(folder, "dataset_dict.json")):
         splits = _read(about).get("splits", [])
         raise UserError(f"{folder} holds the splits {', '.join(splits)}; name one: {os.path.join(folder, splits[0])}")

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
+from .beir import BeirSource, is_beir
 from .delimited import IN_A_CELL, read_delimited
 from .ids import IdSource
 from .json_arrays import read_array
@@ -51,6 +52,7 @@ class Reading:
     header: the columns of CSV and TSV whose files have no header.
     arrays: the columns of CSV and TSV whose cells may hold JSON.
     drop: the columns of tables that are not read.
+    split, candidates: the judgements of a BEIR folder, and the run file of its candidates; see `BeirSource`.
     """
 
     format: Kind | None = None
@@ -58,6 +60,8 @@ class Reading:
     header: tuple[str, ...] | None = None
     arrays: Collection[str] = ()
     drop: Collection[str] = ()
+    split: str | None = None
+    candidates: str | None = None
 
 
 def kind_by_name(path: str) -> Kind | None:
@@ -69,7 +73,9 @@ def kind_by_name(path: str) -> Kind | None:
 
 
 def open_source(path: str, reading: Reading) -> Source:
-    """Open a file. StreamError for one that is of no kind that can be read; OSError where it can't be."""
+    """Open a file, or a BEIR folder. StreamError for a file of no kind that can be read; OSError where it can't be."""
+    if is_beir(path):
+        return BeirSource(path, reading.split, reading.candidates)
     name = "standard input" if path == STANDARD_INPUT else path
     named = reading.format or kind_by_name(path)
     if named == "npz":

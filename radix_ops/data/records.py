@@ -30,7 +30,7 @@ class Records(Generic[T]):
     """The rows of files, each as `parse` makes it of its Record; by default the Record itself.
 
     A file is JSONL, a JSON array, text, CSV, TSV, Parquet, Arrow (IPC file or stream), or a .npz of ids; plain, gzip or
-    zstd; "-" is standard input. A folder stands for the data files in it.
+    zstd; "-" is standard input. A folder stands for the data files in it, or is one of BEIR (see `BeirSource`).
 
     Making one reads and parses all files, each once and in order, so that rows that can't be used are a UserError,
     naming file and line or row, before any work. Memory holds 8 bytes a row: a row that is asked for is read and parsed
@@ -46,7 +46,7 @@ class Records(Generic[T]):
             are no records, and `bad` lists them. "record": they are in `refused`, with the reason.
         drop: columns, or keys, that are left out.
         reserved: keys that no row may have, nor those of `origin`.
-        delimiter, header, arrays: see `Reading`.
+        delimiter, header, arrays, split, candidates: see `Reading`.
 
     refused: the reason by index, of records that can't be used.
     bad: the rows that were left out or are in `refused`.
@@ -66,6 +66,8 @@ class Records(Generic[T]):
         delimiter: str | None = None,
         header: Sequence[str] | None = None,
         arrays: Collection[str] = (),
+        split: str | None = None,
+        candidates: str | None = None,
     ):
         if format not in (None, *KINDS):
             raise ValueError(f"format must be one of {', '.join(map(repr, KINDS))}, got {format!r}")
@@ -73,7 +75,7 @@ class Records(Generic[T]):
             raise ValueError(f"on_error must be 'stop', 'skip' or 'record', got {on_error!r}")
         self.parse, self.on_error = parse, on_error
         self._drop, self._reserved = tuple(drop), tuple(reserved)
-        reading = Reading(format, delimiter, None if header is None else tuple(header), arrays, drop)
+        reading = Reading(format, delimiter, None if header is None else tuple(header), arrays, drop, split, candidates)
         given = [path] if isinstance(path, (str, os.PathLike)) else path
         self.paths = data_files([os.fspath(name) for name in given])
         self.refused: dict[int, str] = {}

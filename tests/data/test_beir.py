@@ -6,7 +6,8 @@ import json
 import pytest
 
 from radix_ops.data import beir
-from radix_ops.data.beir import BeirRecords, is_beir
+from radix_ops.data.beir import is_beir, judgements_of
+from radix_ops.data.records import Records
 from radix_ops.engine.errors import UserError
 
 CORPUS = [
@@ -43,7 +44,7 @@ def documents_of(record):
 
 def test_judged_queries_get_the_whole_corpus(folder):
     assert is_beir(folder)
-    records = BeirRecords(folder)
+    records = Records(folder)
     assert [record.fields["query_id"] for record in records] == ["q1", "q3"]
     assert [record.fields["query"] for record in records] == [QUERIES[0]["text"], QUERIES[2]["text"]]
     assert records[0].fields["documents"] == [
@@ -52,47 +53,45 @@ def test_judged_queries_get_the_whole_corpus(folder):
         {"id": "d3", "title": "Sea", "text": "The sea is salty."},
         {"id": "d4", "text": "A hill."},
     ]
-    assert records.judgements == {"q1": {"d1": 2, "d4": 0}, "q3": {"d4": 1}}
+    assert judgements_of(str(folder), None) == {"q1": {"d1": 2, "d4": 0}, "q3": {"d4": 1}}
     assert records[1].where == f"{folder / 'queries.jsonl'}, line 3"
     assert "metadata" not in records[0].fields
 
 
 def test_the_split_names_the_judgements(folder):
-    assert [record.fields["query_id"] for record in BeirRecords(folder, split="dev")] == ["q2"]
+    assert [record.fields["query_id"] for record in Records(folder, split="dev")] == ["q2"]
     with pytest.raises(UserError, match=r"no judgements qrels/train.tsv for --split; it has dev, test"):
-        BeirRecords(folder, split="train")
+        Records(folder, split="train")
     (folder / "qrels" / "test.tsv").rename(folder / "qrels" / "train.tsv")
     with pytest.raises(UserError, match="has the judgements dev, train; --split must say which of them count"):
-        BeirRecords(folder)
+        Records(folder)
     (folder / "qrels" / "dev.tsv").unlink()
-    assert len(BeirRecords(folder)) == 2
+    assert len(Records(folder)) == 2
     (folder / "qrels" / "train.tsv").unlink()
-    records = BeirRecords(folder)
-    assert (len(records), records.judgements) == (3, {})
+    assert (len(Records(folder)), judgements_of(str(folder), None)) == (3, {})
 
 
 def test_a_run_file_names_the_candidates_in_its_order(folder):
     run = folder / "bm25.trec"
-    run.write_text("q1 Q0 d3 1 9.5 bm25\nq9 Q0 d9 1 1.0 bm25\nq1 Q0 d1 2 9.0 bm25\n\nq2 Q0 d2 1 3 bm25\n")
-    records = BeirRecords(folder, candidates=str(run))
+    run.write_text("q1 Q0 d3 1 9.5 bm25\nq9 Q0 d2 1 1.0 bm25\nq1 Q0 d1 2 9.0 bm25\n\nq2 Q0 d2 1 3 bm25\n")
+    records = Records(folder, candidates=str(run))
     assert [documents_of(record) for record in records] == [["d3", "d1"], []]
 
 
 def test_records_know_their_places(folder):
-    records = BeirRecords(folder)
+    records = Records(folder)
     places = [records.origin(index) for index in range(2)]
     assert [place["line"] for place in places] == [1, 3]
     assert [records.index_of(place) for place in places] == [0, 1]
     assert records.index_of(places[0] | {"line": 2}) is None
     assert records.raw(0) != records.raw(1)
-    (folder / "other").mkdir()
 
 
 def test_the_key_of_a_query_knows_its_documents(folder):
-    before = BeirRecords(folder).raw(0)
-    assert BeirRecords(folder).raw(0) == before
+    before = Records(folder).raw(0)
+    assert Records(folder).raw(0) == before
     write(folder / "corpus.jsonl", [*CORPUS[:3], CORPUS[3] | {"text": "Another hill."}])
-    assert BeirRecords(folder).raw(0) != before
+    assert Records(folder).raw(0) != before
 
 
 def test_files_may_be_compressed(folder):
@@ -100,18 +99,18 @@ def test_files_may_be_compressed(folder):
     (folder / "corpus.jsonl").unlink()
     (folder / "corpus.jsonl.gz").write_bytes(gzip.compress(text))
     assert is_beir(folder)
-    assert documents_of(BeirRecords(folder)[1]) == ["d1", "d2", "d3", "d4"]
+    assert documents_of(Records(folder)[1]) == ["d1", "d2", "d3", "d4"]
 
 
 def test_a_corpus_too_large_to_score_whole_is_refused_with_its_size(folder, monkeypatch):
     monkeypatch.setattr(beir, "MOST_DOCUMENTS", 3)
     with pytest.raises(
-        UserError, match="each of 2 queries would get all 4 documents of the corpus, and the most are 3; "
+        UserError, match="each of 2 judged queries would get all 4 documents of the corpus, and the most are 3; "
     ):
-        BeirRecords(folder)
+        Records(folder)
     run = folder / "run"
     run.write_text("".join(f"q1 Q0 d{number} {number} 1 x\n" for number in range(1, 5)))
-    assert len(documents_of(BeirRecords(folder, candidates=str(run))[0])) == 4
+    assert len(documents_of(Records(folder, candidates=str(run))[0])) == 4
 
 
 @pytest.mark.parametrize(
@@ -121,16 +120,16 @@ def test_a_corpus_too_large_to_score_whole_is_refused_with_its_size(folder, monk
         (
             "corpus.jsonl",
             '{"_id": "d1", "text": "a"}\n{"_id": "d1", "text": "b"}\n',
-            "documents 1 and 2 have one id, 'd1'",
+            "corpus.jsonl, line 2 has the id 'd1' of ",
         ),
         ("corpus.jsonl", '{"_id": "d1", "title": 3, "text": "a"}\n', 'corpus.jsonl, line 1: "title" is a number'),
         (
             "queries.jsonl",
             '{"_id": "q1", "text": "a"}\n{"_id": "q1", "text": "b"}\n',
-            "query 2 has the id 'q1' of a query",
+            "queries.jsonl, line 2 has the id 'q1' of a query",
         ),
         ("queries.jsonl", '{"_id": "q1", "text": "a"}\n', "test.tsv judges the query 'q3', which"),
-        ("qrels/test.tsv", "q1\td1\n", "test.tsv, line 1 has 2 columns; it must have query-id, corpus-id and score"),
+        ("qrels/test.tsv", "q1\td1\n", "test.tsv, line 1 has 2 columns; judgements have query-id, corpus-id and score"),
         ("qrels/test.tsv", "q1\td1\tyes\n", "test.tsv, line 1 has the score 'yes'; it must be a whole number"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\n", "test.tsv holds no judgements"),
         ("run", "q1 d1 1\n", "run, line 1 has 3 columns; a run file in TREC format has six"),
@@ -146,11 +145,29 @@ def test_a_corpus_too_large_to_score_whole_is_refused_with_its_size(folder, monk
 def test_files_that_cannot_be_used_are_named(folder, file, text, message):
     (folder / file).write_text(text)
     with pytest.raises(UserError) as error:
-        BeirRecords(folder, candidates=str(folder / "run") if file == "run" else None)
+        Records(folder, candidates=str(folder / "run") if file == "run" else None)
     assert message in str(error.value)
 
 
 def test_judgements_may_name_documents_that_no_query_gets(folder):
     with open(folder / "qrels" / "test.tsv", "a") as file:
         file.write("q1\tgone\t1\n")
-    assert BeirRecords(folder).judgements["q1"]["gone"] == 1
+    assert judgements_of(str(folder), "test")["q1"]["gone"] == 1
+    assert len(Records(folder)) == 2
+
+
+def test_a_query_that_cannot_be_used_is_left_out_where_asked_for(folder):
+    with open(folder / "queries.jsonl", "a") as file:
+        file.write('{"text": "a query without an id"}\n')
+    with pytest.raises(UserError, match='queries.jsonl, line 4 has no "_id"'):
+        Records(folder)
+    records = Records(folder, on_error="skip")
+    assert [record.fields["query_id"] for record in records] == ["q1", "q3"]
+    refused = Records(folder, on_error="record")
+    assert 'has no "_id"' in refused.refused[2]
+    assert refused.raw(2) == b'{"text": "a query without an id"}'
+
+
+def test_queries_of_trecs_four_columns_are_read(folder):
+    (folder / "qrels" / "test.tsv").write_text("q1 0 d1 2\nq3 0 d4 1\n")
+    assert judgements_of(str(folder), None) == {"q1": {"d1": 2}, "q3": {"d4": 1}}
