@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import rolling, scoring
+from . import blanks, rolling, scoring
 from ._engine import DTypeName, Engine, Layout, OnProgress, check_count, check_flags, numbered
 from .batches import Compute
 from .chat import prompter
@@ -166,16 +166,23 @@ class Scorer(Engine[Item | Text]):
         return self._results(parsed, on_progress)
 
     def _check_ids(self, where: str) -> None:
-        if self.letters or self.chat:
-            option = "--letters" if self.letters else "--chat"
-            raise UserError(f"{where} holds token ids, which are read as they are; {option} is for questions of text")
+        if self._style:
+            raise UserError(f"{where} holds token ids, which are read as they are; {self._style} is for texts")
+
+    @property
+    def _style(self) -> str:
+        """The option that says how questions are asked, if there is one."""
+        return "--letters" if self.letters else "--chat" if self.chat else ""
 
     def _parse(self, record: Record) -> Item | Text:
         if is_text(record):
-            if self.letters or self.chat:
-                option = "--letters" if self.letters else "--chat"
-                raise UserError(f'{record.where} holds a text; {option} is for questions with "choices"')
+            if self._style:
+                raise UserError(f'{record.where} holds a text; {self._style} is for questions with "choices"')
             return rolling.parse_text(record)
+        if blanks.is_blank(record):
+            if self._style:
+                raise UserError(f'{record.where} holds contexts of a continuation; {self._style} is for "choices"')
+            return blanks.parse_blank(record)
         return scoring.parse_item(record, self.letters, self.chat)
 
     def _encode_items(self, items: Iterable[Item | Text]) -> Choices:
@@ -185,7 +192,10 @@ class Scorer(Engine[Item | Text]):
         same: Any = map(functools.partial(_of_kind, kind), itertools.chain([] if first is None else [first], items))
         if kind is Text:
             return rolling.encode(same, self.tokenizer, self.max_length, self.stride)
-        return scoring.encode(same, self.tokenizer, self.max_length, self.truncate_left, self._prompt)
+        return blanks.encode(
+            same,
+            lambda items: scoring.encode(items, self.tokenizer, self.max_length, self.truncate_left, self._prompt),
+        )
 
     def _compute(self, items: Choices) -> Compute:
         return scoring.scorer(self.runner, items)
@@ -197,7 +207,10 @@ class Scorer(Engine[Item | Text]):
         sizes = [len(asked) for _, asked in encoded]
         if isinstance(item, Text):
             return rolling.result(item, sizes, logprobs)
-        return scoring.result(item, sizes, logprobs, greedy)
+        found = scoring.result(item, sizes, logprobs, greedy)
+        if isinstance(item, blanks.Blank):
+            del found["best_per_char"]  # what is scored has no characters of its own for each choice
+        return found
 
 
 def _of_kind(kind: type, item: Item | Text) -> Item | Text:

@@ -69,7 +69,7 @@ def test_accuracy_of_ids_counts_no_characters(folder):
     row = {"context_ids": CONTEXT, "choices_ids": CHOICES}
     (found,) = Scorer(folder, device="cpu").score([row | {"gold": 1}])
     assert metrics([found])["accuracy"].keys() == {"sum", "per_token"}
-    with pytest.raises(UserError, match="token ids, which are read as they are; letters=True is for questions of text"):
+    with pytest.raises(UserError, match="token ids, which are read as they are; letters=True is for texts"):
         Scorer(folder, device="cpu", letters=True, lazy=True).score([row])
 
 
