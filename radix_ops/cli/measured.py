@@ -12,7 +12,6 @@ import numpy as np
 
 from ..data.measured import write_metrics
 from ..data.records import Records
-from ..engine.inputs import Record
 from ..engine.measures import ACCURACIES, Measures
 from .compare import Agreement, Comparison
 from .job import Job, Numbers
@@ -33,21 +32,22 @@ class Measured:
     def add(self, result: Mapping[str, Any]) -> None:
         """Count a result where no --output holds it."""
         if self._output is None:
-            self._measures.add(result)
+            self._count(result)
 
     def finish(self) -> None:
         """Tell and write what all results say."""
         if self._output is not None:
-            Records(self._output, self._count)
+            Records(self._output, lambda record: self._count(record.fields))
         found = self._measures.found()
         for line in report(found):
             print(line, file=sys.stderr)
         if self._path:
             write_metrics(self._path, found)
 
-    def _count(self, record: Record) -> None:
-        fields = {name: _value(record.fields[name]) for name in _FIELDS if name in record.fields}
-        self._measures.add({name: value for name, value in fields.items() if value is not None})
+    def _count(self, result: Mapping[str, Any]) -> None:
+        fields = {name: _value(result[name]) for name in _FIELDS if name in result}
+        if "tokens" in fields:  # else it is the error of a row
+            self._measures.add({name: value for name, value in fields.items() if value is not None})
 
 
 def _value(value: Any) -> Any:

@@ -1,8 +1,9 @@
 """Scoring, embedding and reranking with shared prefixes computed once: what the radix-ops command does, in Python.
 
-    from radix_ops.engine import Embedder, Reranker, Scorer
+    from radix_ops.engine import Embedder, Reranker, Scorer, metrics
 
-    Scorer("Qwen/Qwen3-0.6B").score([{"context": "Is the sky blue?", "choices": [" yes", " no"]}])
+    results = Scorer("Qwen/Qwen3-0.6B").score([{"context": "Is it wet?", "choices": [" yes", " no"], "gold": "A"}])
+    metrics(results)["accuracy"]["sum"]["value"]  # 1.0, with its interval beside it
     Embedder("Qwen/Qwen3-Embedding-0.6B").embed(["a river", "the sea"], prompt_name="query")  # float32 [2, 1024]
     Reranker("Qwen/Qwen3-Reranker-0.6B").rank("a river", ["the Seine", "a hill"], top_k=1)
 

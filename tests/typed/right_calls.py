@@ -16,7 +16,7 @@ from typing_extensions import assert_type
 import radix_ops
 from radix_ops import FoldedBatch, attention, compat, hf, losses, plan, trainers
 from radix_ops.compat.torch import compute_fold_and_scatter_torch
-from radix_ops.engine import Embedder, Reranker, Scorer, Template
+from radix_ops.engine import Embedder, Reranker, Scorer, Template, metrics
 from radix_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 ids, mask = torch.tensor([[1, 2], [1, 3]]), np.array([[1, 1], [1, 0]])
@@ -82,6 +82,9 @@ def planned(tokens: list[list[int]]) -> None:
 def engines(texts: Iterator[str]) -> None:
     scorer = Scorer("Qwen/Qwen3-0.6B", device="cpu", dtype="bfloat16", layout="auto")
     assert_type(scorer.score([{"context": "a", "choices": ["b"]}], on_progress=print), list[dict[str, Any]])
+    asked = Scorer("model", letters=True, chat=True, system="Be brief.", max_length=2048, stride=512)
+    assert_type(asked.perplexity(texts), list[dict[str, Any]])
+    assert_type(metrics(asked.stream([{"question": "a", "choices": ["b"]}]), calibration=True), dict[str, Any])
     embedder = Embedder(nn.Linear(1, 1), dtype=torch.float32, pooling="mean")
     assert_type(embedder.embed(texts, prompt_name="query"), npt.NDArray[np.float32])
     reranker = Reranker(Path("folder"), template=Template("", "<Instruct>: {instruction}", ""))
