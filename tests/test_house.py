@@ -45,6 +45,7 @@ ROOMS = {
 LIBRARIES = {
     "argparse": "cli",
     "http": "",
+    "ir_measures": "engine",
     "lm_eval": "lm_eval",
     "matplotlib": "cli",
     "radix_ops_command": "cli __main__",

@@ -164,7 +164,7 @@ class Engine(ABC, Generic[I]):
 
     def result(self, item: I, encoded: list, *numbers: np.ndarray) -> dict[str, Any]:
         """Return the output object of an item by what `encode` made of it and its sequences' numbers, an array of each
-        kind. UserError for a number that isn't finite."""
+        kind, or none for an item of no sequences. UserError for a number that isn't finite."""
         found = self._result(item, encoded, *numbers)
         return ids.without_texts(found) if isinstance(item, ids.Given) else found
 
@@ -225,6 +225,8 @@ class Engine(ABC, Generic[I]):
     def check(self, items: Items, folded: bool) -> None:
         """UserError unless the model has the items' tokens, and can be run as wanted; it tries a few of them."""
         check_model(self.model)
+        if not len(items.store):
+            return
         largest = int(items.store.input_ids.max())
         if largest >= self.runner.vocab_size:
             raise UserError(
@@ -263,10 +265,14 @@ class Engine(ABC, Generic[I]):
             encoded = self.encode(items)
             collector, results = Collector(encoded.ends), [dict[str, Any]()] * len(items)
 
-            def on_batch(indices: np.ndarray, found: tuple[np.ndarray, ...]) -> None:
-                for index, numbers in collector.add(indices, found):
+            def keep(complete: Iterator[tuple[int, list[np.ndarray]]]) -> None:
+                for index, numbers in complete:
                     results[index] = self.result(items[index], encoded[index], *numbers)
 
+            def on_batch(indices: np.ndarray, found: tuple[np.ndarray, ...]) -> None:
+                keep(collector.add(indices, found))
+
+            keep(collector.empty())
             self.execute(encoded, with_progress(on_batch, encoded, on_progress))
             return results
 

@@ -21,10 +21,12 @@ from .inputs import Record
 from .items import Items
 from .loading import has_tokenizer, max_length_of
 from .messages import Chat
+from .relevance import Judgements, Relevance
 from .reranking import Query
 from .templates import TEMPLATES, Template, find_template
 
 _SHAPE = '{"query": "...", "documents": ["...", "..."]}'
+Document = str | Mapping[str, Any]
 
 
 class Reranker(Engine[Query]):
@@ -44,6 +46,8 @@ class Reranker(Engine[Query]):
         max_length: tokens of a query with its document at most, special tokens included. By default as the model and
             its tokenizer say.
         truncate_right: cut documents that are too long at their end; without it they are errors.
+        top_k: what a result says of documents beside their scores is of so many of the best; of all by default.
+        return_documents: results hold the documents' texts, too.
 
     Threads may share it: calls take turns.
 
@@ -60,6 +64,8 @@ class Reranker(Engine[Query]):
         template: str | os.PathLike[str] | Template | None = None,
         max_length: int | None = None,
         truncate_right: bool = False,
+        top_k: int | None = None,
+        return_documents: bool = False,
         device: str | torch.device | None = None,
         dtype: DTypeName | torch.dtype | None = None,
         token_budget: int | None = None,
@@ -70,7 +76,8 @@ class Reranker(Engine[Query]):
     ):
         with options_as_arguments():
             check_count("max_length", max_length)
-            check_flags(truncate_right=truncate_right, lazy=lazy)
+            check_count("top_k", top_k)
+            check_flags(truncate_right=truncate_right, return_documents=return_documents, lazy=lazy)
             if template is not None and not isinstance(template, (str, os.PathLike, Template)):
                 raise UserError(f"template must be a name, a file or a Template, got {template!r}")
             template = os.fspath(template) if isinstance(template, os.PathLike) else template
@@ -85,6 +92,7 @@ class Reranker(Engine[Query]):
                 _check_head(self.name, self.config)
             self.template = _template_of(self.name, self.config, template, encoder)
             self.truncate_right = truncate_right
+            self.top_k, self.return_documents = top_k and int(top_k), bool(return_documents)
             self._encoder = encoder or CrossEncoder(False)
             self._asks = self.template is not None and not self._classifies
             self._activation = "sigmoid" if self._asks else self._encoder.activation
@@ -123,12 +131,13 @@ class Reranker(Engine[Query]):
 
     @property
     def identity(self) -> tuple:
-        return (self.template and dataclasses.astuple(self.template), self._answers, self._activation)
+        template = self.template and dataclasses.astuple(self.template)
+        return (template, self._answers, self._activation, self.top_k, self.return_documents)
 
     def rank(
         self,
         query: str,
-        documents: Sequence[str],
+        documents: Sequence[Document],
         *,
         top_k: int | None = None,
         instruction: str | None = None,
@@ -138,13 +147,13 @@ class Reranker(Engine[Query]):
 
         Args:
             query: a string.
-            documents: strings, one at least.
-            top_k: keep so many of the best; all by default.
+            documents: strings, or objects as `score` takes them.
+            top_k: keep so many of the best; by default as many as the engine's own `top_k`.
             instruction: what the template says of the task, where it has a place for that.
             return_documents: give each document's text, too.
 
         Returns a dict for each document, the best first and equal ones in their order: "corpus_id", its index, "score",
-        a float, and "text" where asked for. Raises UserError as `score` does.
+        a float, "id" where the documents have ids, and "text" where asked for. Raises UserError as `score` does.
         """
         with options_as_arguments():
             check_count("top_k", top_k)
@@ -156,10 +165,14 @@ class Reranker(Engine[Query]):
             fields |= {} if instruction is None else {"instruction": instruction}
             parsed = self.parse(Record("rank", fields))
         (found,) = self._results([parsed], None)
-        ranked = [{"corpus_id": index, "score": found["scores"][index]} for index in found["order"][:top_k]]
-        if return_documents:
-            for entry in ranked:
-                entry["text"] = parsed.documents[entry["corpus_id"]]
+        ranked = []
+        for index in reranking.order_of(np.array(found["scores"]))[: top_k or self.top_k]:
+            entry: dict[str, Any] = {"corpus_id": index, "score": found["scores"][index]}
+            if parsed.ids:
+                entry["id"] = parsed.ids[index]
+            if return_documents or self.return_documents:
+                entry["text"] = parsed.documents[index]
+            ranked.append(entry)
         return ranked
 
     def score(
@@ -168,12 +181,14 @@ class Reranker(Engine[Query]):
         """Score the documents of all queries, planned together.
 
         Args:
-            queries: an iterable of {"query": str, "documents": [str, ...]}, perhaps with an "instruction". Other keys
-                are copied to the result.
+            queries: an iterable of {"query": str, "documents": [...]}, perhaps with an "instruction". A document is a
+                string, or an object {"text": str} perhaps with an "id" and a "title", which stands before the text.
+                Other keys are copied to the result.
             on_progress: called with (tokens that are done, all tokens) after each batch.
 
         Returns a dict for each query, in order: its other keys, then "scores" of its documents, from 0 to 1 but for a
-        cross-encoder whose folder says otherwise, and "order", the documents by score, the best first.
+        cross-encoder whose folder says otherwise, and of the `top_k` best documents, the best first, "order", their
+        indices, "ids" where they have some, and "texts" where the engine returns documents.
 
         Raises UserError, before the model runs, for a query that can't be used: it names the index, what is there, what
         is allowed and the remedy; after that for a score that is not finite. OutOfMemory where one document with its
@@ -193,8 +208,42 @@ class Reranker(Engine[Query]):
         """
         return self._stream(self._parsed(queries, "queries", _SHAPE), window, on_progress)
 
+    def evaluate(
+        self,
+        queries: Iterable[Mapping[str, Any]],
+        judgements: Judgements | None = None,
+        *,
+        on_progress: OnProgress | None = None,
+    ) -> dict[str, float]:
+        """Score the documents of all queries, and measure the rankings by ir-measures, as trec_eval computes them.
+
+        Args:
+            queries: as `score` takes them. Each has a "relevance", a whole number for each document, above 0 for a
+                relevant one; or, with `judgements`, a "query_id", and an "id" for each document.
+            judgements: the relevance of documents, {query id: {document id: a whole number}}.
+            on_progress: called with (tokens that are done, all tokens) after each batch.
+
+        Returns the means of "nDCG@10", "RR" (the reciprocal rank, whose mean is MRR) and "R@10" (recall) over all
+        queries of the judgements, those that aren't among `queries` too, or over the queries with a relevance. Raises
+        UserError as `score` does, and where nothing is judged.
+        """
+        with options_as_arguments():
+            relevance, parsed = Relevance(judgements), []
+            for query in self._parsed(queries, "queries", _SHAPE):
+                relevance.check(query)
+                parsed.append(query)
+            if relevance.num_judged == relevance.num_absent:
+                raise UserError(
+                    'no query has a "relevance", a number for each document' if judgements is None
+                    else "no query is judged: none of the judgements' ids is a query's \"query_id\""
+                )  # fmt: skip
+        for query, found in zip(parsed, self._results(parsed, on_progress), strict=True):
+            relevance.add(query, found["scores"])
+        return relevance.measures()
+
     def _parse(self, record: Record) -> Query:
-        return reranking.check_instruction(reranking.parse_query(record), self.template)
+        query = reranking.parse_query(record, ("texts",) if self.return_documents else ())
+        return reranking.check_instruction(query, self.template)
 
     def _encode_items(self, items: Iterable[Query]) -> Items:
         return reranking.encode(
@@ -205,7 +254,8 @@ class Reranker(Engine[Query]):
         return reranking.scorer(self.runner, self._answers, self._activation)
 
     def _result(self, item: Query, encoded: list, *numbers: np.ndarray) -> dict[str, Any]:
-        return reranking.result(item, *numbers)
+        (scores,) = numbers or (np.empty(0, np.float32),)
+        return reranking.result(item, scores, self.top_k, self.return_documents)
 
     def _pad_token_id(self) -> int:
         return _check_head(self.name, self.config) if self._classifies else 0
@@ -232,7 +282,8 @@ def _check_head(name: str, config) -> int:
     """Return the token that a cross-encoder's batches are padded with. UserError for a head that can't be used."""
     if config.num_labels != 1:
         raise UserError(
-            f"--model {name} has a classification head of {config.num_labels} labels; rerank needs one of 1"
+            f"--model {name} has a classification head of {config.num_labels} labels; rerank needs one of 1, and "
+            "`radix-ops classify` gives each label's probability"
         )
     pad_token_id = config.get_text_config().pad_token_id
     if pad_token_id is None:

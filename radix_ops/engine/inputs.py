@@ -18,11 +18,11 @@ class Record(NamedTuple):
 
     def text(self, key: str) -> str:
         """Return the string under `key`. UserError where there is none, or one that no tokenizer can read."""
-        return check_text(self._field(key, "a string"), f'{self.where}: "{key}"')
+        return check_text(self.field(key, "a string"), f'{self.where}: "{key}"')
 
     def texts(self, key: str) -> list[str]:
         """Return the array of strings under `key`, which must hold at least one; they may be empty."""
-        texts = self._field(key, "an array of strings")
+        texts = self.field(key, "an array of strings")
         if not isinstance(texts, list):
             raise UserError(f'{self.where}: "{key}" is {kind_of(texts)}; it must be an array of strings')
         if not texts:
@@ -39,7 +39,8 @@ class Record(NamedTuple):
             raise UserError(f'{self.where} has the key "{clash}", which the output uses itself; rename it')
         return others
 
-    def _field(self, key: str, kind: str):
+    def field(self, key: str, kind: str):
+        """Return the value under `key`. UserError where there is none; `kind` says what it must be."""
         if key not in self.fields:
             has = ", ".join(f'"{name}"' for name in list(self.fields)[:8]) or "no keys"
             raise UserError(f'{self.where} has no "{key}" ({kind}); it has {has}')

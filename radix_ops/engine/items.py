@@ -73,20 +73,26 @@ def first_equals(texts: list[str]) -> list[int]:
 
 
 def shortest_decimals(numbers: np.ndarray) -> list[float]:
-    """Return float32 numbers [N] as the shortest decimals that read back as them."""
+    """Return float32 or float16 numbers [N] as the shortest decimals that read back as them."""
     return [float(text) for text in numbers.astype("U")]
 
 
 class Collector:
     """Gathers the numbers of sequences from batches, and gives an item's out as soon as all its sequences have some.
 
-    Memory holds the numbers of items that are under way alone.
+    No batch holds an item of no sequences: `empty` gives those out. Memory holds the numbers of items that are under
+    way alone.
     """
 
     def __init__(self, ends: np.ndarray):
         self._ends = ends  # int64 [items], as Items.ends
         self._found: dict[int, list[np.ndarray]] = {}
         self._missing: dict[int, int] = {}
+
+    def empty(self) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """Yield each item that has no sequences, with no numbers."""
+        for item in np.flatnonzero(np.diff(self._ends, prepend=0) == 0).tolist():
+            yield item, []
 
     def add(self, indices: np.ndarray, found: tuple[np.ndarray, ...]) -> Iterator[tuple[int, list[np.ndarray]]]:
         """Take arrays [len(indices), ...] for the sequences `indices`; yield each item that is complete by them, with

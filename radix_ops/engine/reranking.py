@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from .batches import Compute
 from .errors import UserError
-from .inputs import Record
+from .inputs import Record, check_text, kind_of
 from .items import Items, first_equals, shortest_decimals
 from .messages import Chat
 from .runners import Runner
@@ -22,6 +23,7 @@ from .templates import Template
 from .tokenizing import cutting_right, in_turn
 
 RESERVED_KEYS = ("scores", "order")
+Identifier: TypeAlias = str | int
 SHAPE = 'one object {"query": ..., "documents": [...]} a line'
 _QUERIES_AT_ONCE = 64  # given to the tokenizer
 
@@ -35,14 +37,77 @@ class Query:
     documents: list[str]
     instruction: str | None
     extra: dict
+    ids: list[Identifier] | None = None  # of the documents
 
 
-def parse_query(record: Record) -> Query:
-    """Return the query of {"query": str, "documents": [str, ...], ...}, perhaps with an "instruction"."""
-    query, documents = record.text("query"), record.texts("documents")
+def parse_query(record: Record, reserved: tuple[str, ...] = ()) -> Query:
+    """Return the query of {"query": str, "documents": [...], ...}, perhaps with an "instruction".
+
+    A document is a string, or an object {"text": str} perhaps with "title" and "id", whose other keys aren't read: all
+    documents have an id or none has. "query_id" and "relevance", a whole number for each document, are checked and stay
+    in `extra`, which may hold none of the `reserved` keys.
+    """
+    query, (documents, ids) = record.text("query"), _documents(record)
     instruction = record.text("instruction") if "instruction" in record.fields else None
-    extra = record.others(("query", "documents", "instruction"), RESERVED_KEYS)
-    return Query(record.where, query, documents, instruction, extra)
+    reserved = (*RESERVED_KEYS, *(["ids"] if ids else []), *reserved)
+    extra = record.others(("query", "documents", "instruction"), reserved)
+    if extra.get("query_id") is not None:
+        _check_id(extra["query_id"], f'{record.where}: "query_id"')
+    if extra.get("relevance") is not None:
+        _check_relevance(extra["relevance"], len(documents), f'{record.where}: "relevance"')
+    return Query(record.where, query, documents, instruction, extra, ids)
+
+
+def _documents(record: Record) -> tuple[list[str], list[Identifier] | None]:
+    """Return the documents' texts, and their ids where they have some."""
+    given = record.field("documents", "an array of strings")
+    if not isinstance(given, list):
+        raise UserError(f'{record.where}: "documents" is {kind_of(given)}; it must be an array of strings')
+    texts, ids = [], []
+    for index, document in enumerate(given):
+        where = f"{record.where}: documents[{index}]"
+        if not isinstance(document, (str, Mapping)):
+            raise UserError(f'{where} is {kind_of(document)}; it must be a string or an object with a "text"')
+        texts.append(
+            check_text(document, where) if isinstance(document, str) else _joined(Record(where, dict(document)))
+        )
+        found = None if isinstance(document, str) else document.get("id")
+        ids.append(None if found is None else _check_id(found, f'{where}: "id"'))
+    named = sum(one is not None for one in ids)
+    if not named:
+        return texts, None
+    if named < len(ids):
+        raise UserError(f"{record.where}: documents[{ids.index(None)}] has no id, and others have one")
+    first: dict[str, int] = {}
+    for index, one in enumerate(ids):
+        if first.setdefault(str(one), index) != index:
+            raise UserError(f"{record.where}: documents[{index}] has the id {one!r} of documents[{first[str(one)]}]")
+    return texts, ids
+
+
+def _joined(document: Record) -> str:
+    """Return title and text as BEIR joins them, or the text as it is where there is no title."""
+    text = document.text("text")
+    return text if document.fields.get("title") is None else f"{document.text('title')} {text}".strip()
+
+
+def _check_id(value, where: str) -> Identifier:
+    if isinstance(value, bool) or not isinstance(value, (str, Integral)):
+        raise UserError(f"{where} is {kind_of(value)}; it must be a string or a whole number")
+    return check_text(value, where) if isinstance(value, str) else value
+
+
+def _check_relevance(value, count: int, where: str) -> None:
+    if not isinstance(value, list):
+        raise UserError(f"{where} is {kind_of(value)}; it must be an array of whole numbers, one for each document")
+    if len(value) != count:
+        raise UserError(f"{where} has {len(value)} numbers, and there are {count} documents")
+    for index, number in enumerate(value):
+        is_number = isinstance(number, Real) and not isinstance(number, bool)
+        if not is_number or number % 1:
+            raise UserError(
+                f"{where}[{index}] is {number if is_number else kind_of(number)}; it must be a whole number"
+            )
 
 
 def check_instruction(query: Query, template: Template | None) -> Query:
@@ -102,7 +167,7 @@ def _check_length(where: str, length: int, max_length: int | None) -> None:
 def _in_template(queries: list[Query], tokenizer, template: Template, room: int | None) -> Iterator[list[int]]:
     def ids_of(texts: list[str]) -> list[list[int]]:
         with in_turn(tokenizer):
-            return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
     parts = [template.parts(q.query, template.instruction if q.instruction is None else q.instruction) for q in queries]
     tails = ids_of([tail for _, tail in parts]) if any(tail for _, tail in parts) else [[]] * len(parts)
@@ -125,6 +190,8 @@ def _in_template(queries: list[Query], tokenizer, template: Template, room: int 
 
 def _as_messages(queries: list[Query], chat: Chat, room: int | None) -> Iterator[list[int]]:
     for query in queries:
+        if not query.documents:
+            continue
         turns = [[("query", query.query), ("document", document)] for document in query.documents]
         for index, (turn, ids) in enumerate(zip(turns, chat.ids(turns), strict=True)):
             fits = room is None or len(ids) <= room
@@ -132,10 +199,13 @@ def _as_messages(queries: list[Query], chat: Chat, room: int | None) -> Iterator
 
 
 def _as_pairs(queries: list[Query], tokenizer, prompt: str, room: int | None) -> Iterator[list[int]]:
-    first, second = zip(*((prompt + q.query, document) for q in queries for document in q.documents), strict=True)
+    pairs = [(prompt + q.query, document) for q in queries for document in q.documents]
+    if not pairs:
+        return
+    first, second = map(list, zip(*pairs, strict=True))
     options = {"add_special_tokens": True, "verbose": False}
     with in_turn(tokenizer):
-        batch = tokenizer(list(first), list(second), **options)
+        batch = tokenizer(first, second, **options)
     if any(map(any, batch.get("token_type_ids", []))):
         raise UserError("the model's tokenizer marks which text a token is of, which radix-ops rerank can't pass on")
     if room is None:
@@ -188,8 +258,9 @@ def order_of(scores: np.ndarray) -> list[int]:
     return np.argsort(-scores, kind="stable").tolist()
 
 
-def result(query: Query, scores: np.ndarray) -> dict:
-    """Return the output object of one query. UserError for a score that isn't finite.
+def result(query: Query, scores: np.ndarray, top_k: int | None = None, return_documents: bool = False) -> dict:
+    """Return the output object of one query, whose order, ids and texts are of the `top_k` best documents. UserError
+    for a score that isn't finite.
 
     Equal documents get what the first of them did, which rounding may set apart where they ran in different batches.
     """
@@ -197,8 +268,10 @@ def result(query: Query, scores: np.ndarray) -> dict:
     for index, score in enumerate(scores.tolist()):
         if not math.isfinite(score):
             raise UserError(f"{query.where}: documents[{index}] got the score {score}; try --dtype float32")
-    return {
-        **query.extra,
-        "scores": shortest_decimals(scores),
-        "order": order_of(scores),
-    }
+    order = order_of(scores)[:top_k]
+    found = {**query.extra, "scores": shortest_decimals(scores), "order": order}
+    if query.ids:
+        found["ids"] = [query.ids[index] for index in order]
+    if return_documents:
+        found["texts"] = [query.documents[index] for index in order]
+    return found

@@ -93,8 +93,18 @@ def test_a_loaded_cross_encoder_scores_pairs():
     [
         ((3, DOCUMENTS), 'rank: "query" is a number; it must be a string'),
         ((QUERY, "the sea"), "documents must be a list of strings, got str"),
-        ((QUERY, []), 'rank: "documents" is an empty array; it must hold at least one string'),
         ((QUERY, ["a", None]), r"rank: documents\[1\] is null; it must be a string"),
+        ((QUERY, ["a", {"title": "b"}]), r'rank: documents\[1\] has no "text" \(a string\); it has "title"'),
+        ((QUERY, [{"text": "a", "title": 1}]), r'rank: documents\[0\]: "title" is a number; it must be a string'),
+        (
+            (QUERY, [{"text": "a", "id": [1]}]),
+            r'rank: documents\[0\]: "id" is an array; it must be a string or a whole',
+        ),
+        ((QUERY, ["a", {"text": "a", "id": 1}]), r"rank: documents\[0\] has no id, and others have one"),
+        (
+            (QUERY, [{"text": "a", "id": "1"}, {"text": "b", "id": 1}]),
+            r"rank: documents\[1\] has the id 1 of documents\[0\]",
+        ),
         ((QUERY, ["a", "the sea " * 200]), r"rank: documents\[1\] takes \d+ tokens .*; truncate_right=True drops tok"),
     ],
 )
@@ -123,3 +133,81 @@ def test_models_that_cannot_rank_are_refused(tmp_path):
     model.config.num_labels = 3
     with pytest.raises(UserError, match="has a classification head of 3 labels; rerank needs one of 1"):
         Reranker(model, tokenizer)
+    with pytest.raises(UserError, match="`radix-ops classify` gives each label's probability"):
+        Reranker(model, tokenizer)
+
+
+def objects(texts=DOCUMENTS, **fields):
+    return [{"id": f"d{n}", "text": text, **fields} for n, text in enumerate(texts)]
+
+
+def test_a_title_stands_before_the_text_as_in_beir():
+    model, tokenizer = cross_encoder(), reranking_tokenizer()
+    reranker = Reranker(model, tokenizer)
+    documents = [{"title": "the sea", "text": " is salty "}, {"title": "", "text": " a"}, {"title": None, "text": " a"}]
+    # Rerank of BEIR: (corpus[doc_id].get("title", "") + " " + corpus[doc_id].get("text", "")).strip()
+    joined = ["the sea  is salty", "a", " a"]
+    (found,) = reranker.score([{"query": QUERY, "documents": documents}])
+    for text, score in zip(joined, found["scores"], strict=True):
+        with torch.no_grad():
+            logit = model(**tokenizer(QUERY, text, return_tensors="pt")).logits[0, 0]
+        assert score == pytest.approx(logit.sigmoid().item(), abs=2e-5)
+
+
+def test_ids_and_texts_come_in_the_order_of_scores_and_top_k_cuts_them():
+    model, tokenizer = cross_encoder(), reranking_tokenizer()
+    (whole,) = Reranker(model, tokenizer).score([{"query": QUERY, "documents": DOCUMENTS}])
+    line = {"query": QUERY, "documents": objects(url="copied to nowhere"), "query_id": "q"}
+    (found,) = Reranker(model, tokenizer, top_k=3, return_documents=True).score([line])
+    best = whole["order"][:3]
+    assert found == {
+        "query_id": "q", "scores": whole["scores"], "order": best, "ids": [f"d{n}" for n in best],
+        "texts": [DOCUMENTS[n] for n in best],
+    }  # fmt: skip
+    ranked = Reranker(model, tokenizer).rank(QUERY, line["documents"], top_k=2, return_documents=True)
+    assert [list(entry) for entry in ranked] == [["corpus_id", "score", "id", "text"]] * 2
+    assert [(e["corpus_id"], e["id"], e["text"]) for e in ranked] == [(n, f"d{n}", DOCUMENTS[n]) for n in best[:2]]
+    with pytest.raises(UserError, match='queries\\[0\\] has the key "ids", which the output uses itself'):
+        Reranker(model, tokenizer).score([{**line, "ids": 1}])
+    with pytest.raises(UserError, match='queries\\[0\\] has the key "texts", which the output uses itself'):
+        Reranker(model, tokenizer, return_documents=True).score([{**line, "texts": 1}])
+    (found,) = Reranker(model, tokenizer).score([{"query": QUERY, "documents": DOCUMENTS, "ids": 1, "texts": 2}])
+    assert (found["ids"], found["texts"]) == (1, 2)
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_no_documents_are_an_empty_result(template):
+    """Between others, at both ends, alone, in a stream, and where nothing at all is left to compute."""
+    model = tiny_model("Qwen3", max_position_embeddings=256) if template else cross_encoder()
+    reranker = Reranker(model, reranking_tokenizer(), template=template)
+    empty = {"query": QUERY, "documents": [], "id": 1}
+    whole = {"query": QUERY, "documents": DOCUMENTS}
+    (alone,) = reranker.score([whole])
+    nothing = {"id": 1, "scores": [], "order": []}
+    assert reranker.score([empty]) == [nothing]
+    assert reranker.score([empty, empty, whole, empty, whole, empty]) == [
+        nothing,
+        nothing,
+        alone,
+        nothing,
+        alone,
+        nothing,
+    ]
+    assert list(reranker.stream(iter([empty, whole, empty]), window=1)) == [nothing, alone, nothing]
+    assert reranker.rank(QUERY, []) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"relevance": 1}, '"relevance" is a number; it must be an array of whole numbers, one for each document'),
+        ({"relevance": [1]}, '"relevance" has 1 numbers, and there are 2 documents'),
+        ({"relevance": [1, 0.5]}, '"relevance"\\[1\\] is 0.5; it must be a whole number'),
+        ({"relevance": [1, True]}, '"relevance"\\[1\\] is a boolean; it must be a whole number'),
+        ({"query_id": 1.5}, '"query_id" is a number; it must be a string or a whole number'),
+    ],
+)
+def test_relevance_that_cannot_be_used_is_named(fields, message):
+    reranker = Reranker(cross_encoder(), reranking_tokenizer())
+    with pytest.raises(UserError, match=message):
+        reranker.score([{"query": QUERY, "documents": ["a", "b"], **fields}])
