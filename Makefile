@@ -9,12 +9,13 @@ TEST_JOBS ?= 2
 FUZZ_SECONDS ?= 20
 # From the newest to the oldest that radix_ops.hf works with.
 OLDER_TRANSFORMERS ?= 5.17.0 5.10.4 5.2.0
+OLDEST_SENTENCES ?= 5.2.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: build test coverage test-elsewhere test-oldest test-oldest-torch oldest-torch sanitize demo lint docs wheel check-wheel bench bench-check models clean help
+.PHONY: build test coverage test-elsewhere test-oldest test-oldest-sentences test-oldest-torch oldest-torch sanitize demo lint docs wheel check-wheel bench bench-check models clean help
 build: $(VENV)/.built  ## build the extension, in a virtual environment of its own
 test: $(VENV)/.built $(VENV)/.deps  ## run the tests
 	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
@@ -30,6 +31,12 @@ test-elsewhere: $(VENV)/.built $(VENV)/.deps  ## run the tests as other machines
 test-oldest: $(VENV)/.built $(VENV)/.oldest  ## run the tests of transformers models on the oldest transformers
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS) \
 	  tests/hf tests/engine/test_scoring.py tests/cli/test_score.py tests/training/test_distributed.py tests/training/test_step.py
+
+# Folders that the oldest sentence-transformers saves, and its models under radix_ops.hf.
+test-oldest-sentences: $(VENV)/.built $(VENV)/.oldest-sentences  ## run the tests of sentence-transformers on its oldest version
+	PYTHONPATH=$(VENV)/oldest-sentences $(BIN)/python -c 'import sentence_transformers as s; assert s.__version__ == "$(OLDEST_SENTENCES)"'
+	PYTHONPATH=$(VENV)/oldest-sentences $(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS) \
+	  tests/engine/test_saved_folders.py tests/hf/test_cross_encoders.py tests/hf/test_sentences.py tests/hf/test_sentences_changed.py
 
 # By the binary that was built beside the other torch. Fails where no index gives a CPU build, as `make oldest-torch` does.
 test-oldest-torch: $(VENV)/.built $(VENV)/.oldest-torch  ## run the tests of ops, batches, attention and losses on the oldest torch
@@ -85,7 +92,7 @@ clean:  ## delete all that was built and installed
 	rm -rf build dist *.egg-info radix_ops/*.so $(VENV)
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-22s %s\n", $$1, $$2 }' Makefile
 
 $(VENV)/.venv:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "radix_ops needs Python 3.10 or newer"'
@@ -111,6 +118,10 @@ $(VENV)/.deps: $(VENV)/.constraints pyproject.toml
 
 $(VENV)/.oldest: $(VENV)/.deps
 	$(PIP) install --quiet --target $(VENV)/oldest transformers==$(lastword $(OLDER_TRANSFORMERS))
+	@touch $@
+
+$(VENV)/.oldest-sentences: $(VENV)/.deps
+	$(PIP) install --quiet --no-deps --target $(VENV)/oldest-sentences sentence-transformers==$(OLDEST_SENTENCES)
 	@touch $@
 
 $(VENV)/.oldest-torch: $(VENV)/.deps

@@ -21,14 +21,17 @@ from .errors import UserError, options_as_arguments
 from .inputs import Record, check_text
 from .loading import max_length_of
 from .messages import Chat
-from .recipes import POOLINGS, Pooling, Recipe, find_recipe
+from .pairs import nearest_pairs
+from .pooling import POOLINGS, Pooling
+from .quantising import OUTPUT_DTYPES, OutputDType, Ranges, check_ranges, converted, ranges_of
+from .recipes import Recipe, find_recipe
 from .shapes.recognition import recognised
 
 _TEXTS_AT_ONCE = 1024  # while other threads wait for the tokenizer
 
 
 class Embedder(Engine[Text]):
-    """Makes embeddings of texts: the hidden state of the last token, or the mean over the tokens, normalised.
+    """Makes embeddings of texts: a pooling of the tokens' hidden states, normalised.
 
     What texts share at their start, such as an instruction, is computed once. A sentence-transformers folder (one with
     a modules.json) says itself how to pool, whether to normalise and which prompts it knows; arguments go before that.
@@ -38,13 +41,18 @@ class Embedder(Engine[Text]):
     of `Scorer`.
 
     Args:
-        pooling: "last" or "mean".
+        pooling: "last" token, "mean", "weightedmean", "mean_sqrt_len_tokens", "max" or "cls" (the first token), as
+            sentence-transformers computes them.
         prompt: stands before each text, or is the system's message where the folder has a chat template render texts;
             "" for none. By default the folder's own.
         dim: keep the first numbers of a Matryoshka model, and normalise after that.
         normalize: whether embeddings have length 1.
         max_length: tokens of a text at most, special tokens included. By default as the model and its tokenizer say.
         truncate_right: cut texts that are too long at their end; without it they are errors.
+        output_dtype: "float32", "float16" or "int8", of the embeddings that are returned. int8 numbers are 256 steps of
+            each column's range, as quantize_embeddings of sentence-transformers 6 makes them.
+        ranges: floats [2, dim], the least and the largest number of each column, which int8 needs. `find_ranges` finds
+            those of texts. Embeddings that are compared with each other need the same.
 
     Threads may share it: calls take turns.
 
@@ -66,6 +74,8 @@ class Embedder(Engine[Text]):
         normalize: bool | None = None,
         max_length: int | None = None,
         truncate_right: bool = False,
+        output_dtype: OutputDType = "float32",
+        ranges: npt.ArrayLike | None = None,
         device: str | torch.device | None = None,
         dtype: DTypeName | torch.dtype | None = None,
         token_budget: int | None = None,
@@ -80,6 +90,11 @@ class Embedder(Engine[Text]):
             check_flags(truncate_right=truncate_right, lazy=lazy)
             if normalize is not None:
                 check_flags(normalize=normalize)
+            if not isinstance(output_dtype, str) or output_dtype not in OUTPUT_DTYPES:
+                known = ", ".join(map(repr, OUTPUT_DTYPES))
+                raise UserError(f"output_dtype must be one of {known}, got {output_dtype!r}")
+            if (output_dtype == "int8") != (ranges is not None):
+                raise UserError("--output-dtype int8 needs --ranges, and nothing else takes them")
             check_count("dim", dim)
             check_count("max_length", max_length)
             recipe = find_recipe(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else Recipe("")
@@ -88,21 +103,23 @@ class Embedder(Engine[Text]):
                 layout=layout, plain=plain, trust_remote_code=trust_remote_code,
             )  # fmt: skip
             self.truncate_right = truncate_right
-            given: dict[str, Any] = {"pooling": pooling, "dim": dim, "cuts_last": None if dim is None else False}
+            given: dict[str, Any] = {"poolings": pooling and (pooling,), "dim": dim, "cuts_last": None if dim is None else False}
             given |= {"normalize": normalize}
             if prompt is not None:
                 given["prompt"] = check_text(prompt, "the prompt")
             self._given_length, self._has_prompt = max_length, bool(prompt)
             self._pooling = self._complete(recipe, {name: value for name, value in given.items() if value is not None})
+            self.output_dtype = output_dtype
+            self._ranges = None if ranges is None else check_ranges(ranges, self.dim, "--ranges")
             self._finish(lazy)
 
     def _complete(self, recipe: Recipe, given: dict) -> Recipe:
         """Return the recipe with what was given, and with the numbers that were left open."""
         recipe = dataclasses.replace(recipe, **given)
-        hidden_size = self.config.get_text_config().hidden_size
-        if recipe.dim is not None and recipe.dim > hidden_size:
-            raise UserError(f"--dim {recipe.dim} is more than the model has, {hidden_size}")
-        return dataclasses.replace(recipe, dim=recipe.dim or hidden_size)
+        width = self.config.get_text_config().hidden_size * len(recipe.poolings)
+        if recipe.dim is not None and recipe.dim > width:
+            raise UserError(f"--dim {recipe.dim} is more than the model has, {width}")
+        return dataclasses.replace(recipe, dim=recipe.dim or width)
 
     @functools.cached_property
     def recipe(self) -> Recipe:
@@ -135,8 +152,9 @@ class Embedder(Engine[Text]):
     @property
     def identity(self) -> tuple:
         recipe = self._pooling
-        skips = not recipe.pools_prompt and recipe.pooling == "mean" and bool(recipe.prompt)
-        return (recipe.identity, embedding.tokens_to_skip(self.tokenizer, recipe) if skips else 0)
+        skip = embedding.tokens_to_skip(self.tokenizer, recipe) if recipe.skips_prompt else 0
+        ranges = None if self._ranges is None else self._ranges.tobytes().hex()
+        return (recipe.identity, skip, self.output_dtype, ranges)
 
     def embed(
         self,
@@ -145,8 +163,8 @@ class Embedder(Engine[Text]):
         prompt: str | None = None,
         prompt_name: str | None = None,
         on_progress: OnProgress | None = None,
-    ) -> npt.NDArray[np.float32]:
-        """Make an embedding of each text, all planned together: float32 [B, dim], in order.
+    ) -> npt.NDArray[Any]:
+        """Make an embedding of each text, all planned together: [B, dim] of `output_dtype`, in order.
 
         Args:
             texts: an iterable of strings.
@@ -159,10 +177,57 @@ class Embedder(Engine[Text]):
         not finite. OutOfMemory where one text alone does not fit into the device's memory.
         """
         with options_as_arguments():
-            recipe, encoded = self._recipe(prompt, prompt_name), Texts()
-            for part in windows(self._items(texts, recipe is not None), _TEXTS_AT_ONCE):
-                encoded.extend(self._encode(part, recipe))
-            return self._rows(encoded, 0, on_progress)
+            found = self._floats(texts, prompt, prompt_name, on_progress)
+            return self._converted(found, 0)
+
+    def find_ranges(
+        self,
+        texts: Iterable[str],
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Ranges:
+        """Find the ranges for int8 embeddings: the least and the largest number of each column of the texts' own
+        embeddings, float32 [2, dim].
+
+        Arguments and errors are those of `embed`; there must be a text.
+        """
+        with options_as_arguments():
+            found = self._floats(texts, prompt, prompt_name, on_progress)
+            if not len(found):
+                raise UserError("texts are none, and ranges are of one embedding at least")
+            return ranges_of([found])
+
+    def pairs(
+        self,
+        texts: Iterable[str],
+        k: int = 10,
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> list[tuple[float, int, int]]:
+        """Find the k pairs of texts whose embeddings are nearest to each other, by comparing all.
+
+        Other arguments and errors are those of `embed`. Returns (cosine, index, index) of each pair, the nearest first,
+        as paraphrase_mining of sentence-transformers; fewer where there are fewer pairs.
+        """
+        with options_as_arguments():
+            check_count("k", k)
+            if k is None:
+                raise UserError("k must be a whole number from 1")
+            found = self._floats(texts, prompt, prompt_name, on_progress)
+        cosines, rows = nearest_pairs(found, k, self.device)
+        return [(cosine, *pair) for cosine, pair in zip(cosines.tolist(), rows.tolist(), strict=True)]
+
+    def _floats(
+        self, texts: Iterable[str], prompt: str | None, prompt_name: str | None, on_progress: OnProgress | None
+    ) -> npt.NDArray[np.float32]:
+        recipe, encoded = self._recipe(prompt, prompt_name), Texts()
+        for part in windows(self._items(texts, recipe is not None), _TEXTS_AT_ONCE):
+            encoded.extend(self._encode(part, recipe))
+        return self._rows(encoded, 0, on_progress)
 
     def stream(
         self,
@@ -172,8 +237,8 @@ class Embedder(Engine[Text]):
         prompt_name: str | None = None,
         window: int = 1024,
         on_progress: OnProgress | None = None,
-    ) -> Iterator[npt.NDArray[np.float32]]:
-        """Yield what `embed` returns, row by row in order, float32 [dim] each, as the texts come.
+    ) -> Iterator[npt.NDArray[Any]]:
+        """Yield what `embed` returns, row by row in order, [dim] each, as the texts come.
 
         window: texts that are checked and planned together. The more, the more they share; memory holds so many.
         `on_progress` is told of each window by itself, and errors come at a text's window.
@@ -183,7 +248,7 @@ class Embedder(Engine[Text]):
         first = 0
         for part in windows(self._items(texts, recipe is not None), window):
             with options_as_arguments():
-                rows = self._rows(self._encode(part, recipe), first, on_progress)
+                rows = self._converted(self._rows(self._encode(part, recipe), first, on_progress), first)
             yield from (row.copy() for row in rows)  # one that is kept would keep the window
             first += len(part)
 
@@ -208,6 +273,10 @@ class Embedder(Engine[Text]):
 
         self.execute(encoded, with_progress(on_batch, encoded, on_progress))
         return found
+
+    def _converted(self, rows: npt.NDArray[np.float32], first: int) -> npt.NDArray[Any]:
+        """Return embeddings, of which the first is that of texts[first], as the engine gives them out."""
+        return converted(rows, self.output_dtype, self._ranges, lambda row: f"texts[{first + row}]")
 
     def _items(self, texts: Iterable[str | Mapping[str, Any]], has_prompt: bool) -> Iterator[Text]:
         for where, text in numbered(texts, "texts", "strings"):
@@ -236,7 +305,9 @@ class Embedder(Engine[Text]):
         return embedding.embedder(self.runner, self._pooling, items)
 
     def _result(self, item: Text, encoded: list[tuple[np.ndarray, int]], *numbers: np.ndarray) -> dict[str, Any]:
-        return embedding.result(item, *numbers)
+        (rows,) = numbers
+        embedding.check_finite(rows, lambda row: item.where)
+        return embedding.result(item, converted(rows, self.output_dtype, self._ranges, lambda row: item.where))
 
 
 def _refuse_prompt(where: str) -> NoReturn:

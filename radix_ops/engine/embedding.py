@@ -16,6 +16,7 @@ from .errors import UserError
 from .inputs import Record
 from .items import Items, shortest_decimals
 from .messages import Chat
+from .pooling import pooled
 from .recipes import Recipe
 from .runners import Runner
 from .tokenizing import cutting_right, in_turn
@@ -34,7 +35,7 @@ class Text:
 
 
 class Texts(Items):
-    """The texts of all items as token sequences, one an item, each with how many of its tokens a mean leaves out."""
+    """The texts of all items as token sequences, one an item, each with how many of its tokens poolings leave out."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +52,7 @@ class Texts(Items):
 
     @property
     def skips(self) -> np.ndarray:
-        """How many tokens of each sequence a mean leaves out, int64 [B]."""
+        """How many tokens of each sequence poolings leave out, int64 [B]."""
         return np.array(self._skips, np.int64)
 
 
@@ -69,7 +70,7 @@ def encode(texts: Iterable[Text], tokenizer, recipe: Recipe, truncate_right: boo
     recipe's messages, which its chat template renders.
 
     A text of more than `recipe.max_length` tokens is a UserError or, with `truncate_right`, loses its end; special
-    tokens behind it stay. So is one of no tokens, and one that leaves a mean nothing behind its prompt.
+    tokens behind it stay. So is one of no tokens, and one that leaves a pooling nothing behind its prompt.
     """
     encoded, texts, skip = Texts(), iter(texts), tokens_to_skip(tokenizer, recipe)
     make = _as_messages if recipe.messages else _as_texts
@@ -84,7 +85,7 @@ def encode(texts: Iterable[Text], tokenizer, recipe: Recipe, truncate_right: boo
                 )
             if len(ids) <= skip:
                 raise UserError(
-                    f"{text.where} has no tokens behind the prompt, and the model's mean leaves the prompt out"
+                    f"{text.where} has no tokens behind the prompt, and the model's pooling leaves the prompt out"
                 )
             encoded.append([(ids, skip)])
     return encoded
@@ -111,8 +112,8 @@ def _as_messages(texts: list[Text], tokenizer, recipe: Recipe, truncate_right: b
 
 
 def tokens_to_skip(tokenizer, recipe: Recipe) -> int:
-    """Return how many of a prompt's tokens a mean leaves out, counted as sentence-transformers does."""
-    if recipe.pools_prompt or recipe.pooling != "mean" or not recipe.prompt:
+    """Return how many of a prompt's tokens a pooling leaves out, counted as sentence-transformers does."""
+    if not recipe.skips_prompt:
         return 0
     with in_turn(tokenizer):
         ids = tokenizer(recipe.prompt)["input_ids"]
@@ -127,10 +128,9 @@ def embedder(runner: Runner, recipe: Recipe, texts: Texts) -> Compute:
     skips = texts.skips
 
     def compute(indices: np.ndarray, inputs: list[np.ndarray]) -> tuple[np.ndarray]:
-        states = runner.states(inputs)
-        pooled = states.last() if recipe.pooling == "last" else states.mean(skips[indices])
-        pooled = pooled.float()[:, : None if recipe.cuts_last else recipe.dim]
-        embeddings = F.normalize(pooled, dim=-1) if recipe.normalize else pooled
+        found = pooled(runner.states(inputs), recipe.poolings, skips[indices])
+        found = found[:, : None if recipe.cuts_last else recipe.dim]
+        embeddings = F.normalize(found, dim=-1) if recipe.normalize else found
         return (embeddings[:, : recipe.dim].cpu().numpy(),)
 
     return compute
@@ -144,6 +144,6 @@ def check_finite(rows: np.ndarray, where: Callable[[int], str]) -> None:
 
 
 def result(text: Text, rows: np.ndarray) -> dict:
-    """Return the output object of one text, whose embedding is rows[0]."""
-    check_finite(rows, lambda row: text.where)
-    return {**text.extra, "embedding": shortest_decimals(rows[0])}
+    """Return the output object of one text, whose embedding is rows[0], finite floats or whole numbers."""
+    numbers = shortest_decimals(rows[0]) if rows.dtype.kind == "f" else rows[0].tolist()
+    return {**text.extra, "embedding": numbers}

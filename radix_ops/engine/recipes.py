@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, get_args
 
 from .errors import UserError
 from .messages import Messages
+from .pooling import POOLINGS, Pooling
 from .sentence_folder import (
     Module,
     Settings,
@@ -18,14 +18,12 @@ from .sentence_folder import (
     kind_of_class,
 )
 
-Pooling: TypeAlias = Literal["last", "mean"]
-POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
-# The names that sentence-transformers gives poolings, and the flags of old folders.
-_POOLING_NAMES = {"lasttoken": "last", "mean": "mean"}
+# sentence-transformers' names are ours but for one. The flags of older folders stand in the order of their poolings.
+_POOLING_NAMES = {{"last": "lasttoken"}.get(name, name): name for name in POOLINGS}
 _OLD_POOLING_NAMES = {
     "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
     "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
@@ -38,10 +36,10 @@ class Recipe:
     """The way from a text to an embedding."""
 
     source: str  # folder, hub id or .gguf file of the transformers model
-    pooling: str = "last"
+    poolings: tuple[Pooling, ...] = ("last",)  # an embedding is these side by side
     normalize: bool = True
     prompt: str = ""  # stands before each text, or is the system's message
-    pools_prompt: bool = True  # whether a mean is over the prompt's tokens, too
+    pools_prompt: bool = True  # whether a pooling but the last token's counts the prompt's tokens, too
     dim: int | None = None  # numbers that are kept; all of them by default
     cuts_last: bool = False  # whether numbers go after the normalisation, as a folder's truncate_dim has it
     max_length: int | None = None  # tokens, special ones included
@@ -49,9 +47,14 @@ class Recipe:
     prompts: dict[str, str] = field(default_factory=dict, compare=False)  # by name, for calls that name one
 
     @property
+    def skips_prompt(self) -> bool:
+        """Return whether a pooling leaves the prompt out."""
+        return bool(self.prompt) and not self.pools_prompt and self.poolings != ("last",)
+
+    @property
     def identity(self) -> tuple:
         """Return what decides about an embedding beside the tokens of its text."""
-        return ("", self.pooling, self.normalize, "", self.pools_prompt, self.dim, self.cuts_last, None, None)
+        return ("", self.poolings, self.normalize, "", self.pools_prompt, self.dim, self.cuts_last, None, None)
 
 
 def find_recipe(name: str) -> Recipe:
@@ -106,13 +109,18 @@ def _with_pooling(recipe: Recipe, name: str, module: Module) -> Recipe:
     flags = [mode for key, mode in _OLD_POOLING_NAMES.items() if settings.flag(key)]
     modes = settings.take("pooling_mode", "a pooling's name, or an array of them", _are_names, flags or ["mean"])
     modes = [modes] if isinstance(modes, str) else modes
-    if len(modes) != 1 or modes[0] not in _POOLING_NAMES:
-        raise UserError(f"--model {name} pools by {' and '.join(modes)}; radix-ops embed pools by lasttoken or by mean")
+    if set(modes) - set(_POOLING_NAMES):
+        known = ", ".join(_POOLING_NAMES)
+        raise UserError(f"--model {name} pools by {' and '.join(modes)}; radix-ops embed pools by {known}")
     for key in ("embedding_dimension", "word_embedding_dimension"):
         settings.count(key)
     pools_prompt = settings.flag("include_prompt", True)
+    if "cls" in modes and not pools_prompt:  # the prompt's first token up to sentence-transformers 5, the text's to 6
+        settings.refuse("include_prompt to false beside the pooling cls")
     settings.close()
-    return dataclasses.replace(recipe, pooling=_POOLING_NAMES[modes[0]], pools_prompt=pools_prompt)
+    return dataclasses.replace(
+        recipe, poolings=tuple(_POOLING_NAMES[mode] for mode in modes), pools_prompt=pools_prompt
+    )
 
 
 def _are_names(value) -> bool:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from ..hf.forward import Verify
 
 _CONFIG = {"use_cache": False, "return_dict": True}  # while the model runs
-_TOKENS_AT_ONCE = 16_384  # a mean holds the hidden states of so many in fp32
 
 
 @dataclass
@@ -49,18 +48,6 @@ class States:
     def last(self) -> Tensor:
         """Return those of each sequence's last token, [B, D]."""
         return self.at(self.starts + self.lengths - 1)
-
-    def mean(self, skip: int | np.ndarray = 0) -> Tensor:
-        """Return the mean over each sequence's tokens but the first `skip`, [B, D] in fp32; `skip` is int64 [B] or one
-        for all, and every sequence must have more."""
-        device = self.rows.device
-        sums = torch.zeros(len(self.lengths), self.rows.shape[1], device=device)
-        sequence_of = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        tokens = np.flatnonzero(np.arange(len(sequence_of)) >= (self.starts + skip)[sequence_of])
-        for part in np.array_split(tokens, range(_TOKENS_AT_ONCE, len(tokens), _TOKENS_AT_ONCE)):
-            index = torch.from_numpy(sequence_of[part]).to(device)
-            sums += torch.ops.radix.scatter_add(self.at(part).float(), index, len(self.lengths))
-        return sums / torch.from_numpy(self.lengths - skip).to(device)[:, None]
 
 
 class Runner(Protocol):

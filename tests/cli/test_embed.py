@@ -14,7 +14,7 @@ from radix_ops.data.matrix import MatrixFile
 from radix_ops.engine import _engine, embedding
 from radix_ops.engine.items import shortest_decimals
 from radix_ops.engine.recipes import Recipe
-from radix_ops.engine.runners import Qwen3Runner, States
+from radix_ops.engine.runners import Qwen3Runner
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -301,10 +301,9 @@ def test_modules_and_settings_that_are_not_computed_are_refused(tmp_path, texts,
     ]:
         assert expected in message_of("modules.json", listed)
     for config, expected in [
-        ({"pooling_mode": "max"}, "pools by max; radix-ops embed pools by lasttoken or by mean"),
-        ({"pooling_mode": ["mean", "max"]}, "pools by mean and max"),
-        ({"pooling_mode_cls_token": True}, "pools by cls"),
-        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, "pools by mean and max"),
+        ({"pooling_mode": "sum"}, "pools by sum; radix-ops embed pools by lasttoken, mean, weightedmean, mean_sqrt_le"),
+        ({"pooling_mode": ["mean", "sum"]}, "pools by mean and sum"),
+        ({"pooling_mode_cls_token": True, "include_prompt": False}, "sets include_prompt to false beside the pooling"),
     ]:
         assert expected in message_of("1_Pooling/config.json", config)
     for config, key in [
@@ -353,7 +352,7 @@ def test_texts_of_no_tokens_are_refused(tmp_path, qwen3, capsys):
     (tmp_path / "t.txt").write_text("a\n\nb\n")
     assert "t.txt, line 2 yields no tokens, so it has no embedding" in failing(capsys, folder, tmp_path / "t.txt")
     parts = [embedding.Text(f"line {n}", text, {}) for n, text in enumerate(["the sea", ""], 1)]
-    recipe = Recipe("", pooling="mean", prompt="the ", pools_prompt=False)
+    recipe = Recipe("", poolings=("mean",), prompt="the ", pools_prompt=False)
     with pytest.raises(ValueError, match="line 2 has no tokens behind the prompt"):
         embedding.encode(parts, tiny_tokenizer(adds_bos=False), recipe, False)
 
@@ -366,17 +365,6 @@ def test_embeddings_that_are_not_finite_are_refused(tmp_path, texts, capsys):
     assert "line 8 got an embedding that is not finite; try --dtype float32" in failing(
         capsys, tmp_path / "model", texts
     )
-
-
-def test_means_over_many_tokens_are_of_each_sequence(monkeypatch):
-    monkeypatch.setattr("radix_ops.engine.runners._TOKENS_AT_ONCE", 7)
-    rows = torch.randn(9, 4)
-    lengths = np.array([5, 3, 14])
-    token_rows = torch.randint(9, (22,))
-    for skip in (0, 2):
-        found = States(rows, token_rows, lengths).mean(skip)
-        parts = rows[token_rows].double().split(lengths.tolist())
-        torch.testing.assert_close(found.double(), torch.stack([x[skip:].mean(0) for x in parts]), rtol=1e-5, atol=1e-6)
 
 
 def test_batches_that_do_not_fit_run_in_halves(tmp_path, texts, qwen3, monkeypatch, capsys):

@@ -140,7 +140,7 @@ def test_a_model_without_prompts_says_so():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pooling": "cls"}, "pooling must be one of 'last', 'mean', or None, got 'cls'"),
+        ({"pooling": "sum"}, "pooling must be one of 'last', 'mean', 'weightedmean', .*, or None, got 'sum'"),
         ({"dim": 33}, "dim 33 is more than the model has, 32"),
         ({"dim": 0}, "dim must be a whole number from 1 to 2147483647, or None, got 0"),
         ({"max_length": 999}, "max_length 999 is more than the model reads, 128"),

@@ -119,7 +119,7 @@ def test_fields_that_are_wrong_or_not_known_are_refused_by_name(refusal):
         ("embed", POOL, {"include_prompt": "no"}, 'sets include_prompt to "no"; it must be true or false'),
         ("embed", POOL, {"pooling_mode": 3}, "sets pooling_mode to 3; it must be a pooling's name"),
         ("embed", POOL, {"pooling_mode": []}, "sets pooling_mode to []; it must be a pooling's name"),
-        ("embed", POOL, {"pooling_mode": "weightedmean"}, "pools by weightedmean; radix-ops embed pools by"),
+        ("embed", POOL, {"pooling_mode": "sum"}, "pools by sum; radix-ops embed pools by"),
         ("embed", POOL, {"weights": [1]}, 'sets "weights", which radix-ops embed does not know'),
         ("embed", NORM, {"module_input_name": "token_embeddings"}, "normalises something else than sentence_embedding"),
         ("embed", NORM, {"module_output_name": "other"}, "normalises something else than sentence_embedding"),

@@ -28,9 +28,9 @@ SWAPPED = (
 )
 
 
-def with_template(folder, template):
+def with_template(folder, template, padding_side="right"):
     """Save a tokenizer in the folder that has the template and knows roles and digits as words."""
-    words = tokenizer(chat_template=template)
+    words = tokenizer(padding_side, chat_template=template)
     known = ["user", "system", "query", "document", *"01234"]
     words.add_tokens([AddedToken(word, single_word=True) for word in known])
     words.save_pretrained(folder)

@@ -46,4 +46,4 @@ def engines(lengths: Tensor, store: plan.TokenStore) -> None:
     plan.plan_padded(lengths, max_positions=1)  # type: ignore[arg-type]
     Scorer("model", dtype="int8")  # type: ignore[arg-type]
     Scorer("model").score(["context"])  # type: ignore[list-item]
-    Embedder("model", pooling="max")  # type: ignore[arg-type]
+    Embedder("model", pooling="sum")  # type: ignore[arg-type]
