@@ -10,6 +10,7 @@ import numpy as np
 from ..data.matrix import scratch_matrix
 from ..engine.batches import RunStats
 from ..engine.embedding import check_finite
+from ..engine.errors import UserError
 from ..engine.items import Collector
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ _RESULTS_AT_ONCE = 1024  # written
 
 def compare_runs(job: Job) -> None:
     """Run the job plain, then folded, and print what each took and how their results differ."""
+    if not len(job.items.store):
+        raise UserError("--compare has nothing to run: the input holds no sequences")
     kept = {folded: job.comparison.store(job) for folded in (False, True)}
     plain, folded = (_execute_into(job, kept[folded], folded) for folded in (False, True))
     results = job.results() if job.args.output else None
@@ -37,6 +40,9 @@ def compare_runs(job: Job) -> None:
 
 def _execute_into(job: Job, kept: _Store, folded: bool) -> RunStats:
     collector = Collector(job.items.ends)
+
+    for item, numbers in collector.empty():
+        kept[item] = numbers
 
     def on_batch(indices: np.ndarray, found: tuple[np.ndarray, ...]) -> None:
         for item, numbers in collector.add(indices, found):
@@ -72,7 +78,8 @@ class Agreement(Comparison):
     def add(self, job: Job, item: int, plain: Numbers, folded: Numbers) -> None:
         one, other = job.fields_of(item, plain), job.fields_of(item, folded)
         self._agree += one[self._choice] == other[self._choice]
-        self._largest = max(self._largest, *np.abs(np.subtract(one[self._numbers], other[self._numbers])))
+        apart = np.abs(np.subtract(one[self._numbers], other[self._numbers]))
+        self._largest = max(self._largest, float(apart.max(initial=0)))
 
     def report(self, count: int) -> list[str]:
         return [

@@ -104,9 +104,14 @@ class Job:
             chosen = self.items.subset(remaining)
             collector = Collector(chosen.ends)
 
-            def on_batch(indices: np.ndarray, found: tuple[np.ndarray, ...]) -> None:
-                results.write([(int(remaining[i]), numbers) for i, numbers in collector.add(indices, found)])
+            def write(complete: Iterator[tuple[int, Numbers]]) -> None:
+                if found := [(int(remaining[item]), numbers) for item, numbers in complete]:
+                    results.write(found)
 
+            def on_batch(indices: np.ndarray, found: tuple[np.ndarray, ...]) -> None:
+                write(collector.add(indices, found))
+
+            write(collector.empty())
             stats = self.execute(chosen, not self.args.plain, on_batch)
             print(summary(self.done.format(count=len(remaining)), stats), file=sys.stderr)
         results.finish()
@@ -186,6 +191,8 @@ def remaining_of(args: argparse.Namespace, results) -> np.ndarray:
 
 
 def summary(verb: str, stats: RunStats) -> str:
+    if not stats.tokens:
+        return f"{verb} nothing: no sequences"
     return (
         f"{verb} {stats.tokens:,} tokens as {stats.rows:,} rows in {stats.seconds:.1f} s "
         f"({stats.tokens / stats.seconds:,.0f} tokens a second)"

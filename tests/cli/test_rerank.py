@@ -247,6 +247,35 @@ def test_equal_documents_get_equal_scores_wherever_they_ran():
     assert found["order"] == [1, 0, 2, 3]
 
 
+@pytest.mark.parametrize("options", [[], ["--plain"], ["--output", "r.jsonl"]])
+def test_lines_without_documents_have_empty_results(reranker, tmp_path, capsys, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    empty, expected = {"query": "a", "documents": []}, model_card(reranker, QUERIES)
+    for lines, scores in [
+        ([empty, *QUERIES[:2], empty, *QUERIES[2:], empty], [[], *expected[:2], [], *expected[2:], []]),
+        ([empty, empty], [[], []]),
+    ]:
+        path = write_jsonl(tmp_path / "q.jsonl", lines)
+        for _ in range(2):  # the second run continues behind the first
+            assert rerank(reranker, *options, path) == 0
+            results = read_jsonl("r.jsonl") if "--output" in options else printed(capsys)
+            assert [found["order"] for found in results if not found["scores"]] == [[]] * scores.count([])
+            assert [found["line"] for found in results] == list(range(1, len(lines) + 1))
+            for found, wanted in zip(results, scores, strict=True):
+                assert found["scores"] == pytest.approx(wanted, abs=2e-5)
+        (tmp_path / "r.jsonl").unlink(missing_ok=True)
+
+
+def test_compare_counts_lines_without_documents(reranker, tmp_path, capsys):
+    path = write_jsonl(tmp_path / "q.jsonl", [{"query": "a", "documents": []}, *QUERIES])
+    assert rerank(reranker, "--compare", "--output", tmp_path / "r.jsonl", path) == 0
+    assert "orders that agree: 5 of 5\n" in capsys.readouterr().out
+    assert read_jsonl(tmp_path / "r.jsonl")[0]["scores"] == []
+    write_jsonl(path, [{"query": "a", "documents": []}])
+    message = failing(capsys, reranker, "--compare", path)
+    assert "--compare has nothing to run: the input holds no sequences" in message
+
+
 def test_bad_lines_are_refused_before_a_model_is_loaded(reranker, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(_engine, "load_runner", lambda *arguments: pytest.fail("loaded the weights"))
     path = tmp_path / "q.jsonl"
