@@ -103,7 +103,11 @@ class Embedder(Engine[Text]):
                 layout=layout, plain=plain, trust_remote_code=trust_remote_code,
             )  # fmt: skip
             self.truncate_right = truncate_right
-            given: dict[str, Any] = {"poolings": pooling and (pooling,), "dim": dim, "cuts_last": None if dim is None else False}
+            given: dict[str, Any] = {
+                "poolings": pooling and (pooling,),
+                "dim": dim,
+                "cuts_last": None if dim is None else False,
+            }
             given |= {"normalize": normalize}
             if prompt is not None:
                 given["prompt"] = check_text(prompt, "the prompt")

@@ -85,6 +85,7 @@ def parse_query(record: Record, limits: Limits) -> GivenQuery:
             raise UserError(f"{where} holds no tokens")
         _check_length(len(ids), where, limits)
     extra = record.others(("input_ids", *_BESIDE), reranking.RESERVED_KEYS)
+    reranking.check_judgement(record.where, extra, len(prompts))
     return GivenQuery(record.where, "", [_name_of(ids) for ids in prompts], None, extra, sequences=tuple(prompts))
 
 

@@ -51,10 +51,7 @@ def parse_query(record: Record, reserved: tuple[str, ...] = ()) -> Query:
     instruction = record.text("instruction") if "instruction" in record.fields else None
     reserved = (*RESERVED_KEYS, *(["ids"] if ids else []), *reserved)
     extra = record.others(("query", "documents", "instruction"), reserved)
-    if extra.get("query_id") is not None:
-        _check_id(extra["query_id"], f'{record.where}: "query_id"')
-    if extra.get("relevance") is not None:
-        _check_relevance(extra["relevance"], len(documents), f'{record.where}: "relevance"')
+    check_judgement(record.where, extra, len(documents))
     return Query(record.where, query, documents, instruction, extra, ids)
 
 
@@ -95,6 +92,14 @@ def _check_id(value, where: str) -> Identifier:
     if isinstance(value, bool) or not isinstance(value, (str, Integral)):
         raise UserError(f"{where} is {kind_of(value)}; it must be a string or a whole number")
     return check_text(value, where) if isinstance(value, str) else value
+
+
+def check_judgement(where: str, extra: dict, count: int) -> None:
+    """UserError for a "query_id" that is none, and for a "relevance" other than a whole number for each document."""
+    if extra.get("query_id") is not None:
+        _check_id(extra["query_id"], f'{where}: "query_id"')
+    if extra.get("relevance") is not None:
+        _check_relevance(extra["relevance"], count, f'{where}: "relevance"')
 
 
 def _check_relevance(value, count: int, where: str) -> None:

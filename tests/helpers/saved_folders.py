@@ -99,7 +99,7 @@ def _encoder(case: Case, base: str, folder: Path) -> list | None:
 
     from helpers.sentence_models import SIZE, VERSION, Normalize, Pooling, Transformer
 
-    if isinstance(case.pooling, tuple) and VERSION.major < 6:
+    if VERSION.major < 6 and (isinstance(case.pooling, tuple) or "truncate_dim" in case.options):
         return None
     changes = dict(case.changes)
     if case.pooling == "flags":
