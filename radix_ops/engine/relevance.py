@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from numbers import Integral
 
-from .errors import UserError
+from .errors import UserError, needs
 from .reranking import Query
 
 MEASURES = ("nDCG@10", "RR", "R@10")
@@ -27,11 +27,7 @@ class Relevance:
     """
 
     def __init__(self, judgements: Judgements | None = None):
-        try:
-            import ir_measures
-        except ImportError as error:
-            raise UserError("measures of rankings need ir-measures: pip install '.[rank]'") from error
-        self._library = ir_measures
+        needs("ir_measures", "rank", "measuring rankings")
         self._is_given = judgements is not None
         self._judged: dict[str, dict[str, int]] = {} if judgements is None else _checked(judgements)
         self._wheres: dict[str, str] = {}  # of queries by their ids
@@ -71,8 +67,10 @@ class Relevance:
 
     def measures(self) -> dict[str, float]:
         """Return the mean over all judged queries of each measure, by its name."""
-        wanted = [self._library.parse_measure(name) for name in MEASURES]
-        found = self._library.calc_aggregate(wanted, self._judged, self._scores)
+        import ir_measures
+
+        wanted = [ir_measures.parse_measure(name) for name in MEASURES]
+        found = ir_measures.calc_aggregate(wanted, self._judged, self._scores)
         return {name: float(found[measure]) for name, measure in zip(MEASURES, wanted, strict=True)}
 
 

@@ -60,7 +60,8 @@ def _documents(record: Record) -> tuple[list[str], list[Identifier] | None]:
     given = record.field("documents", "an array of strings")
     if not isinstance(given, list):
         raise UserError(f'{record.where}: "documents" is {kind_of(given)}; it must be an array of strings')
-    texts, ids = [], []
+    texts: list[str] = []
+    ids: list[Any] = []
     for index, document in enumerate(given):
         where = f"{record.where}: documents[{index}]"
         if not isinstance(document, (str, Mapping)):
@@ -88,10 +89,10 @@ def _joined(document: Record) -> str:
     return text if document.fields.get("title") is None else f"{document.text('title')} {text}".strip()
 
 
-def _check_id(value, where: str) -> Identifier:
+def _check_id(value: Any, where: str) -> Identifier:
     if isinstance(value, bool) or not isinstance(value, (str, Integral)):
         raise UserError(f"{where} is {kind_of(value)}; it must be a string or a whole number")
-    return check_text(value, where) if isinstance(value, str) else value
+    return check_text(value, where) if isinstance(value, str) else int(value)
 
 
 def check_judgement(where: str, extra: dict, count: int) -> None:

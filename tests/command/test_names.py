@@ -3,7 +3,7 @@
 import radix_ops
 import radix_ops_command
 from radix_ops.data import formats, streams
-from radix_ops.engine import cross_encoders, inputs, recipes, templates
+from radix_ops.engine import cross_encoders, inputs, pooling, quantising, templates
 from radix_ops.plan import sharing
 from radix_ops_command import names
 
@@ -12,7 +12,8 @@ def test_names_are_those_of_the_engine():
     assert radix_ops_command.__version__ == radix_ops.__version__
     assert streams.LONGEST_LINE == names.LONGEST_LINE
     assert inputs.LONGEST_TEXT == names.LONGEST_TEXT
-    assert recipes.POOLINGS == names.POOLINGS
+    assert pooling.POOLINGS == names.POOLINGS
+    assert quantising.OUTPUT_DTYPES == names.OUTPUT_DTYPES
     assert tuple(templates.TEMPLATES) == names.TEMPLATES
     assert cross_encoders.READINGS == names.READINGS
     assert formats.PAIRS == names.PAIRS

@@ -86,9 +86,12 @@ def engines(texts: Iterator[str]) -> None:
     assert_type(asked.perplexity(texts), list[dict[str, Any]])
     assert_type(metrics(asked.stream([{"question": "a", "choices": ["b"]}]), calibration=True), dict[str, Any])
     embedder = Embedder(nn.Linear(1, 1), dtype=torch.float32, pooling="mean")
-    assert_type(embedder.embed(texts, prompt_name="query"), npt.NDArray[np.float32])
+    assert_type(embedder.embed(texts, prompt_name="query"), npt.NDArray[Any])
+    assert_type(embedder.find_ranges(texts), npt.NDArray[np.float32])
+    assert_type(embedder.pairs(texts, 3), list[tuple[float, int, int]])
     reranker = Reranker(Path("folder"), template=Template("", "<Instruct>: {instruction}", ""))
-    assert_type(reranker.rank("query", ["one", "two"], top_k=1), list[dict[str, Any]])
+    assert_type(reranker.rank("query", ["one", {"id": 2, "text": "two"}], top_k=1), list[dict[str, Any]])
+    assert_type(reranker.evaluate([{"query": "a", "documents": ["b"]}], {"q": {"d": 1}}), dict[str, float])
 
 
 def as_radix_mlp(packed: npt.NDArray[np.uint32], tensor: Tensor) -> None:
