@@ -84,7 +84,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, results: str) -> None:
     mode.add_argument(
         "--compare",
         action="store_true",
-        help="a plain run, a folded one, and both times; results (the folded run's) go to --output only",
+        help="a plain run and a folded one by turns, and both times; results (the folded run's) go to --output only",
     )
     parser.add_argument(
         "--token-budget",

@@ -3,43 +3,52 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from ..data.matrix import scratch_matrix
-from ..engine.batches import RunStats
+from ..engine.batches import OnBatch, RunStats
 from ..engine.embedding import check_finite
 from ..engine.errors import UserError
-from ..engine.items import Collector
+from ..engine.items import Collector, Items
+from .progress import progress_bar
+from .timing import MODES, Timing, measure
 
 if TYPE_CHECKING:
     from .job import Job, Numbers
 
 _RESULTS_AT_ONCE = 1024  # written
+# Times are off where threads waited longer, as a share of their time, or rounds differ by more.
+_MOST_WAITING, _MOST_SPREAD = 0.1, 1.15
 
 
 def compare_runs(job: Job) -> None:
-    """Run the job plain, then folded, and print what each took and how their results differ."""
+    """Run the job plain and folded by turns, and print what each took and how their results differ."""
     if not len(job.items.store):
         raise UserError("--compare has nothing to run: the input holds no sequences")
-    kept = {folded: job.comparison.store(job) for folded in (False, True)}
-    plain, folded = (_execute_into(job, kept[folded], folded) for folded in (False, True))
+    kept = {folded: job.comparison.store(job) for folded in MODES}
+    with progress_bar(2 * int(job.items.lengths.sum()), "plain and folded", " tokens") as bar:
+        takers = {folded: _taker(job.items, kept[folded], bar.update) for folded in MODES}
+        timing = measure({folded: job.engine.begin(job.items, folded=folded) for folded in MODES}, takers)
     results = job.results() if job.args.output else None
     for first in range(0, len(job.items), _RESULTS_AT_ONCE):
         part = range(first, min(first + _RESULTS_AT_ONCE, len(job.items)))
         for item in part:
             job.comparison.add(job, item, kept[False][item], kept[True][item])
         if results:
-            results.write([(item, kept[True][item]) for item in part])
+            results.write([(item, kept[job.folded][item]) for item in part])
     if results:
         results.finish()
-    print(comparison_table(plain, folded), end="\n\n")
-    print("\n".join(job.comparison.report(len(job.items))))
+    table = comparison_table(timing.stats[False], timing.stats[True], timing.ratios)
+    print("\n".join([table, *notes(timing), "", *job.comparison.report(len(job.items))]))
 
 
-def _execute_into(job: Job, kept: _Store, folded: bool) -> RunStats:
-    collector = Collector(job.items.ends)
+def _taker(items: Items, kept: _Store, on_tokens: Callable[[int], object]) -> OnBatch:
+    """Return a function that keeps the numbers of batches by item."""
+    collector, lengths = Collector(items.ends), items.lengths
 
     for item, numbers in collector.empty():
         kept[item] = numbers
@@ -47,8 +56,9 @@ def _execute_into(job: Job, kept: _Store, folded: bool) -> RunStats:
     def on_batch(indices: np.ndarray, found: tuple[np.ndarray, ...]) -> None:
         for item, numbers in collector.add(indices, found):
             kept[item] = numbers
+        on_tokens(int(lengths[indices].sum()))
 
-    return job.execute(job.items, folded, on_batch, warm_up=True)
+    return on_batch
 
 
 class Comparison(ABC):
@@ -132,8 +142,11 @@ class _MatrixOfNumbers:
         return [self._rows[item : item + 1]]
 
 
-def comparison_table(plain: RunStats, folded: RunStats) -> str:
-    """Return the two runs side by side, then the speed-up and what share of tokens / rows it is."""
+def comparison_table(plain: RunStats, folded: RunStats, ratios: Sequence[float] = ()) -> str:
+    """Return the two runs side by side, then the speed-up and what share of tokens / rows it is.
+
+    ratios: plain seconds over folded ones, a round each, of the work that was measured in all rounds.
+    """
     speed_up, sharing = plain.seconds / folded.seconds, folded.tokens / folded.rows
     counts = {
         "tokens": (plain.tokens, folded.tokens),
@@ -145,9 +158,38 @@ def comparison_table(plain: RunStats, folded: RunStats) -> str:
     lines += [f"{name:<22}{a:>10,}{b:>10,}" for name, (a, b) in counts.items() if a or b]
     lines += [
         f"{'seconds':<22}{plain.seconds:>10.2f}{folded.seconds:>10.2f}",
+        f"{'CPU seconds':<22}{plain.cpu_seconds:>10.2f}{folded.cpu_seconds:>10.2f}",
         f"{'tokens a second':<22}{plain.tokens / plain.seconds:>10,.0f}{folded.tokens / folded.seconds:>10,.0f}",
         "",
         f"padding of the plain run: {plain.rows / plain.tokens - 1:.1%} of its tokens",
-        f"speed-up: {speed_up:.2f} times, {speed_up / sharing:.2f} of tokens / rows ({sharing:.2f})",
+        f"speed-up: {speed_up:.2f} times{_range(speed_up, ratios)}, {speed_up / sharing:.2f} of tokens / rows "
+        f"({sharing:.2f})",
     ]
     return "\n".join(lines)
+
+
+def _range(speed_up: float, ratios: Sequence[float]) -> str:
+    """Return between which speed-ups the rounds lie, which differ as their ratios do."""
+    if len(ratios) < 2:
+        return ""
+    middle = median(ratios)
+    least, most = (speed_up * ratio / middle for ratio in (min(ratios), max(ratios)))
+    return f" ({least:.2f} to {most:.2f} in {len(ratios)} rounds)"
+
+
+def notes(timing: Timing) -> list[str]:
+    """Return lines that say why the times can't be relied on, none where they can."""
+    if timing.is_short:
+        return ["note: these runs are too short to compare their times; more input makes them longer"]
+    found = []
+    if timing.waiting > _MOST_WAITING:
+        found.append(
+            f"note: threads waited {timing.waiting:.0%} of their time for a processor: other work runs here, or the "
+            "process may use fewer processors than it has threads. Compare again where it is quiet, or with --threads"
+        )
+    if max(timing.ratios) > _MOST_SPREAD * min(timing.ratios):
+        found.append(
+            f"note: rounds of the same work differ by {max(timing.ratios) / min(timing.ratios) - 1:.0%}. Compare again "
+            "where it is quiet, or with more input"
+        )
+    return found

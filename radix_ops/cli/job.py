@@ -25,6 +25,7 @@ from ..engine.embedding import check_finite
 from ..engine.inputs import Record
 from ..engine.items import Collector, Items
 from ..engine.loading import find_device
+from ..plan.sharing import LEAST_SPEED_UP, Sharing
 from .compare import Comparison, compare_runs
 from .progress import progress_bar
 
@@ -68,19 +69,32 @@ class Job:
     comparison: Comparison
     on_result: Callable[[dict], object] | None = None  # called with each result that is written
     items: Items = field(init=False)
+    folded: bool = field(init=False)  # how results are computed; a comparison runs plain and folded
     base: object = field(init=False)  # the hash that keys start from
 
     def run(self) -> None:
         """Check and tokenise all input, load the model, then compute what is missing, or compare."""
-        engine, mode = self.engine, "plain" if self.args.plain else "folded"
+        engine = self.engine
         self.items = engine.encode(with_progress(self.records, "tokenising"))
+        self.folded = not self.args.plain and self._may_pay()
         engine.load()
-        engine.check(self.items, folded=not self.args.plain)
-        self.base = fingerprint(engine.runner, self.task, mode, *engine.identity)
+        engine.check(self.items, self.folded)
+        self.base = fingerprint(engine.runner, self.task, "folded" if self.folded else "plain", *engine.identity)
         if self.args.compare:
             compare_runs(self)
         else:
             self._run_remaining()
+
+    def _may_pay(self) -> bool:
+        """Return whether folding may pay, and say so where it can't. The input alone decides: results' keys hold the
+        mode, and the same command must take it again."""
+        sharing = Sharing(self.items.store, self.items.lengths)
+        if not sharing.num_tokens or sharing.tokens_per_row >= LEAST_SPEED_UP:
+            return True
+        found = f"{sharing.tokens_per_row:.2f} tokens a row: folding can't pay here"
+        outcome = "" if self.args.compare else ", so batches run plain"
+        print(f"{found}{outcome}; `radix-ops inspect` says more", file=sys.stderr)
+        return False
 
     @property
     def dim(self) -> int:
@@ -112,19 +126,19 @@ class Job:
                 write(collector.add(indices, found))
 
             write(collector.empty())
-            stats = self.execute(chosen, not self.args.plain, on_batch)
+            stats = self._execute(chosen, on_batch)
             print(summary(self.done.format(count=len(remaining)), stats), file=sys.stderr)
         results.finish()
 
-    def execute(self, items: Items, folded: bool, on_batch: OnBatch, warm_up: bool = False) -> RunStats:
+    def _execute(self, items: Items, on_batch: OnBatch) -> RunStats:
         lengths = items.lengths
-        with progress_bar(int(lengths.sum()), "folded" if folded else "plain", " tokens") as bar:
+        with progress_bar(int(lengths.sum()), "folded" if self.folded else "plain", " tokens") as bar:
 
             def report(indices: np.ndarray, found: tuple[np.ndarray, ...]) -> None:
                 on_batch(indices, found)
                 bar.update(int(lengths[indices].sum()))
 
-            return self.engine.execute(items, report, folded=folded, warm_up=warm_up)
+            return self.engine.execute(items, report, folded=self.folded)
 
     def results(self) -> _Lines | _Rows:
         output, count, overwrite = self.args.output, len(self.items), self.args.overwrite

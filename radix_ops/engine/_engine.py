@@ -27,7 +27,7 @@ from torch import nn
 from .._attention import LAYOUTS, Layout
 from ..plan.budget import Budget, find_budget
 from . import ids
-from .batches import Compute, OnBatch, RunStats, run
+from .batches import Compute, OnBatch, Pass, RunStats
 from .errors import UserError, options_as_arguments
 from .inputs import Record, kind_of
 from .items import Collector, Items
@@ -245,19 +245,25 @@ class Engine(ABC, Generic[I]):
         dtype = next(runner.model.parameters()).dtype
         return find_budget(runner.hf_config, dtype, runner.device, longest, runner.own_attention)
 
-    def execute(
-        self, items: Items, on_batch: OnBatch | None = None, *, folded: bool | None = None, warm_up: bool = False
-    ) -> RunStats:
-        """Take all sequences of `items` through the model in planned batches; `run` says what `on_batch` gets.
+    def begin(self, items: Items, *, folded: bool | None = None) -> Pass:
+        """Return the way of all sequences of `items`, one at least, through the model in planned batches, which has yet
+        to be gone. UserError as `check` has it."""
+        folded = not self.plain if folded is None else folded
+        with self._lock:
+            self.check(items, folded)
+            return Pass(self.runner, items, self.budget_of(items), folded, self._compute(items))
+
+    def execute(self, items: Items, on_batch: OnBatch | None = None, *, folded: bool | None = None) -> RunStats:
+        """Take all sequences of `items` through the model in planned batches; `Pass` says what `on_batch` gets.
 
         Threads take turns. UserError as `check` has it, before anything runs.
         """
-        folded = not self.plain if folded is None else folded
         with self._lock:
             if not len(items.store):
                 return RunStats()
-            self.check(items, folded)
-            return run(self.runner, items, self.budget_of(items), folded, self._compute(items), on_batch, warm_up)
+            whole = self.begin(items, folded=folded)
+            whole.advance(on_batch)
+            return whole.stats
 
     def _results(self, items: list[I], on_progress: OnProgress | None) -> list[dict[str, Any]]:
         """Return the result of each item, all planned together."""

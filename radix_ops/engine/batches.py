@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,7 @@ class RunStats:
     head_rows: int = 0  # through a language model's head
     batches: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of all threads of the process
 
 
 def plan_batches(runner: Runner, items: Items, budget: Budget, folded: bool, pending: np.ndarray | None = None) -> Plan:
@@ -54,7 +56,92 @@ def plan_batches(runner: Runner, items: Items, budget: Budget, folded: bool, pen
     return plan_padded(lengths, max_positions=budget.max_rows, max_padding=runner.max_padding)
 
 
-@torch.inference_mode()
+class Pass:
+    """The way of all sequences through `compute(indices, inputs)` in planned batches, gone a stretch at a time.
+
+    stats: what the stretches so far took. Their time counts planning, folding, the model and what takes the numbers.
+    """
+
+    def __init__(self, runner: Runner, items: Items, budget: Budget, folded: bool, compute: Compute):
+        self.stats = RunStats()
+        self._runner, self._items, self._budget, self._folded = runner, items, budget, folded
+        self._compute, self._lengths = compute, items.lengths
+        with self._clock():
+            self._plan = plan_batches(runner, items, budget, folded)
+        self._batches = in_memory(len(items.store), budget.max_rows, self._planned, self._computed)
+
+    @property
+    def is_done(self) -> bool:
+        return self.stats.tokens == self._plan.num_tokens
+
+    @property
+    def done(self) -> float:
+        """The share of all tokens that is done."""
+        return 1.0 if self.is_done else self.stats.tokens / self._plan.num_tokens
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Run a few sequences of the smallest batch, which no count or time tells of."""
+        if len(self._plan):
+            with self._runner.running(self._folded):
+                self._computed(list(self._plan)[int(self._plan.rows.argmin())][:_WARM_UP])
+
+    @torch.inference_mode()
+    def advance(
+        self, on_batch: OnBatch | None = None, *, share: float = 1.0, seconds: float = float("inf")
+    ) -> list[np.ndarray]:
+        """Go on until the given share of all tokens is done, or so many seconds have passed; return the batches of this
+        stretch, one at least where any is left. Arrays go to `on_batch(indices, arrays)`.
+
+        OutOfMemory as `in_memory` has it.
+        """
+        stats = self.stats
+        gone: list[np.ndarray] = []
+        if self.is_done:
+            return gone
+        with self._runner.running(self._folded):
+            rows_before, head_rows_before = self._runner.rows, self._runner.head_rows
+            started = time.perf_counter()
+            with self._clock():
+                for indices, found in self._batches:
+                    stats.batches += 1
+                    stats.tokens += int(self._lengths[indices].sum())
+                    gone.append(indices)
+                    if on_batch:
+                        on_batch(indices, found)
+                    if self.done >= share or time.perf_counter() - started >= seconds:
+                        break
+            stats.rows += self._runner.rows - rows_before
+            stats.head_rows += self._runner.head_rows - head_rows_before
+        return gone
+
+    @torch.inference_mode()
+    def repeat(self, batches: list[np.ndarray]) -> RunStats:
+        """Compute batches that are done once more, and return the time that this took."""
+        stats = RunStats()
+        with self._runner.running(self._folded), self._clock(stats):
+            for indices in batches:
+                self._computed(indices)
+        return stats
+
+    def _computed(self, indices: np.ndarray) -> Found:
+        return self._compute(indices, [self._items.store[i][: self._lengths[i]] for i in indices])
+
+    def _planned(self, pending: np.ndarray, max_rows: int) -> Plan:
+        if max_rows == self._budget.max_rows and len(pending) == len(self._lengths):
+            return self._plan
+        return plan_batches(self._runner, self._items, Budget(max_rows), self._folded, pending)
+
+    @contextlib.contextmanager
+    def _clock(self, stats: RunStats | None = None) -> Iterator[None]:
+        """Add the time until the end to the counts."""
+        stats = self.stats if stats is None else stats
+        seconds, cpu_seconds = time.perf_counter(), time.process_time()
+        yield
+        stats.seconds += time.perf_counter() - seconds
+        stats.cpu_seconds += time.process_time() - cpu_seconds
+
+
 def run(
     runner: Runner,
     items: Items,
@@ -66,35 +153,13 @@ def run(
 ) -> RunStats:
     """Take all sequences through `compute(indices, inputs)`, whose arrays go to `on_batch(indices, arrays)`.
 
-    The time counts planning, folding, the model and `on_batch`; `warm_up` runs a few sequences of the smallest batch
-    before the clock starts. OutOfMemory as `in_memory` has it.
+    `warm_up` runs a few sequences before the clock starts. OutOfMemory as `in_memory` has it.
     """
-
-    def compute_batch(indices: np.ndarray) -> Found:
-        return compute(indices, [items.store[i][: lengths[i]] for i in indices])
-
-    def plan(pending: np.ndarray, max_rows: int) -> Plan:
-        is_first = max_rows == budget.max_rows and len(pending) == len(lengths)
-        return first if is_first else plan_batches(runner, items, Budget(max_rows), folded, pending)
-
-    lengths = items.lengths
-    stats = RunStats()
-    started = time.perf_counter()
-    first = plan_batches(runner, items, budget, folded)
-    planned = time.perf_counter() - started
-    with runner.running(folded):
-        if warm_up and len(first):
-            compute_batch(list(first)[int(first.rows.argmin())][:_WARM_UP])
-        rows_before, head_rows_before = runner.rows, runner.head_rows
-        started = time.perf_counter() - planned
-        for indices, found in in_memory(len(items.store), budget.max_rows, plan, compute_batch):
-            stats.batches += 1
-            stats.tokens += int(lengths[indices].sum())
-            if on_batch:
-                on_batch(indices, found)
-        stats.seconds = time.perf_counter() - started
-        stats.rows, stats.head_rows = runner.rows - rows_before, runner.head_rows - head_rows_before
-    return stats
+    whole = Pass(runner, items, budget, folded, compute)
+    if warm_up:
+        whole.warm_up()
+    whole.advance(on_batch)
+    return whole.stats
 
 
 def in_memory(

@@ -265,10 +265,10 @@ def test_compare_reports_both_runs(model_folder, questions, tmp_path, capsys):
 
 
 def test_comparison_table_is_computed_from_the_runs():
-    plain = RunStats(tokens=40_000, rows=41_000, head_rows=300, batches=9, seconds=80.0)
-    folded = RunStats(tokens=40_000, rows=5_000, head_rows=280, batches=3, seconds=10.5)
+    plain = RunStats(tokens=40_000, rows=41_000, head_rows=300, batches=9, seconds=80.0, cpu_seconds=151.5)
+    folded = RunStats(tokens=40_000, rows=5_000, head_rows=280, batches=3, seconds=10.5, cpu_seconds=20.0)
     assert_expected_inline(
-        compare.comparison_table(plain, folded),
+        compare.comparison_table(plain, folded, [8.0, 7.6, 7.9]),
         """\
                            plain    folded
 tokens                    40,000    40,000
@@ -276,10 +276,11 @@ rows computed             41,000     5,000
 rows through the head        300       280
 batches                        9         3
 seconds                    80.00     10.50
+CPU seconds               151.50     20.00
 tokens a second              500     3,810
 
 padding of the plain run: 2.5% of its tokens
-speed-up: 7.62 times, 0.95 of tokens / rows (8.00)""",
+speed-up: 7.62 times (7.33 to 7.72 in 3 rounds), 0.95 of tokens / rows (8.00)""",
     )
 
 

@@ -8,9 +8,8 @@ import numpy as np
 
 from ...plan.budget import Limits
 from ...plan.flops import ForwardCost
-from ...plan.sharing import Batches, Prefixes, Sharing
+from ...plan.sharing import LEAST_SPEED_UP, Batches, Prefixes, Sharing
 
-LEAST_SPEED_UP = 1.05  # folding itself takes up to 5% where all rows stay
 _SHOWN_PREFIXES = 8
 _LEAST_SHOWN = 0.001  # a shown prefix saves this share of all tokens
 _SHARERS = ((2, 4), (5, 16), (17, 64), (65, 256), (257, None))
@@ -43,7 +42,7 @@ def summarise(
             "max": int(lengths.max()),
         },
         "rows": sharing.num_rows,
-        "tokens_per_row": _ratio(sharing.num_tokens, sharing.num_rows),
+        "tokens_per_row": sharing.tokens_per_row,
         "common_prefix": sharing.num_common,
         "duplicates": sharing.num_duplicates,
         "strict_prefixes": sharing.num_strict_prefixes,
