@@ -16,9 +16,11 @@ refuses by name what it isn't known to be right for. Without --dtype the model c
 its own dtype on CUDA, where one of float32 computes in bfloat16.
 """
 RESUME_HELP = """\
-An interrupted run leaves complete lines in --output, in the order in which they were finished. The same command
-then continues behind them: a torn last line is dropped, and a line whose key is not that of this input, model,
-dtype and mode (folded or --plain) is an error. The finished file is put into the input's order, by way of
+The ending of --output decides its format: .jsonl or .ndjson, .csv or .tsv (nested values as JSON), .parquet (lists as
+lists); those of text may end in .gz or .zst behind that. An interrupted run leaves complete lines in --output, in the
+order in which they were finished; those of a format other than plain .jsonl stand in --output.lines until it is made of
+them. The same command then continues behind them: a torn last line is dropped, and a line whose key is not that of this
+input, model, dtype and mode (folded or --plain) is an error. The finished file is put into the input's order, by way of
 --output.part. One run at a time can write to an --output, which it holds by --output.lock.
 """
 MOST_THREADS = 1024

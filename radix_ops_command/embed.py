@@ -22,9 +22,10 @@ texts of a batch share at their start, such as an instruction, is computed once.
 FILE holds one text a line, or JSON objects like {{"text": "..."}}, whose other keys are copied to the output. A text
 that is too long for the model is an error, unless --truncate-right.
 
---output PATH.npy gets a float32 matrix [lines, dim] in the input's order, made as a memory map. Any other --output,
-and standard output, get JSON lines: line (from 1), the input's other keys, embedding, and key, a hash of input line,
-tokens, model, dtype and options.
+--output PATH.npy gets a matrix [lines, dim] in the input's order, made as a memory map; PATH.ids.jsonl beside it says
+which line each row is of, where lines have an "id" or "_id" or there are several files. Any other --output, and
+standard output, get objects: line (from 1), the input's other keys, embedding, and key, a hash of input line, tokens,
+model, dtype and options.
 
 A sentence-transformers folder (one with a modules.json) says itself how to pool and whether to normalise, and which
 prompt stands before each text; options here go before that. Any other model pools the last token and normalises.
@@ -59,7 +60,8 @@ def add_parser(commands) -> None:
         help="key of the text in a JSON object (default: %(default)s)",
     )
     add_model_arguments(
-        command, "file for the embeddings, a matrix where it ends in .npy (default: JSON lines on standard output)"
+        command,
+        "file for the embeddings, by its ending a matrix (.npy), lines or a table (default: lines on standard output)",
     )
     command.add_argument(
         "--pooling", choices=POOLINGS, help="pooling of hidden states (default: as the model's folder says, else last)"

@@ -33,7 +33,11 @@ name. Where a folder says nothing and the template takes both roles, one of the 
 
 A document that is too long with its query is an error, unless --truncate-right; nothing else is ever cut.
 
+An --output that ends in .trec or .run is a TREC run, qid Q0 docid rank score tag, for trec_eval and its like: by
+"query_id" and the documents' ids where there are some, else by line and index. White space in an id is an error.
+
   radix-ops rerank --model Qwen/Qwen3-Reranker-0.6B --output ranked.jsonl queries.jsonl
+  radix-ops rerank --model Qwen/Qwen3-Reranker-0.6B --output ranked.run queries.jsonl
 
 {RESUME_HELP}
 It does not pay where a line has one document, or documents that are long beside template and query.
@@ -48,7 +52,9 @@ def add_parser(commands) -> None:
         commands, "rerank", "order documents by relevance to their query", HELP, "radix_ops.cli.rerank"
     )
     command.add_argument("file", metavar="FILE", help="the queries with their documents, JSONL")
-    add_model_arguments(command, "file for the results (default: standard output)")
+    add_model_arguments(
+        command, "file for the results, by its ending lines, a table or a TREC run (default: lines on standard output)"
+    )
     command.add_argument(
         "--template",
         metavar="T",

@@ -61,7 +61,9 @@ def add_parser(commands) -> None:
         "radix_ops.cli.score",
     )
     command.add_argument("file", metavar="FILE", help="the questions or texts")
-    add_model_arguments(command, "file for the results (default: standard output)")
+    add_model_arguments(
+        command, "file for the results, by its ending lines or a table (default: lines on standard output)"
+    )
     command.add_argument("--letters", action="store_true", help="questions that list their choices, answered by letter")
     command.add_argument(
         "--chat",

@@ -41,7 +41,7 @@ def compare_runs(job: Job) -> None:
         if results:
             results.write([(item, kept[job.folded][item]) for item in part])
     if results:
-        results.finish()
+        job.finish(results)
     table = comparison_table(timing.stats[False], timing.stats[True], timing.ratios)
     print("\n".join([table, *notes(timing), "", *job.comparison.report(len(job.items))]))
 

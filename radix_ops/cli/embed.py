@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..data.result_formats import MATRIX
 from ..engine import Embedder, embedding
 from .compare import Closeness
 from .job import Job, check_keys, prepared
@@ -12,7 +13,7 @@ from .reading import read_records
 
 def run(args: argparse.Namespace) -> None:
     parse, shape = embedding.parse_text(args.text_key), f'one object {{"{args.text_key}": ...}} a line'
-    with prepared(args, may_be_matrix=True) as options:
+    with prepared(args, MATRIX) as options:
         records = read_records(args.file, lambda record: parse(check_keys(record)), shape, args.format)
         engine = Embedder(
             args.model,

@@ -16,28 +16,26 @@ from radix_ops_command.errors import printable
 
 from ..data.claim import checked_output
 from ..data.fingerprint import fingerprint
-from ..data.matrix import MatrixFile, is_matrix
 from ..data.records import Records
-from ..data.results import ResultFile, ResultStream, key_of_parts
+from ..data.results import key_of_parts
 from ..engine._engine import Engine
 from ..engine.batches import OnBatch, RunStats
-from ..engine.embedding import check_finite
 from ..engine.inputs import Record
 from ..engine.items import Collector, Items
 from ..engine.loading import find_device
 from ..plan.sharing import LEAST_SPEED_UP, Sharing
 from .compare import Comparison, compare_runs
 from .progress import progress_bar
+from .writing import Results, check_ids, results_of
 
 Numbers = list[np.ndarray]  # an item's: an array of each kind
 
 
 @contextlib.contextmanager
-def prepared(args: argparse.Namespace, may_be_matrix: bool = False) -> Iterator[dict]:
-    """Hold --output for this run, and give the arguments of every engine."""
-    with checked_output(
-        args.output, args.file, may_be_matrix=may_be_matrix, overwrite=args.overwrite, times_runs=args.compare
-    ):
+def prepared(args: argparse.Namespace, *kinds: str) -> Iterator[dict]:
+    """Hold --output for this run, and give the arguments of every engine; `kinds` are formats that --output may have
+    beside those of every command."""
+    with checked_output(args.output, args.file, kinds=kinds, overwrite=args.overwrite, times_runs=args.compare):
         device = find_device(args.device)
         if args.threads:
             torch.set_num_threads(args.threads)
@@ -75,6 +73,7 @@ class Job:
     def run(self) -> None:
         """Check and tokenise all input, load the model, then compute what is missing, or compare."""
         engine = self.engine
+        check_ids(self)
         self.items = engine.encode(with_progress(self.records, "tokenising"))
         self.folded = not self.args.plain and self._may_pay()
         engine.load()
@@ -108,9 +107,6 @@ class Job:
     def key_of(self, item: int) -> str:
         return key_of(self.base, self.records, self.items, item)
 
-    def _item_of_line(self, line: int) -> int | None:
-        return self.records.index_of({"line": line})
-
     def _run_remaining(self) -> None:
         results = self.results()
         remaining = remaining_of(self.args, results)
@@ -128,7 +124,13 @@ class Job:
             write(collector.empty())
             stats = self._execute(chosen, on_batch)
             print(summary(self.done.format(count=len(remaining)), stats), file=sys.stderr)
+        self.finish(results)
+
+    def finish(self, results: Results) -> None:
+        """Put the results into their place, and say where that is."""
         results.finish()
+        if self.args.output and not results.is_finished:
+            print(f"wrote {len(self.items):,} results to {printable(self.args.output)}", file=sys.stderr)
 
     def _execute(self, items: Items, on_batch: OnBatch) -> RunStats:
         lengths = items.lengths
@@ -140,50 +142,14 @@ class Job:
 
             return self.engine.execute(items, report, folded=self.folded)
 
-    def results(self) -> _Lines | _Rows:
-        output, count, overwrite = self.args.output, len(self.items), self.args.overwrite
-        if output and is_matrix(output):
-            store = self.items.store
-            key = key_of_parts(self.base, store.lengths.tobytes(), memoryview(store.input_ids))
-            return _Rows(MatrixFile(output, (count, self.dim), key, overwrite), self.records)
-        if output:
-            return _Lines(ResultFile(output, count, self.key_of, overwrite, self._item_of_line), self)
-        return _Lines(ResultStream(count, self.key_of), self)
+    def results(self) -> Results:
+        """Open what the results go to."""
+        return results_of(self)
 
 
 def key_of(base, records: Records, items: Items, item: int) -> str:
     """Return the key of an item's result."""
     return key_of_parts(base, records.raw(item), *(ids.tobytes() for ids in items.tokens(item)))
-
-
-class _Lines:
-    """Results as JSON lines."""
-
-    def __init__(self, results: ResultFile | ResultStream, job: Job):
-        self._results, self._job = results, job
-        self.done, self.finish = results.done, results.finish
-
-    def write(self, found: list[tuple[int, Numbers]]) -> None:
-        # A number that isn't finite is an error before any line of its batch is written.
-        fields = [{"line": self._job.records.line_of(i)} | self._job.fields_of(i, numbers) for i, numbers in found]
-        for (item, _), line in zip(found, fields, strict=True):
-            self._results.add(item, line)
-            if self._job.on_result:
-                self._job.on_result(line)
-        self._results.flush()
-
-
-class _Rows:
-    """Embeddings as the rows of a matrix."""
-
-    def __init__(self, matrix: MatrixFile, records: Records):
-        self._matrix, self._records = matrix, records
-        self.done, self.finish = matrix.done, matrix.finish
-
-    def write(self, found: list[tuple[int, Numbers]]) -> None:
-        rows = np.stack([numbers[0][0] for _, numbers in found])
-        check_finite(rows, lambda row: self._records[found[row][0]].where)
-        self._matrix.write(np.array([item for item, _ in found]), rows)
 
 
 def with_progress(lines, desc: str) -> Iterator:

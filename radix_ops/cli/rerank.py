@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..data.result_formats import TREC
 from ..engine import Reranker, reranking
 from .compare import Agreement
 from .job import Job, check_keys, prepared
@@ -11,7 +12,7 @@ from .reading import read_records
 
 
 def run(args: argparse.Namespace) -> None:
-    with prepared(args) as options:
+    with prepared(args, TREC) as options:
         engine = Reranker(
             args.model,
             template=args.template,

@@ -5,31 +5,36 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from ..engine.errors import UserError
-from .matrix import check_incomplete, is_matrix
-from .output import HELPER_SUFFIXES, beside, claimed
-from .results import check_first_line, check_part
+from .converted import check_unfinished, is_filled
+from .log import REPLACE, check_first_line, check_part
+from .matrix import check_incomplete
+from .matrix_ids import check_ids_path
+from .output import HELPER_SUFFIXES, beside, claimed, companions
+from .result_formats import ResultFormat, format_of
+from .result_writers import writer_of
 
 
 @contextlib.contextmanager
 def checked_output(
-    output: str | None, *inputs: str, may_be_matrix: bool, overwrite: bool, times_runs: bool
+    output: str | None, *inputs: str, kinds: tuple[str, ...] = (), overwrite: bool, times_runs: bool
 ) -> Iterator[None]:
     """Hold `output`, if there is one, for this process alone.
 
-    may_be_matrix: whether the results can go to a .npy file. overwrite: whether what the output holds is replaced.
-    times_runs: whether the run has to be a whole one. UserError where the output can't be written or is one of the
-    inputs, where it can't hold such results, where another process holds it, or where it holds what, as far as is known
-    before a run, no run left.
+    kinds: formats that the results can go to beside those of every command. overwrite: whether what the output holds is
+    replaced. times_runs: whether the run has to be a whole one. UserError where the output can't be written or is one
+    of the inputs, where its name asks for a format that can't hold such results, where another process holds it, or
+    where it holds what, as far as is known before a run, no run left.
     """
-    if output is not None:
-        check_path(output, *inputs)
-        if is_matrix(output) and not may_be_matrix:
-            raise UserError(f"--output {output}: results are JSON lines, and a .npy file holds a matrix")
+    if output is None:
+        yield
+        return
+    check_path(output, *inputs)
+    form = format_of(output, *kinds)
     with claimed(output):
-        if output is not None:
-            _check_existing(output, overwrite, times_runs)
+        _check_existing(output, form, overwrite, times_runs)
         yield
 
 
@@ -47,20 +52,34 @@ def check_path(output: str, *inputs: str) -> None:
     for name in filter(os.path.exists, inputs):
         if path.exists() and path.samefile(name):
             raise UserError(f"--output {output} is the input file itself")
-        for helper in (beside(output, suffix) for suffix in HELPER_SUFFIXES):
+        for helper in (*(beside(output, suffix) for suffix in HELPER_SUFFIXES), *companions(output)):
             if helper.exists() and helper.samefile(name):
                 raise UserError(f"--output {output} is made by way of {helper}, which is the input file")
 
 
-def _check_existing(output: str, overwrite: bool, times_runs: bool) -> None:
-    if not is_matrix(output):
+def _check_existing(output: str, form: ResultFormat, overwrite: bool, times_runs: bool) -> None:
+    if form.grows:
         check_part(output)
+    elif form.is_matrix:
+        check_ids_path(output, overwrite)
+    else:
+        check_unfinished(output)
     if overwrite:
         return
-    held = [path for path in (output, beside(output, ".rows")) if os.path.exists(path)]
+    left = [Path(output), *(beside(output, suffix) for suffix in (".rows", ".float32", ".float32.rows", ".lines"))]
+    held = [path for path in left if path.exists()]
     if times_runs and held:
         raise UserError(f"--output {held[0]} exists and --compare times whole runs; --overwrite replaces it")
-    if is_matrix(output):
+    if form.is_matrix:
         check_incomplete(output)
-    elif os.path.isfile(output):
-        check_first_line(output)
+    elif form.grows:
+        if os.path.isfile(output):
+            check_first_line(output)
+    elif not _may_hold(output, form):
+        raise UserError(f"--output {output} exists and holds no results; {REPLACE}")
+
+
+def _may_hold(output: str, form: ResultFormat) -> bool:
+    """Return whether there is no file, or one that a run left."""
+    path, under_way = Path(output), beside(output, ".lines").exists()
+    return under_way or not is_filled(path) or writer_of(form).may_hold(path)

@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import zlib
+from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -20,14 +21,10 @@ _ALIGNMENT, _KEY_BITS = 64, 64
 _MAGIC = npy.magic(1, 0)
 
 
-def is_matrix(path: str) -> bool:
-    """Return whether embeddings go to this file as a matrix."""
-    return path.lower().endswith(".npy")
-
-
 def check_incomplete(path: str) -> None:
     """UserError for a file that no run made, finished or not. The key, once known, tells whether it is this run's."""
-    if not os.path.exists(path) or os.path.exists(beside(path, ".rows")):
+    under_way = any(beside(path, suffix).exists() for suffix in (".rows", ".float32", ".float32.rows"))
+    if not os.path.exists(path) or under_way:
         return
     with open(path, "rb") as file:
         start = file.read(len(_MAGIC) + 2)
@@ -44,7 +41,7 @@ def scratch_matrix(shape: tuple[int, int]) -> np.ndarray:
 
 
 class MatrixFile:
-    """A float32 matrix as a .npy file, made row by row in any order.
+    """A matrix of float32 or float16 as a .npy file, made row by row in any order.
 
     Until it is complete, the rows stand in PATH.part and a side file, PATH.rows, says which of them are done: a line of
     JSON with the shape and `key`, which identifies the run, then a checksum of each row, 0 for one that is not done. A
@@ -55,10 +52,15 @@ class MatrixFile:
 
     rows: Any  # the mapped array
 
-    def __init__(self, path: str, shape: tuple[int, int], key: str, overwrite: bool):
+    def __init__(self, path: str | Path, shape: tuple[int, int], key: str, overwrite: bool, dtype: str = "float32"):
         self.path, self._part, self._side = (beside(path, suffix) for suffix in ("", ".part", ".rows"))
-        self._side_header = json.dumps({"rows": shape[0], "columns": shape[1], "key": key}).encode() + b"\n"
-        self._header, self._shape = _header_of(shape, key), shape
+        self._dtype, self._shape = np.dtype(dtype), shape
+        fields = {"rows": shape[0], "columns": shape[1], "key": key, "dtype": dtype}
+        if dtype == "float32":
+            del fields["dtype"]
+        self._side_header = json.dumps(fields).encode() + b"\n"
+        self._header = header_of(shape, key, dtype)
+        self._size = len(self._header) + self._dtype.itemsize * shape[0] * shape[1]
         if overwrite or not self._side.exists():
             if not overwrite and self.path.exists():
                 self._open_finished()
@@ -81,6 +83,11 @@ class MatrixFile:
                 f"{source} is not what the interrupted run left beside {self._side}; --overwrite starts anew"
             )
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the matrix is in its place."""
+        return self._is_placed
+
     def _open_finished(self) -> None:
         with open(self.path, "rb") as file:
             self.rows = self._map_if_ours(file, "r")
@@ -90,10 +97,9 @@ class MatrixFile:
 
     def _map_if_ours(self, file: BinaryIO, mode: Literal["r", "r+"] = "r+") -> np.ndarray | None:
         """Return the rows of the file; None unless its header and its size are those of this run."""
-        size = len(self._header) + 4 * self._shape[0] * self._shape[1]
-        if file.read(len(self._header)) != self._header or os.fstat(file.fileno()).st_size != size:
+        if file.read(len(self._header)) != self._header or os.fstat(file.fileno()).st_size != self._size:
             return None
-        return np.memmap(file, np.float32, mode, len(self._header), self._shape)
+        return np.memmap(file, self._dtype, mode, len(self._header), self._shape)
 
     def _is_of_a_start(self) -> bool:
         """Return whether .part, if it is there, is what this run left when it stopped before its side file stood."""
@@ -107,7 +113,7 @@ class MatrixFile:
         try:
             with open_helper(self._part, os.O_CREAT | os.O_TRUNC) as file:
                 file.write(self._header)
-                _reserve(file, len(self._header) + 4 * self._shape[0] * self._shape[1])
+                _reserve(file, self._size)
                 os.fsync(file.fileno())
         except OSError:
             self._part.unlink(missing_ok=True)
@@ -130,9 +136,18 @@ class MatrixFile:
             return np.asarray(np.memmap(file, np.uint32, "r+", len(self._side_header), self._shape[:1]))
 
     def write(self, indices: np.ndarray, rows: np.ndarray) -> None:
-        rows = np.ascontiguousarray(rows, np.float32)
-        self.rows[indices] = rows
-        self._marks[indices] = _checksums(rows)
+        """Set the rows `indices`. UserError for a finite number that is too large for the dtype."""
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(rows, self._dtype)
+        wrong = np.argwhere(np.isinf(stored) & np.isfinite(rows))
+        if len(wrong):
+            row, column = wrong[0]
+            raise UserError(
+                f"row {indices[row]} of the matrix would hold {rows[row, column]:.6g}, which is too large for "
+                f"{self._dtype}; take float32, or normalise embeddings"
+            )
+        self.rows[indices] = stored
+        self._marks[indices] = _checksums(stored)
         self.done[indices] = True
 
     def finish(self) -> None:
@@ -146,9 +161,9 @@ class MatrixFile:
         self._side.unlink(missing_ok=True)
 
 
-def _header_of(shape: tuple[int, int], key: str) -> bytes:
+def header_of(shape: tuple[int, int], key: str, dtype: str = "float32") -> bytes:
     """Return the header of a .npy file. White space at its end spells 64 bits of the key, a tab for each that is 1."""
-    descr = npy.dtype_to_descr(np.dtype(np.float32))
+    descr = npy.dtype_to_descr(np.dtype(dtype))
     text = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape!r}, }}"
     bits = int.from_bytes(hashlib.sha256(key.encode()).digest()[: _KEY_BITS // 8], "little")
     spelled = f"{bits:0{_KEY_BITS}b}".replace("0", " ").replace("1", "\t") + "\n"

@@ -15,14 +15,34 @@ from typing import BinaryIO
 
 from ..engine.errors import UserError
 
-# The helper files have these names while --output is made.
-HELPER_SUFFIXES = (".part", ".rows", ".rows.tmp", ".lock")
+# The helper files have these names while --output is made: of every kind, of a matrix, of quantised ones, of tables.
+_OF_MATRIX = (".part", ".rows", ".rows.tmp")
+HELPER_SUFFIXES = (
+    *_OF_MATRIX,
+    ".lock",
+    ".float32",
+    *(f".float32{suffix}" for suffix in _OF_MATRIX),
+    ".lines",
+    ".ids.part",
+)
+_COMPANIONS = (".ids.jsonl", ".ranges.npy")  # of a matrix
 _LOCK_START = b"radix-ops: "
 
 
 def beside(output: str | Path, suffix: str) -> Path:
     """Return the path of a helper file of `output`, beside what it may be a link to."""
     return Path(os.path.realpath(output) + suffix)
+
+
+def companion(output: str | Path, suffix: str) -> Path:
+    """Return the path of a file that goes with `output`: its name, with this suffix in place of its own."""
+    return beside(output, "").with_suffix(suffix)
+
+
+def companions(output: str | Path) -> list[Path]:
+    """Return the paths of all files that may go with `output`."""
+    is_matrix = str(output).lower().endswith(".npy")
+    return [companion(output, suffix) for suffix in _COMPANIONS] if is_matrix else []
 
 
 def open_helper(path: Path, flags: int = 0) -> BinaryIO:

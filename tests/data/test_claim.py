@@ -7,7 +7,7 @@ import time
 import pytest
 
 from helpers import processes
-from helpers.outputs import KINDS, check_lines, either, write_lines
+from helpers.outputs import ALL, CONVERTED, check_lines, each, write_lines
 from radix_ops import cli
 from radix_ops.data import claim, output
 from radix_ops.data.output import claimed
@@ -16,29 +16,40 @@ from radix_ops.data.records import UserError
 
 @pytest.mark.parametrize(
     ("name", "suffix"),
-    [("o.jsonl", ".part"), ("o.jsonl", ".lock"), *(("o.npy", suffix) for suffix in output.HELPER_SUFFIXES)],
+    [
+        *(("o.jsonl", suffix) for suffix in (".part", ".lock")),
+        *(("o.npy", suffix) for suffix in (".part", ".rows", ".rows.tmp", ".lock")),
+        *(("o-int8.npy", f".float32{suffix}") for suffix in (".part", ".rows", ".rows.tmp")),
+        *(("o.csv", suffix) for suffix in (".part", ".lines", ".lock")),
+    ],
 )
 def test_links_beside_an_output_are_not_followed(tmp_path, name, suffix):
     victim, path = tmp_path / "victim", tmp_path / name
     victim.write_text("precious")
     (tmp_path / (name + suffix)).symlink_to(victim)
     with pytest.raises(UserError, match="is a symbolic link; remove it"):
-        KINDS[name][0](path)
-    if suffix == ".rows":  # the link is replaced
-        KINDS[name][0](path, True)
+        ALL[name][0](path)
+    if suffix.endswith(".rows"):  # the link is replaced
+        ALL[name][0](path, True)
     else:
         with pytest.raises(UserError, match="is a symbolic link; remove it"):
-            KINDS[name][0](path, True)
+            ALL[name][0](path, True)
     assert victim.read_text() == "precious"
 
 
-@either
-@pytest.mark.parametrize("suffix", [".part", ".lock"])
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        *((name, suffix) for name in ALL for suffix in (".part", ".lock")),
+        *((name, ".lines") for name in CONVERTED),
+        ("o-int8.npy", ".float32.part"),
+    ],
+)
 def test_files_of_others_beside_an_output_stay(tmp_path, name, suffix):
     other = tmp_path / (name + suffix)
     other.write_text("mine")
-    with pytest.raises(UserError, match=rf"{other} exists and is of no run; "):
-        KINDS[name][0](tmp_path / name)
+    with pytest.raises(UserError, match=rf"{other} exists and (is of no run|holds no results); "):
+        ALL[name][0](tmp_path / name)
     assert other.read_text() == "mine"
 
 
@@ -81,21 +92,21 @@ def held():
     let_go()
 
 
-@either
+@each
 def test_one_process_holds_an_output_until_it_ends(tmp_path, name, held):
     (hold, let_go), path, link = held, tmp_path / name, tmp_path / f"link.{name}"
     link.symlink_to(path)
     holder = hold(path)
     for way in (path, link):
         with pytest.raises(UserError, match=rf"{way.name} is being written by another run, process {holder} on "):
-            KINDS[name][0](way)
+            ALL[name][0](way)
     assert not path.exists()
-    KINDS[name][0](tmp_path / f"other-{name}")
+    ALL[name][0](tmp_path / f"other-{name}")
     let_go()
     # The kill left the lock's file, and the system let go of it.
     assert (tmp_path / f"{name}.lock").exists()
-    KINDS[name][0](path)
-    KINDS[name][1](path)
+    ALL[name][0](path)
+    ALL[name][1](path)
     assert not (tmp_path / f"{name}.lock").exists()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from helpers.outputs import (
+    ALL,
     COUNT,
     KINDS,
     ORDER,
@@ -16,15 +17,39 @@ from helpers.outputs import (
     SHAPE,
     check_lines,
     check_matrix,
-    either,
+    companions,
+    converted,
+    each,
+    fields_of,
     key_of,
+    ranking_of,
     write_lines,
     write_matrix,
 )
-from radix_ops.data import matrix, output, results
+from helpers.outputs import (
+    matrix as opened_matrix,
+)
+from radix_ops.data import (
+    compressed,
+    csv_results,
+    log,
+    matrix,
+    output,
+    packed_lines,
+    parquet_results,
+    quantised,
+    results,
+    trec,
+)
+from radix_ops.data import (
+    converted as converting,
+)
 from radix_ops.data.matrix import MatrixFile
 from radix_ops.data.records import UserError
 from radix_ops.data.results import ResultFile
+
+WRITING = (compressed, converting, csv_results, log, matrix, output, packed_lines, parquet_results, quantised, results)
+FILES = {module.__file__ for module in (*WRITING, trec)}
 
 
 def killed_after(num_lines, work, *arguments) -> bool:
@@ -34,7 +59,7 @@ def killed_after(num_lines, work, *arguments) -> bool:
 
         def trace(frame, event, _):
             nonlocal count
-            if frame.f_code.co_filename not in {module.__file__ for module in (matrix, output, results)}:
+            if frame.f_code.co_filename not in FILES:
                 return None
             if event == "line":
                 count += 1
@@ -53,11 +78,12 @@ def killed_after(num_lines, work, *arguments) -> bool:
     return status == 9
 
 
-@either
+@each
 def test_the_same_run_continues_after_a_kill_at_any_line(tmp_path, name):
-    """Every fifth time a second kill follows. No later kill loses what an earlier one kept."""
-    (run, check), rng, counts = KINDS[name], random.Random(0), []
-    for first in itertools.count():
+    """Every fifth time a second kill follows. No later kill loses what an earlier one kept. Kinds whose steps are much
+    the same are killed at some lines alone."""
+    (run, check), rng, counts = ALL[name], random.Random(0), []
+    for first in itertools.count(step=1 if name in KINDS else 11):
         folder = tmp_path / str(first)
         folder.mkdir()
         path = folder / name
@@ -69,43 +95,62 @@ def test_the_same_run_continues_after_a_kill_at_any_line(tmp_path, name):
         else:
             counts.append(run(path))
         check(path)
-        assert [p.name for p in folder.iterdir()] == [name]
+        assert {p.name for p in folder.iterdir()} == companions(name)
         assert run(path) == COUNT
     assert first > 80
     assert counts == sorted(counts)
     assert (counts[0], counts[-1]) == (0, COUNT)
 
 
-@either
+@each
 def test_an_old_output_stands_or_the_new_one_when_replacing_is_killed(tmp_path, name):
-    run, check = KINDS[name]
-    for first in itertools.count(step=3):
-        path = tmp_path / f"{first}{name}"
-        if name.endswith(".npy"):
-            MatrixFile(str(path), (2, 2), "old", False).finish()
-        else:
+    run, check = ALL[name]
+    for first in itertools.count(step=3 if name in KINDS else 19):
+        (tmp_path / str(first)).mkdir()
+        path = tmp_path / str(first) / name
+        if name == "o.jsonl":
             path.write_text('{"line": 1, "key": "old"}\n')
+        else:
+            run(path, key="old")
         old = path.read_bytes()
         if not killed_after(first, run, path, True):
             break
-        if name.endswith(".npy") and path.read_bytes() != old:
+        if name != "o.jsonl" and path.read_bytes() != old:
             check(path)
         run(path, True)
         check(path)
 
 
-@either
+@each
 def test_a_finished_output_of_another_run_is_refused(tmp_path, name):
     path = tmp_path / name
-    if name.endswith(".npy"):
-        write_matrix(path, key="another")
-    else:
+    if name == "o.jsonl":
         path.write_text('{"line": 1, "key": "another"}\n')
+    else:
+        ALL[name][0](path, key="another")
     held = path.read_bytes()
     with pytest.raises(UserError, match="--overwrite replaces it"):
-        KINDS[name][0](path)
+        ALL[name][0](path)
     assert path.read_bytes() == held
-    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert {p.name for p in tmp_path.iterdir()} == companions(name)
+
+
+@each
+def test_an_unfinished_output_of_another_run_is_refused(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith(".npy"):
+        opened_matrix(path, key="another").write(np.array(ORDER[:2]), ROWS[:2])
+    else:
+        file = ResultFile(str(path), COUNT, lambda item: "another", False) if path.suffix == ".jsonl" else None
+        file = file or converted(path, key="another")
+        file.add(3, ranking_of(3))
+        file.flush()
+    held = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=r"--overwrite (replaces it|starts anew)"):
+        ALL[name][0](path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == held
+    ALL[name][0](path, True)
+    ALL[name][1](path)
 
 
 def unfinished_matrix(path, done=ORDER):
@@ -206,14 +251,14 @@ def test_zeros_at_the_end_of_lines_are_dropped(tmp_path, size, cut):
     lines = path.read_bytes()
     for kept in (0, 40, len(lines) - cut):
         path.write_bytes(lines[:kept] + bytes(size))
-        results.check_first_line(str(path))
+        log.check_first_line(str(path))
         assert write_lines(path) == lines[:kept].count(b"\n")
         check_lines(path)
 
 
 def test_every_header_reads_as_numpys_and_keys_differ(tmp_path):
     for shape in ((1, 1), (123_456_789, 4096), (7, 1)):
-        headers = [matrix._header_of(shape, key) for key in ("a", "b")]
+        headers = [matrix.header_of(shape, key) for key in ("a", "b")]
         assert headers[0] != headers[1]
         for header in headers:
             path = tmp_path / "h"
@@ -225,34 +270,38 @@ def test_every_header_reads_as_numpys_and_keys_differ(tmp_path):
             assert len(header) % 64 == 0
 
 
-@either
+def opened(path):
+    """Open an output; return it and the file that the run writes to."""
+    if path.suffix == ".npy":
+        work = ".float32.part" if "int8" in path.name else ".part"
+        return opened_matrix(path), path.with_name(path.name + work)
+    if path.suffix == ".jsonl":
+        return ResultFile(str(path), COUNT, key_of, False), path
+    return converted(path), path.with_name(path.name + ".lines")
+
+
+@each
 def test_an_output_that_is_removed_while_it_is_made_is_there_in_the_end(tmp_path, name):
     path = tmp_path / name
+    file, _ = opened(path)
     if name.endswith(".npy"):
-        file = MatrixFile(str(path), SHAPE, "key", False)
         file.write(np.arange(COUNT), ROWS)
-        for made in tmp_path.iterdir():
-            made.unlink()
     else:
-        file = ResultFile(str(path), COUNT, key_of, False)
         for item in range(COUNT):
-            file.add(item, {"line": item + 1, "text": "x" * item})
+            file.add(item, fields_of(item) if name == "o.jsonl" else ranking_of(item))
         file.flush()
-        path.unlink()
+    for made in tmp_path.iterdir():
+        made.unlink()
     file.finish()
-    KINDS[name][1](path)
-    assert [p.name for p in tmp_path.iterdir()] == [name]
+    ALL[name][1](path)
+    assert {p.name for p in tmp_path.iterdir()} == companions(name)
 
 
-@either
+@each
 def test_a_file_that_took_an_outputs_place_stays(tmp_path, name):
-    path = tmp_path / name
-    made = path if name.endswith("l") else tmp_path / f"{name}.part"
-    if name.endswith(".npy"):
-        file = MatrixFile(str(path), SHAPE, "key", False)
-    else:
-        file = ResultFile(str(path), COUNT, key_of, False)
-        file.add(0, {"line": 1})
+    file, made = opened(tmp_path / name)
+    if not name.endswith(".npy"):
+        file.add(0, ranking_of(0))
     made.unlink()
     made.write_text("mine")
     with pytest.raises(UserError, match=rf"{made} was replaced"):

@@ -1,0 +1,55 @@
+"""The formats of --output, which the ending of its name decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..engine.errors import UserError
+
+LINES, CSV, TSV, PARQUET, MATRIX, TREC = "jsonl", "csv", "tsv", "parquet", "npy", "trec"
+_TEXTS = {".jsonl": LINES, ".ndjson": LINES, ".csv": CSV, ".tsv": TSV, ".trec": TREC, ".run": TREC}
+_BINARIES = {".parquet": PARQUET, ".npy": MATRIX}
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_EVERYWHERE = (LINES, CSV, TSV, PARQUET)  # whatever the command
+
+
+@dataclass(frozen=True)
+class ResultFormat:
+    """A kind of file, one of the names above, and its compression: "gzip", "zstd" or None."""
+
+    kind: str
+    compression: str | None = None
+
+    @property
+    def is_matrix(self) -> bool:
+        return self.kind == MATRIX
+
+    @property
+    def grows(self) -> bool:
+        """Whether the run appends to the file itself, which then holds complete lines at any time."""
+        return self.kind == LINES and self.compression is None
+
+
+def format_of(output: str, *further: str) -> ResultFormat:
+    """Return the format that the name asks for; `further` kinds are those that the command has beside lines and tables.
+
+    UserError for another one.
+    """
+    name, compression = output.lower(), None
+    for ending, method in _COMPRESSIONS.items():
+        if name.endswith(ending):
+            name, compression = name.removesuffix(ending), method
+    endings = _TEXTS if compression else _TEXTS | _BINARIES
+    kind = next((kind for ending, kind in endings.items() if name.endswith(ending)), None)
+    if kind in (*_EVERYWHERE, *further):
+        return ResultFormat(kind, compression)
+    if kind == MATRIX:
+        raise UserError(f"--output {output}: results are JSON lines, and a .npy file holds a matrix")
+    if kind == TREC:
+        raise UserError(f"--output {output}: a TREC run holds ranked documents, which rerank alone has")
+    known = [ending for ending, kind in (_TEXTS | _BINARIES).items() if kind in (*_EVERYWHERE, *further)]
+    texts = [ending for ending in known if ending in _TEXTS]
+    raise UserError(
+        f"--output {output}: the name's ending decides the format, and it must be {', '.join(known[:-1])} or "
+        f"{known[-1]}; behind {', '.join(texts[:-1])} or {texts[-1]}, also {' or '.join(_COMPRESSIONS)}"
+    )
