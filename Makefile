@@ -66,7 +66,7 @@ wheel: $(VENV)/.torch  ## build the wheel in dist, one for every Python and torc
 	PYTHONWARNINGS=ignore $(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
-check-wheel: $(VENV)/.built $(VENV)/.deps  ## install the wheel outside the checkout and use it there
+check-wheel: $(VENV)/.built $(VENV)/.deps  ## use the sdist and the wheel outside the checkout
 	$(BIN)/python tools/check_wheel.py
 
 # Where there is a GPU, on it as well.

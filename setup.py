@@ -3,21 +3,90 @@
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
-
-try:
-    from torch.utils import cpp_extension
-except ModuleNotFoundError as error:
-    if error.name != "torch":
-        raise
-    sys.exit('radix_ops is built beside torch, which is not installed: pip install "torch>=2.11", then install again')
+import setuptools
 
 ROOT = Path(__file__).resolve().parent
+OLDEST_TORCH, OLDEST_SETUPTOOLS = (2, 11), (77,)
 # The first torch release whose stable interface the sources may use.
 TORCH_TARGET_VERSION = "0x020b000000000000"
+# Commands that compile; pip asks others first, which only read what the project says of itself.
+COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
+INSTALL = "pip install --no-build-isolation ."
+OF_CXX20 = """
+#include <concepts>
+#if !defined(__clang__) && __GNUC__ < 11
+#error
+#endif
+static_assert(std::integral<int>);
+"""
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The numbers that a version opens with: (2, 11) of "2.11.0a0+git"."""
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdecimal())
+
+
+def why_torch_will_not_do() -> str | None:
+    """What is wrong with the torch and setuptools that build this, with the remedy, or None."""
+    if numbers(setuptools.__version__) < OLDEST_SETUPTOOLS:
+        return (
+            f"radix_ops is built by setuptools >= 77, but {setuptools.__version__} is installed: pip install "
+            f"--upgrade setuptools wheel ninja, then {INSTALL}"
+        )
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        return (
+            "radix_ops is built beside torch, which is not installed here: pip install 'torch>=2.11' 'setuptools>=77' "
+            f"wheel ninja, then {INSTALL}"
+        )
+    if numbers(torch.__version__) < OLDEST_TORCH:
+        return (
+            f"radix_ops is built beside torch >= 2.11, but torch {torch.__version__} is installed: pip install "
+            f"--upgrade 'torch>=2.11', then {INSTALL}"
+        )
+    return None
+
+
+def why_not_compilable() -> str | None:
+    """What the compilers lack, with the remedy, or None."""
+    cxx = os.environ.get("CXX", "c++")
+    try:
+        command = [*cxx.split(), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+        done = subprocess.run(command, input=OF_CXX20, capture_output=True, text=True)
+    except OSError:
+        return (
+            f"radix_ops is compiled by a C++20 compiler, and {cxx} can't be run: install GCC 11 or newer (on Debian "
+            f"and Ubuntu: apt install g++), or name another one: CXX=clang++ {INSTALL}"
+        )
+    if done.returncode:
+        return (
+            f"radix_ops is compiled by a C++20 compiler, which {cxx} is not: install GCC 11 or newer and name it: "
+            f"CXX=g++-11 {INSTALL}"
+        )
+    if cuda_home() is None and (wish := who_wants_cuda()):
+        return (
+            f"radix_ops' CUDA kernels are compiled by nvcc, which is not found, and {wish}. Install the CUDA toolkit "
+            f"(13.0 was tried) and name its folder: CUDA_HOME=/usr/local/cuda {INSTALL}. To build for the CPU alone: "
+            f"env -u CUDA_HOME -u CUDA_PATH -u TORCH_CUDA_ARCH_LIST CUDA_VISIBLE_DEVICES= {INSTALL}"
+        )
+    return None
+
+
+def who_wants_cuda() -> str | None:
+    """What says that CUDA kernels are wanted, or None."""
+    for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
+        if os.environ.get(name):
+            return f"{name} is set"
+    import torch
+
+    return "torch finds a GPU" if torch.cuda.is_available() else None
 
 
 def cuda_home() -> str | None:
@@ -36,7 +105,7 @@ def sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
 
 
-def extension() -> cpp_extension.CppExtension:
+def extension() -> setuptools.Extension:
     macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
     cxx = [
         "-O3",
@@ -73,8 +142,30 @@ def extension() -> cpp_extension.CppExtension:
     )
 
 
-setup(
+obstacle = why_torch_will_not_do()
+if obstacle is None and COMPILING & set(sys.argv):
+    obstacle = why_not_compilable()
+if obstacle is not None:
+    # The first and last words of this build: pip shows its whole output.
+    sys.exit(obstacle)
+
+from torch.utils import cpp_extension  # noqa: E402
+
+
+class BuildExtension(cpp_extension.BuildExtension.with_options(use_ninja=True)):
+    def build_extensions(self) -> None:
+        try:
+            super().build_extensions()
+        except Exception as error:
+            sys.exit(
+                f"radix_ops could not be compiled ({error}); what the compiler says stands above. It takes GCC 11 or "
+                "newer and, for CUDA, nvcc 13.0 or newer; CXX and CUDA_HOME name others. Where memory ran out, "
+                f"MAX_JOBS=1 {INSTALL} compiles one file at a time"
+            )
+
+
+setuptools.setup(
     ext_modules=[extension()],
-    cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
+    cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

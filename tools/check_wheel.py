@@ -1,7 +1,8 @@
-"""Install the wheel outside the checkout and use it there: `make check-wheel`. An editable install hides what a wheel
-lacks. Every module is imported, the files beside them are read, and the command says its version.
+"""Unpack the sdist outside the checkout, run tests there, and use the wheel that is made of it: `make check-wheel`. A
+checkout and an editable install hide what those lack. Every module is imported, the files beside them are read, and
+the command says its version.
 
-The wheel is built of the extension that stands in radix_ops/, since to compile it again would take minutes.
+Both take the extension that stands in radix_ops/, since to compile it again would take minutes.
 """
 
 from __future__ import annotations
@@ -11,12 +12,21 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = [ROOT / "radix_ops", ROOT / "radix_ops_command"]
+EXTENSION = "radix_ops/_C.abi3.so"
+TESTS = [
+    "tests/test_package.py",
+    "tests/test_extras.py",
+    "tests/test_house.py",
+    "tests/plan/test_store.py",
+    "tests/ops/test_fold.py",
+]
 DATA = ["_C.abi3.so", "hf/models.json", "py.typed"]
 USE = """
 import importlib, sys
@@ -39,14 +49,23 @@ def modules() -> list[str]:
     return sorted(names)
 
 
-def build(folder: Path) -> Path:
-    """Build the wheel of pyproject.toml in a folder with copies of what goes into it."""
-    for package in PACKAGES:
-        shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    (folder / "MANIFEST.in").write_text("include radix_ops/_C.abi3.so\n")
-    pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", folder / "dist", folder)
+def unpack_sdist(folder: Path) -> Path:
+    """Make the sdist, and return the folder that it unpacks to, with the extension in it."""
+    command = ["setup.py", "-q", "egg_info", "--egg-base", folder, "sdist", "--dist-dir", folder]
+    subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
+    [sdist] = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder)
+    source = folder / sdist.name.removesuffix(".tar.gz")
+    shutil.copy(ROOT / EXTENSION, source / EXTENSION)
+    return source
+
+
+def build(source: Path, folder: Path) -> Path:
+    """Build the wheel of a folder and its extension, without the setup.py that would compile another."""
+    shutil.copytree(source, folder / "source", ignore=shutil.ignore_patterns("setup.py", "__pycache__"))
+    (folder / "source" / "MANIFEST.in").write_text(f"include {EXTENSION}\n")
+    pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", folder / "dist", folder / "source")
     [wheel] = (folder / "dist").glob("*.whl")
     return wheel
 
@@ -56,25 +75,27 @@ def pip(*arguments: str | Path) -> None:
     subprocess.run(command, check=True)
 
 
+def run(arguments: list[str], folder: Path, variables: dict[str, str]) -> None:
+    if status := subprocess.call([sys.executable, *arguments], cwd=folder, env=os.environ | variables):
+        sys.exit(status)
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="radix-wheel-") as name:
         folder = Path(name)
-        (folder / "source").mkdir()
-        wheel = build(folder / "source")
+        source = unpack_sdist(folder)
+        # The package that the tests import is the unpacked one.
+        run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS], source, {"PYTHONPATH": str(source)})
+        wheel = build(source, folder)
         tops = {Path(member).parts[0] for member in zipfile.ZipFile(wheel).namelist()}
         assert {top for top in tops if not top.endswith(".dist-info")} == {package.name for package in PACKAGES}, tops
         site = folder / "site"
         pip("install", "--no-deps", "--target", site, wheel)
         # Without the site module no .pth file leads back to the checkout.
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), sysconfig.get_path("purelib")])}
-        python = [sys.executable, "-S"]
-        for arguments in (
-            ["-c", USE, str(site), " ".join(modules()), " ".join(DATA)],
-            ["-m", "radix_ops", "--version"],
-        ):
-            if status := subprocess.call([*python, *arguments], cwd=folder, env=environment):
-                sys.exit(status)
-    print(f"{wheel.name}: {len(modules())} modules and {len(DATA)} files are there")
+        path = {"PYTHONPATH": os.pathsep.join([str(site), sysconfig.get_path("purelib")])}
+        run(["-S", "-c", USE, str(site), " ".join(modules()), " ".join(DATA)], folder, path)
+        run(["-S", "-m", "radix_ops", "--version"], folder, path)
+    print(f"{wheel.name}: {len(modules())} modules and {len(DATA)} files are there, and the sdist's tests pass")
 
 
 if __name__ == "__main__":

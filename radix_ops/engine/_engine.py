@@ -207,10 +207,10 @@ class Engine(ABC, Generic[I]):
         with options_as_arguments():
             assert self.runner is not None
 
-    def _pad_token_id(self) -> int:
+    def _pad_token_id(self) -> int | None:
         return 0
 
-    def _load(self, pad_token_id: int) -> Runner:
+    def _load(self, pad_token_id: int | None) -> Runner:
         if self._model is not None:
             runner = runner_of(self._model, pad_token_id, self.layout)
         else:

@@ -1,8 +1,8 @@
 """Records that hold token ids: items whose sequences are known, so that no tokenizer reads them.
 
-{"input_ids": [...]} is a text to `embed`, and a whole text to `score`, whose first token is given; of {"input_ids":
-[[...], ...]} each is the whole prompt of a document to `rerank`; {"context_ids": [...], "choices_ids": [[...], ...]} is
-a question.
+{"input_ids": [...]} is a text to `embed`, a text or a prompt to `classify`, and a whole text to `score`, whose first
+token is given; of {"input_ids": [[...], ...]} each is the whole prompt of a document to `rerank`; {"context_ids":
+[...], "choices_ids": [[...], ...]} is a question.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from . import embedding, reranking, rolling, scoring
+from . import classifying, embedding, reranking, rolling, scoring
 from .errors import UserError
 from .inputs import Record, kind_of
 from .items import Items
@@ -39,6 +39,11 @@ class GivenText(Given, embedding.Text):
 
 @dataclass(frozen=True)
 class GivenQuery(Given, reranking.Query):
+    pass
+
+
+@dataclass(frozen=True)
+class GivenRow(Given, classifying.Row):
     pass
 
 
@@ -122,12 +127,26 @@ def _parse_whole(record: Record, limits: Limits) -> GivenWhole:
     return GivenWhole(record.where, "", extra, sequences=tuple(windows))
 
 
-PARSERS = {"embed": parse_text, "rerank": parse_query, "score": parse_question}
+def parse_row(record: Record, limits: Limits) -> GivenRow:
+    """Return the row of {"input_ids": [...]}: a text, a pair or a prompt that is classified."""
+    ids, where = ids_of(record, limits.vocab_size), f'{record.where}: "input_ids"'
+    text = next((key for key in ("text", "messages") if key in record.fields), None)
+    if text is not None:
+        raise UserError(f'{record.where} has "input_ids" and "{text}"; leave out the one that is not to be read')
+    if not len(ids):
+        raise UserError(f"{where} holds no tokens")
+    _check_length(len(ids), where, limits)
+    extra = record.others(("input_ids", *_BESIDE), classifying.RESERVED_KEYS)
+    return GivenRow(record.where, None, extra, sequences=(ids,))
+
+
+PARSERS = {"classify": parse_row, "embed": parse_text, "rerank": parse_query, "score": parse_question}
 _STORES: dict[type[Given], type[Items]] = {
     GivenItem: scoring.Choices,
     GivenWhole: scoring.Choices,
     GivenText: embedding.Texts,
     GivenQuery: Items,
+    GivenRow: Items,
 }
 
 

@@ -64,7 +64,7 @@ def load_runner(
     dtype: str | None,
     device: torch.device,
     trust_remote_code: bool = False,
-    pad_token_id: int = 0,
+    pad_token_id: int | None = 0,
     layout: Layout = "auto",
 ) -> Runner:
     """Load the model onto `device` in eval mode, in a runner; `auto_class` is AutoModel, AutoModelForCausalLM or
@@ -112,7 +112,7 @@ def load_runner(
     return ClassifierRunner(model, pad_token_id, layout) if classifies else TransformersRunner(model, layout)
 
 
-def runner_of(model: nn.Module, pad_token_id: int = 0, layout: Layout = "auto") -> Runner:
+def runner_of(model: nn.Module, pad_token_id: int | None = 0, layout: Layout = "auto") -> Runner:
     """Return the runner of a loaded model in eval mode: a model of transformers, or one of `radix_ops.models.qwen3`."""
     from ..models.qwen3 import Qwen3ForCausalLM, Qwen3Model
 

@@ -11,14 +11,15 @@ import numpy as np
 
 from .calibration import Calibration
 from .errors import UserError
+from .intervals import INTERVAL, share_of
+from .label_measures import LabelMeasures
 from .rolling import perplexity_of
 
-_LEVEL, _QUANTILE = 0.95, 1.959963984540054  # of the normal distribution, for both sides
 ACCURACIES = ("sum", "per_token", "per_char")
 
 
 def metrics(results: Iterable[Mapping[str, Any]], *, calibration: bool = False) -> dict[str, Any]:
-    """Return what results of `Scorer` say together, whichever call or file they come from.
+    """Return what results of a `Scorer`, or of a `Classifier`, say together, whichever call or file they come from.
 
     Results of questions: "rows", "rows_with_gold", which alone are counted, and, where there are some, "accuracy" by
     "sum" (acc of lm-evaluation-harness), "per_token" and "per_char" (acc_norm), each with the number that is "correct",
@@ -29,14 +30,25 @@ def metrics(results: Iterable[Mapping[str, Any]], *, calibration: bool = False) 
     Results of texts: "rows", the sums of "logprob", "tokens", "words" and "bytes", "token_perplexity",
     "word_perplexity", "byte_perplexity" and "bits_per_byte" over all of them, as lm-evaluation-harness has them.
 
+    Results of a Classifier: "rows", "rows_with_gold" and, where there are some, "accuracy" as above, of rows whose
+    labels are the right ones and no others; "labels", which has of each label that is right or predicted anywhere the
+    "rows" that it is right in, those where it is "predicted", "precision", "recall" and "f1", 0 where they have nothing
+    to count; and the means of these as "macro".
+
     Raises UserError, a ValueError, for what is no result, and for `calibration` where no right choice is known.
     """
-    measures = Measures(calibration)
+    measures: Measures | LabelMeasures | None = None
     for index, result in enumerate(results):
         try:
+            if measures is None:
+                measures = LabelMeasures() if "labels" in result else Measures(calibration)
             measures.add(result)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise UserError(f"results[{index}] is no result of a Scorer, or not of the kind before it") from error
+            kind = "Classifier" if isinstance(measures, LabelMeasures) else "Scorer"
+            raise UserError(f"results[{index}] is no result of a {kind}, or not of the kind before it") from error
+    measures = Measures() if measures is None else measures
+    if calibration and isinstance(measures, LabelMeasures):
+        raise UserError("calibration=True is for results of a Scorer, and these are of a Classifier")
     if calibration and not measures.num_gold:
         raise UserError('calibration=True needs results with "gold", the right choice; none has it')
     return measures.found()
@@ -86,8 +98,8 @@ class Measures:
             return {"rows": self.num_rows, **self._of_texts()}
         found: dict[str, Any] = {"rows": self.num_rows, "rows_with_gold": self.num_gold}
         if self.num_gold:
-            accuracy = {name: _share(count, self.num_gold) for name, count in self._correct.items()}
-            found |= {"accuracy": accuracy, "interval": {"method": "Wilson score", "level": _LEVEL}}
+            accuracy = {name: share_of(count, self.num_gold) for name, count in self._correct.items()}
+            found |= {"accuracy": accuracy, "interval": INTERVAL}
             if self._calibration is not None:
                 found["calibration"] = self._calibration.table()
         return found
@@ -99,17 +111,3 @@ class Measures:
             count = self._sizes["bytes"]
             found["bits_per_byte"] = -logprob / count / math.log(2) if count else None
         return {"logprob": logprob, **self._sizes, **found}
-
-
-def _share(correct: int, count: int) -> dict[str, Any]:
-    low, high = wilson_interval(correct, count)
-    return {"correct": correct, "value": correct / count, "low": low, "high": high}
-
-
-def wilson_interval(correct: int, count: int) -> tuple[float, float]:
-    """Return the Wilson score interval of a share (Wilson 1927), without continuity correction, at 95%."""
-    share, square = correct / count, _QUANTILE**2
-    middle = (share + square / (2 * count)) / (1 + square / count)
-    half = _QUANTILE * math.sqrt(share * (1 - share) / count + square / (4 * count**2)) / (1 + square / count)
-    # Rounding must not take the ends of the scale out of the interval.
-    return (0.0 if correct == 0 else middle - half), (1.0 if correct == count else middle + half)

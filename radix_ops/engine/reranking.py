@@ -241,7 +241,7 @@ def scorer(runner: Runner, answers: tuple[int, int | None] | None, activation: s
 
     def by_logit(sequences: list[np.ndarray]) -> torch.Tensor:
         classifier: Any = runner
-        return classifier.logits(sequences)
+        return classifier.logits(sequences)[:, 0]
 
     def by_answer(sequences: list[np.ndarray]) -> torch.Tensor:
         last = runner.states(sequences).last()  # [B, D]

@@ -21,6 +21,7 @@ from .._attention import Layout
 from .._interrupts import uninterrupted
 from ..batch import fold, pack
 from .errors import UserError
+from .heads import WholeHead
 
 if TYPE_CHECKING:
     from ..hf.forward import Verify
@@ -55,7 +56,7 @@ class Runner(Protocol):
 
     model: nn.Module
     hf_config: Any  # transformers'
-    head: Any  # the module that makes a language model's logits of hidden states, or None
+    head: Any  # what makes a language model's logits of hidden states, with a `weight`, or None
     head_rows: int  # rows that went through `head` so far; the task counts them
     layout: Layout  # of attention in folded batches, as `radix_ops.attention` has it
     max_padding: float  # of plain batches, as a share of their tokens
@@ -182,16 +183,21 @@ class TransformersRunner:
         head: Any = self._last_layer()
         if head is None:
             return
-        hidden = self.stack(input_ids=probe).last_hidden_state
-        check_head_dtype(self.model, head, hidden)
-        # Logit scaling, soft caps and the like sit between head and logits in some model types.
-        if self.head is not None:
-            logits = self.model(input_ids=probe).logits
-            ours = self.head(hidden)
-            if not torch.allclose(ours, logits.to(ours.dtype), rtol=1e-5, atol=1e-5, equal_nan=True):
-                raise UserError(
-                    f"{type(self.model).__name__} does more to its logits than its output head, so it can't be used"
-                )
+        outputs = self.stack(input_ids=probe)
+        hidden = outputs.last_hidden_state
+        if isinstance(head, nn.Module):
+            check_head_dtype(self.model, head, hidden)
+        if self.head is None:
+            return
+        logits = self.model(input_ids=probe).logits
+        if _makes(self.head, hidden, logits):
+            return
+        # Scaling, soft caps and the like sit between head and logits in some model types.
+        self.head = WholeHead(self.model, self.stack, type(outputs))
+        if not _makes(self.head, hidden, logits):
+            raise UserError(
+                f"{type(self.model).__name__} makes its logits of more than its hidden states, so it can't be used"
+            )
 
     def _last_layer(self) -> Any:
         """Return what makes logits of hidden states, or None."""
@@ -272,6 +278,12 @@ class TransformersRunner:
         return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask)}
 
 
+def _makes(head: Any, hidden: Tensor, logits: Tensor) -> bool:
+    """Return whether the head makes these logits of hidden states."""
+    ours = head(hidden)
+    return torch.allclose(ours, logits.to(ours.dtype), rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 @contextlib.contextmanager
 def _or_plain() -> Iterator[None]:
     """Turn the reason why a model can't be folded into a UserError with the remedy."""
@@ -292,9 +304,9 @@ def check_head_dtype(model: nn.Module, head: nn.Module | None, states: Tensor) -
 
 
 class ClassifierRunner(TransformersRunner):
-    """A transformers model with a classification head of one label, called as a whole."""
+    """A transformers model with a classification head, called as a whole where its config says how it pads."""
 
-    def __init__(self, model, pad_token_id: int, layout: Layout = "auto"):
+    def __init__(self, model, pad_token_id: int | None, layout: Layout = "auto"):
         super().__init__(model, layout)
         self.pad_token_id = pad_token_id
 
@@ -305,7 +317,22 @@ class ClassifierRunner(TransformersRunner):
     def _last_layer(self) -> Any:
         return getattr(self.model, "score", None)
 
+    def _check_head(self, probe: Tensor) -> None:
+        super()._check_head(probe)
+        if self.pad_token_id is not None:
+            return
+        theirs = self.model(input_ids=probe).logits
+        head = self._last_layer()
+        ours = None if head is None else head(self.stack(input_ids=probe).last_hidden_state[:, -1])
+        if ours is None or ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5):
+            raise UserError(
+                f"the config of the {type(self.model).__name__} has no pad_token_id, by which its head finds the last "
+                "token of each text of a batch"
+            )
+
     def logits(self, sequences: list[np.ndarray]) -> Tensor:
-        """Compute the one logit of each sequence, [B] in fp32."""
+        """Compute the logits of each sequence, [B, labels] in fp32."""
+        if self.pad_token_id is None:  # the model takes one sequence at a time; its head reads the last token's state
+            return self._last_layer()(self.states(sequences).last()).float()
         inputs = {name: x.to(self.device) for name, x in self._padded(sequences, self.pad_token_id).items()}
-        return self.model(**inputs).logits[:, 0].float()
+        return self.model(**inputs).logits.float()

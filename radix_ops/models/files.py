@@ -51,6 +51,26 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the table of a TOML file. ValueError for anything else, FileNotFoundError where nothing is there."""
+    check_regular(path)
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        try:
+            import tomli as tomllib  # type: ignore[no-redef,import-not-found]
+        except ImportError as error:
+            raise ValueError(f"{path} is TOML, which takes Python 3.11 or tomli: pip install tomli") from error
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is not TOML that can be read: it is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """Return the object that a JSON file must hold."""
     found = read_json(path)

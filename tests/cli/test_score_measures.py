@@ -205,11 +205,13 @@ def test_token_ids_have_neither_characters_nor_words(model_folder, tmp_path, cap
     assert "per character" not in err
 
 
-def test_a_file_of_texts_has_one_a_line(model_folder, tmp_path, capsys):
-    (tmp_path / "texts.txt").write_text("\n".join(TEXT) + "\n")
-    assert score(model_folder, tmp_path / "texts.txt") == 0
-    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [r["logprob"] for r in results] == pytest.approx([alone(text) for text in TEXT], abs=1e-3)
+@pytest.mark.parametrize("mode", [[], ["--compare"]])
+def test_a_file_of_texts_has_one_a_line(model_folder, tmp_path, mode):
+    (tmp_path / "texts.txt").write_text("\n".join(["", *TEXT]) + "\n")
+    assert score(model_folder, *mode, "--output", tmp_path / "o.jsonl", tmp_path / "texts.txt") == 0
+    empty, *results = read_jsonl(tmp_path / "o.jsonl")
+    assert [result["logprob"] for result in results] == pytest.approx([alone(text) for text in TEXT], abs=1e-3)
+    assert (empty["line"], empty["logprob"], empty["tokens"], empty["perplexity"]) == (1, 0, 0, None)
 
 
 def test_long_texts_are_refused_or_scored_in_windows(model_folder, tmp_path, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from radix_ops.engine import UserError, metrics
-from radix_ops.engine.measures import wilson_interval
+from radix_ops.engine.intervals import wilson_interval
 
 ANSWERS = ("sum", "per_token", "per_char")
 

@@ -109,6 +109,20 @@ def test_windows_of_one_text_are_not_taken_for_each_others(monkeypatch):
     assert found["logprob"] == pytest.approx(alone(model, ids, 4, 4), abs=1e-4)
 
 
+def test_texts_of_no_tokens_to_score_have_no_perplexity():
+    tokenizer = tiny_tokenizer(False)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    for texts in (["the", "", "the sea and the river"], ["", "the"]):
+        found = Scorer(tiny_model(), tokenizer).perplexity(texts)
+        for text, result in zip(texts, found, strict=True):
+            ids = tokenizer(text)["input_ids"]
+            assert result["tokens"] == max(0, len(ids) - 1)
+            if len(ids) < 2:
+                assert (result["logprob"], result["perplexity"]) == (0.0, None)
+            else:
+                assert result["logprob"] == pytest.approx(alone(tiny_model(), ids, None, None), abs=1e-4)
+
+
 def test_rows_of_texts_are_scored_with_their_other_keys():
     scorer = Scorer(tiny_model(), tiny_tokenizer(True))
     (found,) = scorer.score([{"text": TEXT[0], "id": 7}])

@@ -278,11 +278,44 @@ def test_run_handles_contexts_cut_to_different_lengths():
     assert logprobs == pytest.approx([oracle(model, sequence)[0] for sequence in sequences], abs=1e-4)
 
 
-def test_check_refuses_logits_that_are_more_than_the_head():
-    probe = random_sequences(seed=10, num_items=1)[0].inputs
-    TransformersRunner(tiny_model("Granite", logits_scaling=1.0)).check(probe, folded=False)
-    with pytest.raises(UserError, match="GraniteForCausalLM does more to its logits"):
-        TransformersRunner(tiny_model("Granite", logits_scaling=8.0)).check(probe, folded=False)
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Granite", {"logits_scaling": 8.0}),
+        ("Gemma2", {"final_logit_softcapping": 2.0}),
+        ("Cohere", {"logit_scale": 0.25, "pad_token_id": 0}),
+    ],
+)
+def test_logits_are_scaled_and_capped_as_the_model_does_it(kind, changes, folded):
+    needs_hf()
+    model, sequences = tiny_model(kind, **changes), random_sequences(seed=10, num_items=4)
+    runner, choices = TransformersRunner(model), choices_of(sequences)
+    runner.check(sequences[0].inputs, folded)
+    logprobs = {}
+
+    def on_batch(indices, found):
+        logprobs.update(zip(indices.tolist(), found[0].tolist(), strict=True))
+
+    scoring.score(runner, choices, Budget(10**6), folded, on_batch)
+    expected = [oracle(model, sequence)[0] for sequence in sequences]
+    assert [logprobs[index] for index in range(len(sequences))] == pytest.approx(expected, abs=1e-4)
+    bare = torch.nn.functional.linear(torch.eye(32), model.get_output_embeddings().weight)
+    assert not torch.allclose(runner.head(torch.eye(32)), bare, rtol=0.1)
+
+
+def test_check_refuses_logits_that_are_made_of_more_than_hidden_states():
+    model, probe = tiny_model(), random_sequences(seed=10, num_items=1)[0].inputs
+    forward = model.forward
+
+    def shifted(input_ids, **options):
+        outputs = forward(input_ids=input_ids, **options)
+        outputs.logits = outputs.logits + input_ids[..., None]
+        return outputs
+
+    model.forward = shifted
+    with pytest.raises(UserError, match="LlamaForCausalLM makes its logits of more than its hidden states"):
+        TransformersRunner(model).check(probe, folded=False)
 
 
 def test_check_names_a_type_that_cannot_be_folded():

@@ -6,7 +6,10 @@ PUBLIC = {
     "radix_ops.cli": ["main"],
     "radix_ops.compat": ["compute_fold_and_scatter", "compute_fold_and_scatter_torch"],
     "radix_ops.compat.torch": ["compute_fold_and_scatter_torch"],
-    "radix_ops.engine": ["Embedder", "OutOfMemory", "Reranker", "Scorer", "Template", "UserError", "metrics"],
+    "radix_ops.engine": [
+        "Classifier", "Embedder", "LabelPrompt", "OutOfMemory", "Reranker", "Scorer", "Template", "UserError",
+        "metrics",
+    ],
     "radix_ops.hf": ["RadixStats", "disable", "enable", "folded"],
     "radix_ops.lm_eval": ["RadixLM"],
     "radix_ops.losses": [

@@ -47,6 +47,18 @@ def tiny_model(kind: str = "Llama", **changes):
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
+def tiny_classifier(kind: str = "Qwen3", num_labels: int = 3, **changes):
+    """Return a two-layer model with a classification head of so many labels, named a, b and so on."""
+    config = tiny_model(kind, max_position_embeddings=256).config
+    config.id2label = {index: "abcdefgh"[index] for index in range(num_labels)}
+    config.label2id = {label: index for index, label in config.id2label.items()}
+    config.pad_token_id = 1
+    for key, value in changes.items():
+        setattr(config, key, value)
+    torch.manual_seed(1)
+    return getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+
+
 def tiny_tokenizer(adds_bos: bool):
     """Return a byte-level BPE tokenizer of a few merges; <s> is id 0 and </s> id 1."""
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())

@@ -1,0 +1,131 @@
+"""A build that can't work says why, and what to do, in one paragraph that is all of its output; sdists are whole."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+
+from helpers.processes import python_environment, run_python
+
+ROOT = Path(__file__).parents[1]
+SETUP = ROOT / "setup.py"
+# Runs setup.py as pip does, after a change.
+BUILD = """
+import sys
+{change}
+sys.argv = ["setup.py", "-q", "bdist_wheel"]
+exec(compile(open({path!r}).read(), {path!r}, "exec"), {{"__file__": {path!r}, "__name__": "__main__"}})
+"""
+
+
+def build(change: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return run_python("-c", BUILD.format(change=change, path=str(SETUP)), cwd=ROOT, **variables)
+
+
+@pytest.fixture
+def setup(monkeypatch):
+    """Load setup.py as a module, which sets up nothing."""
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    spec = importlib.util.spec_from_file_location("setup_of_radix_ops", SETUP)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("change", "variables", "message"),
+    [
+        (
+            "sys.modules['torch'] = None",
+            {},
+            "radix_ops is built beside torch, which is not installed here: pip install 'torch>=2.11' 'setuptools>=77' "
+            "wheel ninja, then pip install --no-build-isolation .",
+        ),
+        (
+            "import torch; torch.__version__ = '2.10.1+cpu'",
+            {},
+            "radix_ops is built beside torch >= 2.11, but torch 2.10.1+cpu is installed: pip install --upgrade "
+            "'torch>=2.11', then pip install --no-build-isolation .",
+        ),
+        (
+            "import setuptools; setuptools.__version__ = '68.1.2'",
+            {},
+            "radix_ops is built by setuptools >= 77, but 68.1.2 is installed: pip install --upgrade setuptools wheel "
+            "ninja, then pip install --no-build-isolation .",
+        ),
+        (
+            "",
+            {"CXX": "/no/such/c++"},
+            "radix_ops is compiled by a C++20 compiler, and /no/such/c++ can't be run: install GCC 11 or newer (on "
+            "Debian and Ubuntu: apt install g++), or name another one: CXX=clang++ pip install --no-build-isolation .",
+        ),
+        (
+            "",
+            {"CXX": "false"},
+            "radix_ops is compiled by a C++20 compiler, which false is not: install GCC 11 or newer and name it: "
+            "CXX=g++-11 pip install --no-build-isolation .",
+        ),
+    ],
+    ids=["no torch", "old torch", "old setuptools", "no compiler", "old compiler"],
+)
+def test_a_build_that_cannot_work_says_one_thing(change, variables, message):
+    done = build(change, **variables)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.strip() == message
+
+
+@pytest.mark.parametrize("name", ["CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", None])
+def test_cuda_that_is_wanted_needs_nvcc(setup, monkeypatch, name):
+    for variable in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(setup, "cuda_home", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: name is None)
+    if name is not None:
+        assert setup.why_not_compilable() is None
+        monkeypatch.setenv(name, "9.0")
+    wish = "torch finds a GPU" if name is None else f"{name} is set"
+    said = setup.why_not_compilable()
+    assert said.startswith(
+        f"radix_ops' CUDA kernels are compiled by nvcc, which is not found, and {wish}. Install the "
+    )
+    assert said.endswith("TORCH_CUDA_ARCH_LIST CUDA_VISIBLE_DEVICES= pip install --no-build-isolation .")
+    monkeypatch.setattr(setup, "cuda_home", lambda: "/usr/local/cuda")
+    assert setup.why_not_compilable() is None
+
+
+def test_reading_what_the_project_says_needs_no_compiler():
+    done = run_python(str(SETUP), "--version", cwd=ROOT, CXX="/no/such/c++")
+    assert done.stdout.strip().splitlines()[-1] == __import__("radix_ops").__version__
+
+
+def test_an_error_of_the_compiler_ends_with_the_remedy(setup, monkeypatch, capsys):
+    def fail(self):
+        raise RuntimeError("Error compiling objects for extension")
+
+    monkeypatch.setattr(setup.BuildExtension.__base__, "build_extensions", fail)
+    command = setup.BuildExtension.__new__(setup.BuildExtension)
+    with pytest.raises(SystemExit) as stop:
+        command.build_extensions()
+    assert str(stop.value).startswith("radix_ops could not be compiled (Error compiling objects for extension); what ")
+    assert "MAX_JOBS=1 pip install --no-build-isolation ." in str(stop.value)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="an unpacked sdist has no list of the checkout's files")
+def test_an_sdist_holds_the_checkout(tmp_path):
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path]
+    subprocess.run(command, cwd=ROOT, env=python_environment(), check=True, capture_output=True)
+    [path] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    of_the_repository = (".ci/", ".github/", ".git", ".pre-commit-config.yaml")
+    assert [name for name in listed if name not in held and not name.startswith(of_the_repository)] == []
+    assert not any(name.endswith((".so", ".pyc")) for name in held)
