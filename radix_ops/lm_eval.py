@@ -29,6 +29,7 @@ from .engine.batches import in_memory
 from .engine.scoring import score_targets
 from .plan.budget import find_budget
 from .plan.planner import Plan, TokenStore, plan_folded
+from .plan.sharing import LEAST_SPEED_UP
 
 for _package, _least in (("lm_eval", "0.4.10"), ("transformers", "5.2"), ("accelerate", None)):
     require(_package, "lm-eval", "radix_ops.lm_eval", _least)
@@ -48,6 +49,7 @@ _MAX_TOKENS_PER_ROW = 64
 _PROBE_LENGTH = 8
 
 _logger = logging.getLogger(__name__)
+_harness_logger = logging.getLogger("lm_eval.models.radix")  # the harness shows what its own loggers tell
 
 
 @register_model("radix")
@@ -75,7 +77,7 @@ class RadixLM(HFLM):
     Raises ValueError on construction for a model that folding isn't known to be right for (docs/models.md), for
     encoder-decoders and for models on several devices: `hf` evaluates those. Processes of `accelerate launch` score
     their shares of the requests each by itself. `radix_stats` counts the tokens that came in and the rows that were
-    computed, which results["config"] repeats as radix_tokens and radix_rows.
+    computed, which each call tells at its end and results["config"] repeats as radix_tokens and radix_rows.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -158,8 +160,9 @@ class RadixLM(HFLM):
         if num_cut:
             _logger.warning(
                 f"{num_cut} of {len(requests)} requests are longer than max_length ({longest - 1}) and lose tokens on "
-                "their left"
+                "their left; where the model reads more, max_length=... allows it"
             )
+        tokens_before, rows_before = self.radix_stats.tokens, self.radix_stats.rows
         answers: list[Any] = [None] * len(requests)
         is_quiet = disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), disable=is_quiet, desc="Running loglikelihood requests") as bar:
@@ -170,7 +173,14 @@ class RadixLM(HFLM):
                     if requests[index][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
                 bar.update(len(indices))
+        self._report(self.radix_stats.tokens - tokens_before, self.radix_stats.rows - rows_before)
         return answers
+
+    def _report(self, tokens: int, rows: int) -> None:
+        """Tell how much the requests of a call shared."""
+        per_row = tokens / max(rows, 1)
+        outcome = "" if per_row >= LEAST_SPEED_UP else ": folding can't pay here, and --model hf takes about as long"
+        _harness_logger.info(f"radix: {tokens:,} tokens as {rows:,} rows, {per_row:.2f} tokens a row{outcome}")
 
     def _check_requests(self, requests) -> None:
         vocabulary, max_length = self._rows.stack.get_input_embeddings().weight.shape[0], self.max_length

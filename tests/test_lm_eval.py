@@ -1,5 +1,6 @@
 """`--model radix` of lm-evaluation-harness against the harness' own `hf`, and against single sequences in float64."""
 
+import logging
 import os
 import random
 from types import SimpleNamespace
@@ -83,6 +84,25 @@ def test_rows_are_computed_once():
     assert folded.radix_stats.tokens == sum(map(len, inputs))
     assert folded.radix_stats.rows == trie_size(inputs)
     assert folded.radix_stats.folded == 1
+
+
+def test_each_call_tells_what_its_requests_shared(caplog):
+    logger = logging.getLogger("lm_eval.models.radix")
+    logger.addHandler(caplog.handler)
+    try:
+        logger.setLevel(logging.INFO)
+        folded = make(radix.RadixLM)
+        for number, requests in enumerate(
+            [random_requests(2, 60, longest=90), [(None, [7, 8, 9], [1]), (None, [3], [1])]]
+        ):
+            inputs = [context + continuation[:-1] for _, context, continuation in requests]
+            tokens, rows = sum(map(len, inputs)), trie_size(inputs)
+            folded._loglikelihood_tokens(requests, disable_tqdm=True)
+            said = f"radix: {tokens:,} tokens as {rows:,} rows, {tokens / rows:.2f} tokens a row"
+            said += ": folding can't pay here, and --model hf takes about as long" if number else ""
+            assert [text for text in caplog.messages if text.startswith("radix: ")][number] == said
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 @pytest.mark.parametrize(

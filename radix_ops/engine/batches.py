@@ -187,7 +187,9 @@ def in_memory(
             if found is None:
                 # The handler's traceback would keep the batch's tensors alive.
                 torch.cuda.empty_cache()
-                _logger.warning("out of memory: going on with batches of half the size")
+                _logger.warning(
+                    "out of memory: going on with batches of half the size; a token budget sets it from the start"
+                )
                 # Equal sequences have one row, however many they are.
                 max_rows, max_sequences = (rows // 2, max_sequences) if rows > 1 else (1, len(chosen) // 2)
                 break

@@ -26,9 +26,12 @@ _BOUNDS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "se
 
 @dataclass(frozen=True)
 class Obstacle:
-    """A reason not to fold a call."""
+    """A reason not to fold a call.
 
-    reason: str  # completes "a batch runs unfolded because"
+    reason: it completes "a batch runs unfolded because", and behind "; " says what would let the batch fold.
+    """
+
+    reason: str
     is_silent: bool = False  # nobody needs a warning: folding was never to be expected, as in a step of generate()
     sharing: tuple[int, int] | None = None  # tokens and rows, where they were counted
 
@@ -66,11 +69,11 @@ def _given(arguments: dict[str, Any]) -> set[str]:
 def _wanted_outputs(stack: PreTrainedModel, arguments: dict[str, Any], given: set[str]) -> str | None:
     """Return which output that a folded batch doesn't have the call asks for, or None."""
     if arguments.get("use_cache"):
-        return "use_cache=True was given"
+        return "use_cache=True was given; leave it out where nothing is generated"
     if given & CACHES:
-        return "a cache was given"
+        return "a cache was given; leave it out where nothing is generated"
     if arguments.get("output_attentions", getattr(stack.config, "output_attentions", False)):
-        return "attention weights are asked for"
+        return "attention weights are asked for; output_attentions=False makes none"
     if wants_hidden_states(stack, arguments) and torch.is_grad_enabled() and _has_gradients(stack):
         # The gradient of a shared row is the sum of those that the plain model's positions have.
         return (
@@ -90,32 +93,38 @@ def _unknown_argument(stack: PreTrainedModel, arguments: dict[str, Any], given: 
     if _is_packed(arguments.get("attention_mask"), arguments.get("position_ids")):
         given = given - (_BOUNDS - named)
     unknown = sorted(given - _FOLDABLE_ARGUMENTS | given & meant)
-    return f"{unknown[0]} was given" if unknown else None
+    return f"{unknown[0]} was given; leave it out if results need not follow it" if unknown else None
 
 
 def _unfoldable_batch(stack: PreTrainedModel, input_ids: Tensor, attention_mask, position_ids) -> str | None:
     """Return what about the batch itself forbids to fold it, or None."""
     if input_ids.device.type not in DEVICES:
-        return f"input_ids are on {input_ids.device}"
+        return f"input_ids are on {input_ids.device}; batches fold on the CPU and on CUDA"
     chunk = getattr(stack.config, "attention_chunk_size", None)
     if chunk and "chunked_attention" in (stack.config.layer_types or ()) and input_ids.shape[1] > chunk:
-        return f"rows of {input_ids.shape[1]} positions are longer than config.attention_chunk_size={chunk}"
+        return (
+            f"rows of {input_ids.shape[1]} positions are longer than config.attention_chunk_size={chunk}; shorter "
+            "ones fold"
+        )
     is_packed = _is_packed(attention_mask, position_ids)
     if is_packed and _is_checkpointing(stack) and not torch.is_grad_enabled():
         # transformers makes a cache then, and sees one sequence, from 5.24 on.
-        return "position_ids without a mask are read in several ways with gradient checkpointing without gradients"
+        return (
+            "position_ids without a mask are read in several ways with gradient checkpointing without gradients; "
+            "model.eval() checkpoints nothing"
+        )
     if attention_mask is not None:
         if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
-            return "attention_mask isn't shaped like input_ids"
+            return "attention_mask isn't shaped like input_ids; give one of [B, T]"
         mask = attention_mask.to(torch.bool)
         num_stretches = mask[:, 0] + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
         if (num_stretches > 1).any():
-            return "attention_mask has holes"
+            return "attention_mask has holes; let padding stand at the ends of each row alone"
     if position_ids is not None:
         if position_ids.dim() != 2 or position_ids.shape not in (input_ids.shape, (1, input_ids.shape[1])):
-            return "position_ids aren't shaped like input_ids"
+            return "position_ids aren't shaped like input_ids; give them as [B, T] or [1, T]"
         if position_ids.dtype not in _INTEGERS:
-            return f"position_ids are {position_ids.dtype}"
+            return f"position_ids are {position_ids.dtype}; give them as int64"
     return None
 
 

@@ -27,6 +27,12 @@ Verify: TypeAlias = Literal["first", "always", "never"]
 VERIFY: tuple[Verify, ...] = get_args(Verify)
 
 
+_MASKED_READ = (
+    "labels, pooling or logits_to_keep read a masked position; set labels to -100 at padding, as collators do, and let "
+    "padding stand on the side that pooling and logits_to_keep leave out"
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     threshold: float | None = None
@@ -131,7 +137,7 @@ class _HeadForward(_Forward):
         cache.make_pending(arguments)
         obstacle = None
         if heads.head_reads_padding(head, arguments):
-            obstacle = Obstacle("labels, pooling or logits_to_keep read a masked position")
+            obstacle = Obstacle(_MASKED_READ)
         if self.previous is not None:
             return _Request(state, obstacle)
         if loss.applies(head, state.module, arguments):
@@ -173,7 +179,7 @@ class StackForward(_Forward):
             self._warn(f"a batch runs unfolded because {found.reason}")
         if must_fold.get():
             raise Unfolded
-        self.stats._add(*size_of(arguments), found.reason, found.sharing)
+        self.stats._add(*size_of(arguments), found.reason.partition("; ")[0], found.sharing)
         return None
 
     def _fold(self, arguments: dict[str, Any], obstacle: Obstacle | None) -> PaddedBatch | Obstacle:
@@ -204,8 +210,13 @@ class StackForward(_Forward):
     def _obstacle_inside(self) -> Obstacle | None:
         """Return what in the model, as it is at this moment, forbids to fold, or None."""
         stack = self.module
-        reason = guards.why_unfoldable(stack) or guards.why_disturbed(stack)
-        return self._obstacle_around() if reason is None else Obstacle(reason)
+        for reason, remedy in (
+            (guards.why_unfoldable(stack), "put back what was there when the model was enabled"),
+            (guards.why_disturbed(stack), "without that batches fold"),
+        ):
+            if reason is not None:
+                return Obstacle(f"{reason}; {remedy}")
+        return self._obstacle_around()
 
     def _obstacle_around(self) -> Obstacle | None:
         """Return what is wrong with the models around the stack, or None: quantised weights, forwards not ours."""

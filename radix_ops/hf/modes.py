@@ -16,6 +16,7 @@ _TRACERS = (
     torch._C._TorchDispatchModeKey.FUNCTIONAL,
 )
 READ = ("input_ids", "attention_mask", "position_ids")  # by the values of these a batch folds
+_OUTSIDE = "; outside of that batches fold"
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -25,23 +26,24 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def why_unreadable(arguments: Mapping[str, Any]) -> str | None:
-    """Return why a call with these arguments can't look at a batch's values, or None."""
+    """Return why a call with these arguments can't look at a batch's values, and what could, or None."""
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return "vmap, jvp or another transform is at work"  # even where arguments are plain, parameters may be its own
+        # Even where arguments are plain, parameters may be its own.
+        return f"vmap, jvp or another transform is at work{_OUTSIDE}"
     if torch.jit.is_tracing():
-        return "torch.jit traces the model"
+        return f"torch.jit traces the model{_OUTSIDE}"
     for tracer in _TRACERS:
         mode = torch._C._get_dispatch_mode(tracer)
         if mode is not None:
-            return f"{type(mode).__name__} is at work"
+            return f"{type(mode).__name__} is at work{_OUTSIDE}"
     for name in READ:
         tensor = arguments.get(name)
         if not isinstance(tensor, Tensor):
             continue
         if not is_plain(tensor):
-            return f"{name} is a {type(tensor).__name__}"
+            return f"{name} is a {type(tensor).__name__}; give a plain tensor"
         if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-            return "a CUDA graph is captured"
+            return f"a CUDA graph is captured{_OUTSIDE}"
     return None
 
 

@@ -148,7 +148,9 @@ class TransformerForward(Method):
             return None
         if any(not bool(mask[:, SIDES[side]].all()) for side in read):
             name = type(self.module).__name__
-            return Obstacle(f"a module behind {name} reads hidden states at masked positions")
+            return Obstacle(
+                f"a module behind {name} reads hidden states at masked positions; texts of one length have none"
+            )
         return None
 
     def reading(self) -> Reading:
