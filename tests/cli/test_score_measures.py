@@ -116,6 +116,21 @@ def test_a_resumed_run_counts_all_rows(model_folder, questions, tmp_path, monkey
     assert capsys.readouterr().err.endswith("\n".join(report(found)) + "\n")
 
 
+@pytest.mark.parametrize("name", ["scores.csv", "scores.tsv.gz", "scores.parquet", "scores.jsonl.gz"])
+@pytest.mark.parametrize("lines", [QUESTIONS, [{"text": text} for text in TEXT]], ids=["questions", "texts"])
+def test_results_of_every_format_count(model_folder, tmp_path, capsys, monkeypatch, name, lines):
+    """What the file of the results holds counts, in a run and in one that finds all of them there."""
+    path, file = tmp_path / "metrics.json", write_jsonl(tmp_path / "input.jsonl", lines)
+    assert score(model_folder, "--plain", "--metrics", path, file) == 0
+    whole = json.loads(path.read_text())
+    for _ in range(2):
+        path.unlink()
+        assert score(model_folder, "--plain", "--output", tmp_path / name, "--metrics", path, file) == 0
+        assert json.loads(path.read_text()) == whole
+        assert capsys.readouterr().err.endswith("\n".join(report(whole)) + "\n")
+        monkeypatch.setattr(TransformersRunner, "states", lambda *arguments: pytest.fail("the model ran"))
+
+
 @pytest.mark.parametrize("with_output", [False, True])
 def test_compare_tells_the_accuracy_of_the_folded_run(model_folder, questions, tmp_path, capsys, with_output):
     output, path = tmp_path / "scores.jsonl", tmp_path / "metrics.json"
