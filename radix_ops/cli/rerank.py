@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import argparse
 
+from ..data.beir import is_beir, judgements_of
+from ..data.judgements import read_qrels
+from ..data.measured import check_metrics
 from ..data.result_formats import TREC
 from ..engine import Reranker, reranking
-from .compare import Agreement
 from .job import Job, check_keys, prepared
+from .judged import Judged, Orders
 from .reading import read_records
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.metrics:
+        others = [args.file, *filter(None, (args.output, args.qrels))]
+        check_metrics(args.metrics, args.overwrite, *others)
+    judgements = read_qrels(args.qrels) if args.qrels else None
+    if judgements is None and is_beir(args.file):
+        judgements = judgements_of(args.file, None) or None
     with prepared(args, TREC) as options:
         engine = Reranker(
             args.model,
             template=args.template,
             max_length=args.max_length,
             truncate_right=args.truncate_right,
+            top_k=args.top_k,
+            return_documents=args.texts,
             **options,
         )
-        records = read_records(args.file, lambda record: engine.parse(check_keys(record)), reranking.SHAPE)
-        Job(args, engine, records, "rerank", "reranked", Agreement("order", "orders", "score", "scores")).run()
+        judged = Judged(args, judgements)
+        parse = judged.parser(engine.parse)
+        records = read_records(args.file, lambda record: parse(check_keys(record)), reranking.SHAPE)
+        judged.start(records)
+        Job(args, engine, records, "rerank", "reranked", Orders(judged), judged.add).run()
+        judged.finish()

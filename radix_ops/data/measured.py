@@ -10,7 +10,7 @@ from typing import Any
 
 from ..engine.errors import UserError
 
-_KEYS = ("rows_with_gold", "logprob")  # one of which every such object has beside its rows
+_KEYS = ("rows_with_gold", "logprob", "judged_queries")  # one of which every such object has beside its rows
 
 
 def check_metrics(path: str, overwrite: bool, *others: str) -> None:

@@ -74,6 +74,16 @@ def query_id(given: object, origin: Origin) -> str:
     return ":".join(map(str, origin.values())) if given is None else str(given)
 
 
+def read_scores(path: str, compression: str | None) -> dict[str, dict[str, float]]:
+    """Return the scores of a run that `TrecWriter` wrote, by the ids of query and document."""
+    found: dict[str, dict[str, float]] = {}
+    with open(path, "rb") as file, reading(file, compression) as packed:
+        for line in packed:
+            query, _, document, _, score, _ = line.decode().split()
+            found.setdefault(query, {})[document] = float(score)
+    return found
+
+
 class TrecIds:
     """Checks ids of queries and documents: a run can't hold white space in them, and no query twice."""
 

@@ -58,12 +58,13 @@ class Relevance:
         """How many queries of the judgements were not checked."""
         return len(self._judged.keys() - self._wheres.keys()) if self._is_given else 0
 
-    def add(self, query: Query, scores: Iterable[float]) -> None:
-        """Add the scores of the documents of a query that was checked."""
+    def add(self, query: Query, scores: Iterable[float | None]) -> None:
+        """Add the scores of the documents of a query that was checked, None for one that isn't ranked."""
         name = str(query.extra["query_id"]) if self._is_given else query.where
         ids = (query.ids or ()) if self._is_given else range(len(query.documents))
         if query.documents and name in self._judged:
-            self._scores[name] = dict(zip(map(str, ids), map(float, scores), strict=True))
+            found = zip(map(str, ids), scores, strict=True)
+            self._scores[name] = {document: float(score) for document, score in found if score is not None}
 
     def measures(self) -> dict[str, float]:
         """Return the mean over all judged queries of each measure, by its name."""

@@ -276,6 +276,114 @@ def test_compare_counts_lines_without_documents(reranker, tmp_path, capsys):
     assert "--compare has nothing to run: the input holds no sequences" in message
 
 
+def objects():
+    """Return the queries with ids for them and their documents."""
+    lines = [{**line, "query_id": f"q{n}"} for n, line in enumerate(QUERIES)]
+    for line in lines:
+        line["documents"] = [{"id": f"d{n}", "text": text} for n, text in enumerate(line["documents"])]
+    return lines
+
+
+def test_the_best_documents_come_with_ids_and_texts(reranker, tmp_path, capsys):
+    path = write_jsonl(tmp_path / "q.jsonl", objects())
+    assert rerank(reranker, "--top-k", 2, "--texts", path) == 0
+    for found, scores, line in zip(printed(capsys), model_card(reranker, QUERIES), QUERIES, strict=True):
+        assert found["scores"] == pytest.approx(scores, abs=2e-5)
+        assert found["order"] == sorted(range(len(scores)), key=lambda i: -found["scores"][i])[:2]
+        assert found["ids"] == [f"d{index}" for index in found["order"]]
+        assert found["texts"] == [line["documents"][index] for index in found["order"]]
+    output = tmp_path / "r.jsonl"
+    assert rerank(reranker, "--top-k", 2, "--output", output, path) == 0
+    message = failing(capsys, reranker, "--top-k", 1, "--output", output, path)
+    assert "is no result of this input, model, dtype and mode; --overwrite replaces it" in message
+
+
+QRELS = {"q0": {"d0": 2, "d1": 0, "d2": 1}, "q2": {"d1": 1, "gone": 1}, "q3": {"d0": 0}, "absent": {"d0": 1}}
+
+
+def measured(results, qrels=QRELS):
+    """Return what pytrec_eval says of results by line, of queries with names; those that aren't there count as 0."""
+    pytrec_eval = pytest.importorskip("pytrec_eval")
+    run = {
+        f"q{n}": {f"d{index}": score for index, score in enumerate(found["scores"])} for n, found in enumerate(results)
+    }
+    found = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recip_rank", "recall.10"}).evaluate(run)
+    means = {key: sum(found.get(q, {}).get(key, 0) for q in qrels) / len(qrels) for key in found["q0"]}
+    return {"nDCG@10": means["ndcg_cut_10"], "RR": means["recip_rank"], "R@10": means["recall_10"]}
+
+
+@pytest.mark.parametrize("kind", ["trec", "beir"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [], ["--compare"], ["--output", "r.jsonl"], ["--top-k", 1, "--output", "r.jsonl"], ["--output", "r.csv.gz"],
+        ["--output", "r.trec"],
+    ],
+)  # fmt: skip
+def test_measures_are_those_of_pytrec_eval_on_the_scores_of_the_output(
+    reranker, tmp_path, capsys, monkeypatch, kind, options
+):
+    monkeypatch.chdir(tmp_path)
+    path, qrels = write_jsonl(tmp_path / "q.jsonl", objects()), tmp_path / f"qrels.{kind}"
+    judged = [(query, document, n) for query, of in QRELS.items() for document, n in of.items()]
+    if kind == "trec":
+        qrels.write_text("".join(f"{query} 0 {document} {n}\n" for query, document, n in judged))
+    else:
+        rows = "".join(f"{query}\t{document}\t{n}\n" for query, document, n in judged)
+        qrels.write_text(f"query-id\tcorpus-id\tscore\n{rows}")
+    assert rerank(reranker, *options, "--qrels", qrels, "--metrics", "m.json", path) == 0
+    out, err = capsys.readouterr()
+    results = read_jsonl("r.jsonl") if "r.jsonl" in options else [json.loads(x) for x in out.splitlines() if "{" in x]
+    if not results:
+        assert rerank(reranker, path) == 0
+        results = printed(capsys)
+    expected = measured(results)
+    metrics = json.loads((tmp_path / "m.json").read_text())
+    assert metrics.pop("rows") == 4
+    assert metrics.pop("judged_queries") == 4
+    assert metrics == pytest.approx(expected, abs=1e-6)
+    line = next(line for line in err.splitlines() if line.startswith("nDCG@10 "))
+    assert line == (
+        f"nDCG@10 {expected['nDCG@10']:.4f}, RR {expected['RR']:.4f}, R@10 {expected['R@10']:.4f}: means over 4 judged "
+        "queries, of which 1 are not in the input and count as 0"
+    )
+    if "--output" in options:  # which a finished run says again
+        assert rerank(reranker, *options, "--qrels", qrels, path) == 0
+        assert line in capsys.readouterr().err.splitlines()
+
+
+def test_relevance_in_the_rows_is_measured(reranker, tmp_path, capsys):
+    lines = [{**line, "relevance": [int(n == 0) for n in range(len(line["documents"]))]} for line in QUERIES]
+    del lines[1]["relevance"]
+    path = write_jsonl(tmp_path / "q.jsonl", lines)
+    assert rerank(reranker, path) == 0
+    out, err = capsys.readouterr()
+    ranks = [json.loads(line)["order"].index(0) + 1 for n, line in enumerate(out.splitlines()) if n != 1]
+    assert f"RR {np.mean([1 / rank for rank in ranks]):.4f}, R@10 1.0000: means over 3 judged queries\n" in err
+
+
+def test_measures_that_nothing_tells_of_are_refused_before_a_model_is_loaded(reranker, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(_engine, "load_runner", lambda *arguments: pytest.fail("loaded the weights"))
+    plain, named = write_jsonl(tmp_path / "p.jsonl", QUERIES), write_jsonl(tmp_path / "n.jsonl", objects())
+    qrels, metrics = tmp_path / "qrels", tmp_path / "m.json"
+    qrels.write_text("other 0 d0 1\n")
+    (tmp_path / "wrong").write_text("q0 d0 1 1 1\n")
+    (tmp_path / "own.json").write_text('{"a": 1}')
+    for arguments, message in [
+        (
+            ["--metrics", metrics, plain],
+            '--metrics needs to know what is relevant, by --qrels or a "relevance" in each',
+        ),
+        (["--qrels", qrels, plain], 'p.jsonl, line 1 has no "query_id", by which it is judged'),
+        (["--qrels", qrels, named], "--qrels judges none of the queries: it has none of their query_id"),
+        (["--qrels", tmp_path / "wrong", named], "wrong, line 1 has 5 columns"),
+        (["--qrels", tmp_path / "none", named], "none can't be read: No such file"),
+        (["--qrels", qrels, "--metrics", qrels, named], "the name must end in .json"),
+        (["--qrels", qrels, "--metrics", tmp_path / "own.json", named], "exists and holds no metrics; --overwrite"),
+    ]:
+        assert message in failing(capsys, reranker, *arguments)
+
+
 def test_bad_lines_are_refused_before_a_model_is_loaded(reranker, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(_engine, "load_runner", lambda *arguments: pytest.fail("loaded the weights"))
     path = tmp_path / "q.jsonl"
