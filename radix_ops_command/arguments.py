@@ -21,7 +21,8 @@ lists); those of text may end in .gz or .zst behind that. An interrupted run lea
 order in which they were finished; those of a format other than plain .jsonl stand in --output.lines until it is made of
 them. The same command then continues behind them: a torn last line is dropped, and a line whose key is not that of this
 input, model, dtype and mode (folded or --plain) is an error. The finished file is put into the input's order, by way of
---output.part. One run at a time can write to an --output, which it holds by --output.lock.
+--output.part. One run at a time can write to an --output, which it holds by --output.lock. A finished job that is asked
+for again answers without a model, by a note in ~/.cache/radix_ops that any change of its files makes void.
 """
 MOST_THREADS = 1024
 

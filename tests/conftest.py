@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from helpers.processes import NUM_THREADS
+from radix_ops.data import finished
 
 torch.set_num_threads(NUM_THREADS)
 
@@ -16,6 +17,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _proofs_elsewhere(tmp_path_factory, monkeypatch):
+    """Keep proofs of finished jobs out of the user's cache folder."""
+    monkeypatch.setattr(finished, "_cache_folder", lambda: str(tmp_path_factory.getbasetemp() / "finished"))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -13,13 +13,15 @@ import torch
 from radix_ops_command.errors import Failure
 
 from ..engine.errors import UserError
+from .finished import answers
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command that `args.run` names. Failure for a UserError, and for lack of memory."""
     try:
         with _warnings_shown():
-            importlib.import_module(args.run).run(args)
+            if not answers(args):
+                importlib.import_module(args.run).run(args)
     except UserError as error:
         raise Failure(error.as_option) from error
     except torch.OutOfMemoryError as error:

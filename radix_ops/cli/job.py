@@ -25,6 +25,7 @@ from ..engine.items import Collector, Items
 from ..engine.loading import find_device
 from ..plan.sharing import LEAST_SPEED_UP, Sharing
 from .compare import Comparison, compare_runs
+from .finished import Memory
 from .progress import progress_bar
 from .writing import Results, check_ids, results_of
 
@@ -35,7 +36,11 @@ Numbers = list[np.ndarray]  # an item's: an array of each kind
 def prepared(args: argparse.Namespace, *kinds: str) -> Iterator[dict]:
     """Hold --output for this run, and give the arguments of every engine; `kinds` are formats that --output may have
     beside those of every command."""
-    with checked_output(args.output, args.file, kinds=kinds, overwrite=args.overwrite, times_runs=args.compare):
+    args.memory = memory = Memory(args)
+    with (
+        contextlib.closing(memory),
+        checked_output(args.output, args.file, kinds=kinds, overwrite=args.overwrite, times_runs=args.compare),
+    ):
         device = find_device(args.device)
         if args.threads:
             torch.set_num_threads(args.threads)
@@ -47,6 +52,7 @@ def prepared(args: argparse.Namespace, *kinds: str) -> Iterator[dict]:
             "trust_remote_code": args.trust_remote_code,
             "lazy": True,
         }
+        memory.keep()
 
 
 def check_keys(record: Record) -> Record:
@@ -131,6 +137,8 @@ class Job:
         results.finish()
         if self.args.output and not results.is_finished:
             print(f"wrote {len(self.items):,} results to {printable(self.args.output)}", file=sys.stderr)
+        if self.args.output:
+            self.args.memory.results_are_there(len(self.items))
 
     def _execute(self, items: Items, on_batch: OnBatch) -> RunStats:
         lengths = items.lengths
