@@ -47,15 +47,15 @@ class _Parser:
 
     def __call__(self, record: Record) -> Item | Text:
         item = self._engine.parse(check_keys(record))
-        is_text = isinstance(item, Text)
-        what, others = ("a text", "questions") if is_text else ("a question", "texts")
-        self._kind = self._kind or (Text if is_text else Item)
-        if not isinstance(item, self._kind):
+        kind = Text if isinstance(item, Text) else Item
+        what, others = ("a text", "questions") if kind is Text else ("a question", "texts")
+        if self._kind not in (kind, None):
             raise UserError(f"{item.where} holds {what}, and what stands before it {others}; score them apart")
-        unfit = ("calibration", "truncate_left") if is_text else ("stride",)
+        unfit = ("calibration", "truncate_left") if kind is Text else ("stride",)
         option = next((name for name in unfit if getattr(self._args, name)), None)
         if option:
             raise UserError(f"{item.where} holds {what}; --{option.replace('_', '-')} is for {others}")
+        self._kind = kind
         self._has_gold = self._has_gold or item.extra.get("gold") is not None
         return item
 
