@@ -7,47 +7,78 @@ import importlib
 import io
 import os
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import radix_ops_command
 
+from . import settings
 from .errors import Failure, printable
+from .parser import Parser, UsageError
 
 # Each module's add_parser(commands) adds a parser whose default `run` names the module of run(args).
-COMMANDS = ("inspect", "embed", "rerank", "score")
+COMMANDS = ("inspect", "embed", "rerank", "score", "schema", "completion")
 _LONGEST_MESSAGE = 2000
+EPILOG = """\
+Exit status: 0 where all went well, 1 for an error that one sentence on standard error names, 2 for wrong usage, 130
+where Ctrl-C stopped the command.
+
+Options may come from the environment, as RADIX_OPS_MODEL and so on, or from a TOML file that --config names. The
+command line goes before the environment, and that before the file.
+"""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        super().error(printable(message))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def make_parser() -> tuple[Parser, Mapping[str, Parser]]:
+    """Return the parser of all arguments, and those of the subcommands by name."""
+    parser = Parser(
         prog="radix-ops",
         description="Shared prefixes of a batch, computed once. `radix-ops inspect` says whether that pays for a file.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"radix-ops {radix_ops_command.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands: Any = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for name in COMMANDS:
         importlib.import_module(f"radix_ops_command.{name}").add_parser(commands)
-    return parser
+    return parser, commands.choices
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of the command line, of the environment, of --config's file, and defaults, in this order.
+
+    Help, versions and wrong usage end the process.
+    """
+    parser, commands = make_parser()
+    try:
+        given, unknown = parser.parse_known_args(argv)
+        command = commands[given.command] if hasattr(given, "command") else parser
+        command.refuse_unknown(unknown)
+        parser.complete(given)
+        if "config" in settings.names_of(command):
+            settings.fill(command, given, settings.of_environment(command, commands, os.environ))
+            if (path := getattr(given, "config", None)) is not None:
+                settings.fill(command, given, settings.of_file(command, given.command, commands, path))
+        command.complete(given)
+        return given
+    except UsageError as error:
+        error.exit()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return the exit status: 0, 1 for an error that one sentence names, 2 for wrong usage."""
     _check_streams()
-    args = _parser().parse_args(argv)
+    args = parse(argv)
+    rows: Sequence[str] = ()
     try:
         prints = getattr(args, "output", None) is None or args.compare
         if prints and sys.stdout is None:
             raise Failure("standard output is closed, and results would go there")
-        importlib.import_module("radix_ops.cli._run").run(args)  # imports torch, which takes seconds
+        _run(args)
         if sys.stdout is not None:
             sys.stdout.flush()
         return 0
     except Failure as failure:
-        message, status = str(failure), 1
+        message, status, rows = str(failure), 1, failure.rows
     except BrokenPipeError:  # the reader of standard output has gone
         message, status = None, 1
     except OSError as error:
@@ -59,11 +90,26 @@ def main(argv: list[str] | None = None) -> int:
             message += f"; the same command {'without --overwrite ' if anew else ''}continues"
     _drop_what_cannot_be_written()
     if message is not None:
-        message = printable(message)
-        if len(message) > _LONGEST_MESSAGE:
-            message = f"{message[: _LONGEST_MESSAGE // 2]} ... {message[-_LONGEST_MESSAGE // 2 :]}"
-        print(f"radix-ops: {message}", file=sys.stderr)
+        print(f"radix-ops: {_shortened(message)}", *map(_shortened, rows), sep="\n  ", file=sys.stderr)
     return status
+
+
+def _shortened(message: str) -> str:
+    message = printable(message)
+    if len(message) <= _LONGEST_MESSAGE:
+        return message
+    return f"{message[: _LONGEST_MESSAGE // 2]} ... {message[-_LONGEST_MESSAGE // 2 :]}"
+
+
+def _run(args: argparse.Namespace) -> None:
+    if not args.run.startswith("radix_ops."):
+        importlib.import_module(args.run).run(args)
+        return
+    try:
+        runner = importlib.import_module("radix_ops.cli._run")  # imports torch, which takes seconds
+    except ImportError as error:  # torch is missing or too old, or radix_ops was not built
+        raise Failure(str(error)) from error
+    runner.run(args)
 
 
 def _check_streams() -> None:

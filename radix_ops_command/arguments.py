@@ -28,11 +28,22 @@ MOST_THREADS = 1024
 
 
 def add_command(commands, name: str, summary: str, description: str, run: str) -> argparse.ArgumentParser:
-    """Add a parser for the subcommand, whose description keeps its line breaks; `run` names the module of run(args)."""
+    """Add a parser for the subcommand, whose description keeps its line breaks; `run` names the module of run(args).
+
+    Commands of `radix_ops.cli`, which take their time, can be quiet and read options from a file.
+    """
     parser = commands.add_parser(
         name, help=summary, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.set_defaults(run=run)
+    if run.startswith("radix_ops."):
+        parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no summary on standard error")
+        parser.add_argument(
+            "--config",
+            metavar="TOML",
+            help="file of options as keys, like token-budget = 4096; those of one command may stand under its name, "
+            f"like [{name}]",
+        )
     return parser
 
 
@@ -79,8 +90,8 @@ def thread_count(text: str) -> int:
 
 def add_model_arguments(parser: argparse.ArgumentParser, results: str) -> None:
     """Add the arguments of every command that runs a model; `results` says what goes to --output."""
-    parser.add_argument("--model", required=True, metavar="M", help="a local folder, a hub id or a .gguf file")
-    parser.add_argument("--output", metavar="PATH", help=results)
+    parser.add_argument("-m", "--model", required=True, metavar="M", help="a local folder, a hub id or a .gguf file")
+    parser.add_argument("-o", "--output", metavar="PATH", help=results)
     parser.add_argument("--overwrite", action="store_true", help="replacement of what --output holds")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--plain", action="store_true", help="batches sorted by length and not folded")

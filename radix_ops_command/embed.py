@@ -14,6 +14,7 @@ from .arguments import (
     utf8_text,
 )
 from .names import POOLINGS
+from .schema_parts import NUMBER, array, kind, line
 
 HELP = f"""\
 Makes an embedding of each line: the hidden state of its last token, or the mean over its tokens, normalised. What
@@ -46,6 +47,8 @@ It does not pay where texts start differently: documents without a prompt, or wi
 
 {FILE_HELP}
 {MODEL_HELP}"""
+
+SCHEMA = line("embed", kind({"embedding": array(NUMBER, "the text's embedding", minItems=1)}))
 
 
 def add_parser(commands) -> None:

@@ -1,8 +1,14 @@
 """The error that ends the command with one sentence, and the way it is printed."""
 
+from collections.abc import Sequence
+
 
 class Failure(Exception):
-    """An error that its message names in one sentence; the command prints it and ends with status 1."""
+    """An error that its message names in one sentence, `rows` below it; the command prints it and ends with status 1."""
+
+    def __init__(self, message: str, rows: Sequence[str] = ()):
+        super().__init__(message)
+        self.rows = rows
 
 
 def printable(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .arguments import FILE_HELP, add_command, add_format_argument, add_trust_argument, positive_int, utf8_text
 from .names import PAIRS, SEED, TEMPLATES
+from .schema_parts import BOOLEAN, COUNT, NUMBER, TEXT, Schema, array, fields
 
 BATCH_SIZES = (8, 32, 128, 512)
 MAX_ROWS = 16_384
@@ -39,6 +40,62 @@ kernels are not counted; `--compare` of the other commands measures the time.
 --json prints the numbers as one JSON object. --plot draws tokens / rows by batch size and order, and the trie.
 """
 
+_ORDER = fields(
+    "batches in one order; the speed-up is over packed batches",
+    {"batches": COUNT, "rows": COUNT, "tokens_per_row": NUMBER, "speed_up": NUMBER},
+)
+_BATCHES: Schema = {
+    "type": "object",
+    "description": "rows of batches of so many sequences, or within so many rows",
+    "properties": {
+        "max_sequences": COUNT,
+        "max_rows": COUNT,
+        "given": _ORDER,
+        "shuffled": _ORDER,
+        "planned": _ORDER,
+        "padded": fields(
+            "batches padded by length, and the speed-up of planned ones over them",
+            {"batches": COUNT, "positions": COUNT, "speed_up": NUMBER},
+        ),
+    },
+    "required": ["given", "shuffled", "planned", "padded"],
+    "oneOf": [{"required": ["max_sequences"]}, {"required": ["max_rows"]}],
+    "additionalProperties": False,
+}
+_PREFIX = fields(
+    "tokens [start, stop) of a prefix, beyond the next shorter one that is shared",
+    {"sequences": COUNT, "start": COUNT, "stop": COUNT, "saved": COUNT, "text": TEXT},
+)
+_SHARERS = fields(
+    "what prefixes save that between least and most sequences share",
+    {"least": COUNT, "most": {"type": ["integer", "null"]}, "prefixes": COUNT, "saved": COUNT},
+)
+SCHEMA = {"title": "the object of radix-ops inspect --json"} | fields(
+    "how much a file shares",
+    {
+        "file": TEXT,
+        "meaning": TEXT | {"description": "what the sequences are"},
+        "model": {"type": ["string", "null"]},
+        "sequences": COUNT,
+        "tokens": COUNT,
+        "lengths": fields("tokens of a sequence", {"min": COUNT, "median": NUMBER, "p90": NUMBER, "max": COUNT}),
+        "rows": COUNT | {"description": "of one trie of all sequences"},
+        "tokens_per_row": NUMBER,
+        "common_prefix": COUNT | {"description": "tokens that all sequences start with"},
+        "duplicates": COUNT,
+        "strict_prefixes": COUNT | {"description": "sequences that others go on from"},
+        "empty": COUNT,
+        "prefixes": array(_PREFIX, "the prefixes that save most"),
+        "saved_by_sharers": array(_SHARERS, "saved tokens by how many sequences share them"),
+        "batches": array(_BATCHES, "rows of batches of several sizes"),
+        "sample": fields(
+            "tokens / rows of the first sequences, read from either end",
+            {"sequences": COUNT, "from_start": NUMBER, "from_end": NUMBER},
+        ),
+        "verdict": fields("whether folding pays", {"pays": BOOLEAN, "text": array(TEXT, "why, in sentences")}),
+    },
+)
+
 
 def _sizes(text: str) -> list[int]:
     return [positive_int(part.strip()) for part in text.split(",")]
@@ -53,7 +110,7 @@ def add_parser(commands) -> None:
         "--tokenizer", metavar="T", help="a local folder, a hub id or a .gguf file (default: that of --model)"
     )
     command.add_argument(
-        "--model", metavar="M", help="model whose config gives speed-ups in FLOPs; no weights are read"
+        "-m", "--model", metavar="M", help="model whose config gives speed-ups in FLOPs; no weights are read"
     )
     add_format_argument(command)
     command.add_argument(

@@ -12,6 +12,7 @@ from .arguments import (
     positive_int,
 )
 from .names import READINGS, TEMPLATES
+from .schema_parts import COUNT, NUMBER, TEXT, array, kind, line
 
 HELP = f"""\
 Scores each document of each line by its relevance to the line's query. The query and what stands before it are
@@ -61,6 +62,18 @@ It does not pay where a line has one document, or documents that are long beside
 
 {FILE_HELP}
 {MODEL_HELP}"""
+
+_RANKED = kind(
+    {
+        "scores": array(NUMBER, "the score of each document, from 0 to 1 unless the model's folder says otherwise"),
+        "order": array(COUNT, "the documents by score, the best first, counted from 0"),
+    },
+    {
+        "ids": array({}, "the documents' ids in this order"),
+        "texts": array(TEXT, "the documents' texts in this order"),
+    },
+)
+SCHEMA = line("rerank", _RANKED)
 
 
 def add_parser(commands) -> None:

@@ -11,6 +11,7 @@ from .arguments import (
     positive_int,
     utf8_text,
 )
+from .schema_parts import BOOLEAN, COUNT, NUMBER, array, kind, line
 
 HELP = f"""\
 Scores each choice of each question: the log-probability of the choice's tokens behind the context, tokenised as
@@ -50,6 +51,26 @@ differently. `radix-ops inspect` says how much a file shares, --compare how much
 
 {FILE_HELP}
 {MODEL_HELP}"""
+
+_CHOICES = kind(
+    {
+        "logprobs": array(NUMBER, "the log-probability of each choice, summed over its tokens", minItems=1),
+        "tokens": array(COUNT, "how many tokens each choice has"),
+        "greedy": array(BOOLEAN, "whether each choice is what greedy decoding would write"),
+        "best": COUNT | {"description": "the choice with the largest sum, counted from 0"},
+        "best_per_char": COUNT | {"description": "the same per character, leading white space not counted"},
+    },
+    {"gold": {"type": ["integer", "null"], "description": "the right choice, counted from 0"}},
+)
+_TEXT = kind(
+    {
+        "logprob": NUMBER | {"description": "the log-probability of the text, summed over its tokens"},
+        "tokens": COUNT | {"description": "how many tokens were scored"},
+        "perplexity": {"type": ["number", "null"], "description": "a token's; null where none was scored"},
+    },
+    {"words": COUNT, "bytes": COUNT},
+)
+SCHEMA = line("score", _CHOICES, _TEXT)
 
 
 def add_parser(commands) -> None:

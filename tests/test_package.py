@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import radix_ops
+from helpers import processes
+from radix_ops.ops import flash
 
 LIBRARY = Path(radix_ops.__file__).with_name("_C.abi3.so")
 
@@ -24,6 +26,23 @@ def test_every_op_has_schema_fake_and_cpu_kernel():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
         assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None
+
+
+def test_importing_the_package_imports_no_compiler():
+    """torch._dynamo takes as long as torch, which leaves it for later."""
+    lines = [
+        f"import sys, {name}; print({{'torch._dynamo', 'torch._inductor', 'sympy', 'triton'}} & set(sys.modules))"
+        for name in ("torch", "radix_ops")
+    ]
+    of_torch, of_package = (processes.run_python("-c", line).stdout for line in lines)
+    assert of_package == of_torch == "set()\n"
+
+
+def test_a_constant_is_marked_as_torch_marks_it():
+    def constant():
+        return 1
+
+    assert vars(torch.compiler.assume_constant_result(constant)) == vars(flash._is_recent)
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) reads the symbols")

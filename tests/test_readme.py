@@ -90,7 +90,7 @@ def models(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch) -> Path:
+def workplace(models, tmp_path, monkeypatch) -> Path:
     """Make the working directory, with the files that commands read."""
     questions = [{"context": f"Q: Is {x} blue?\nA:", "choices": [" yes", " no"]} for x in ("the sky", "grass")]
     queries = [{"query": "a river", "documents": ["the Seine", "a hill", "the Rhine"]}]
@@ -98,6 +98,8 @@ def workplace(tmp_path, monkeypatch) -> Path:
     for name, lines in (("questions", questions), ("exam", exam), ("queries", queries)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "texts.txt").write_text("the Seine\nthe Rhine\n")
+    settings = next(block.text for block in BLOCKS if block.language == "toml")
+    (tmp_path / "run.toml").write_text(local(settings, models))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -154,7 +156,7 @@ def test_there_are_snippets_outputs_and_commands():
     assert len(SNIPPETS) >= 12
     assert any(block.output for block in BLOCKS if block.language == "python")
     assert {command.values[0].split()[0] for command in COMMANDS} >= {"make", "pip", "radix-ops"}
-    assert {block.language for block in BLOCKS} <= {"bash", "json", "python", "text"}
+    assert {block.language for block in BLOCKS} <= {"bash", "json", "python", "text", "toml"}
 
 
 def without_numbers(text: str) -> str:

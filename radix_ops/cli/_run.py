@@ -12,16 +12,20 @@ import torch
 
 from radix_ops_command.errors import Failure
 
+from ..data.bad_rows import BadRowsError
 from ..engine.errors import UserError
 from .finished import answers
+from .progress import hushed
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command that `args.run` names. Failure for a UserError, and for lack of memory."""
     try:
-        with _warnings_shown():
+        with _warnings_shown(), hushed(args.quiet):
             if not answers(args):
                 importlib.import_module(args.run).run(args)
+    except BadRowsError as error:
+        raise Failure(error.summary, error.rows) from error
     except UserError as error:
         raise Failure(error.as_option) from error
     except torch.OutOfMemoryError as error:

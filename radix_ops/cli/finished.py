@@ -16,9 +16,13 @@ from ..data.finished import FinishedJob
 from ..data.output import companions
 from ..engine.errors import UserError
 from ..engine.loading import find_device
+from .progress import say
 
 # Arguments that decide nothing about results, or stand for themselves.
-_OTHERS = ("run", "command", "file", "files", "model", "output", "overwrite", "metrics", "quiet", "memory", "continues")
+_OTHERS = (
+    "run", "command", "config", "file", "files", "model", "output", "overwrite", "metrics", "quiet", "memory",
+    "continues",
+)  # fmt: skip
 _MOST_SAID = 2**20  # characters
 
 
@@ -29,7 +33,7 @@ def answers(args: argparse.Namespace) -> bool:
     if not found:
         return False
     count, said = found
-    print(f"{printable(args.output)} holds {count:,} of {count:,} results already", file=sys.stderr)
+    say(f"{printable(args.output)} holds {count:,} of {count:,} results already")
     for name, text in said:
         getattr(sys, name).write(text)
     return True

@@ -21,7 +21,7 @@ from ..plan.sharing import Sharing, sharing_from_end
 from .inspection.plot import check_plot_path, plot
 from .inspection.report import to_text
 from .inspection.summary import summarise
-from .job import with_progress
+from .progress import with_progress
 from .reading import read_records
 
 _logger = logging.getLogger(__name__)

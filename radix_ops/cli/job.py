@@ -26,7 +26,7 @@ from ..engine.loading import find_device
 from ..plan.sharing import LEAST_SPEED_UP, Sharing
 from .compare import Comparison, compare_runs
 from .finished import Memory
-from .progress import progress_bar
+from .progress import progress_bar, say, with_progress
 from .writing import Results, check_ids, results_of
 
 Numbers = list[np.ndarray]  # an item's: an array of each kind
@@ -129,14 +129,14 @@ class Job:
 
             write(collector.empty())
             stats = self._execute(chosen, on_batch)
-            print(summary(self.done.format(count=len(remaining)), stats), file=sys.stderr)
+            say(summary(self.done.format(count=len(remaining)), stats))
         self.finish(results)
 
     def finish(self, results: Results) -> None:
         """Put the results into their place, and say where that is."""
         results.finish()
         if self.args.output and not results.is_finished:
-            print(f"wrote {len(self.items):,} results to {printable(self.args.output)}", file=sys.stderr)
+            say(f"wrote {len(self.items):,} results to {printable(self.args.output)}")
         if self.args.output:
             self.args.memory.results_are_there(len(self.items))
 
@@ -160,21 +160,13 @@ def key_of(base, records: Records, items: Items, item: int) -> str:
     return key_of_parts(base, records.raw(item), *(ids.tobytes() for ids in items.tokens(item)))
 
 
-def with_progress(lines, desc: str) -> Iterator:
-    """Yield the lines, with a progress bar where they take long."""
-    with progress_bar(len(lines), desc, " lines", delay=2) as bar:
-        for line in lines:
-            yield line
-            bar.update()
-
-
 def remaining_of(args: argparse.Namespace, results) -> np.ndarray:
     """Return the items that are not done yet, and say how many are. From here on the command continues its run."""
     args.continues = True
     remaining = np.flatnonzero(~results.done)
     if len(remaining) < len(results.done):
         held = len(results.done) - len(remaining)
-        print(f"{printable(args.output)} holds {held:,} of {len(results.done):,} results already", file=sys.stderr)
+        say(f"{printable(args.output)} holds {held:,} of {len(results.done):,} results already")
     return remaining
 
 

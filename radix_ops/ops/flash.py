@@ -30,9 +30,12 @@ def has_kernels(q: Tensor, v: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 def _is_recent(device_index: int) -> bool:
     return torch.cuda.get_device_capability(device_index) >= (8, 0)
+
+
+# What torch.compiler.assume_constant_result does, which imports torch._dynamo: that takes as long as torch itself.
+_is_recent._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def flash_attention(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from helpers.language_models import TEXT
 from radix_ops import cli
+from radix_ops_command._main import parse
 
 QUESTIONS = [
     {"id": "long", "context": " ".join(TEXT), "choices": [" the Seine", " the river Rhine", " the sea"], "gold": 0},
@@ -78,3 +81,20 @@ def report(capsys, tmp_path, sequences, *arguments) -> str:
     capsys.readouterr()
     assert cli.main(["inspect", str(file), *map(str, arguments)]) == 0
     return capsys.readouterr().out.replace(f"{tmp_path}/", "")
+
+
+def parsed(*arguments):
+    """Return the arguments of a command, but for the name of a file of options."""
+    args = parse(list(map(str, arguments)))
+    args.config = None
+    return args
+
+
+def refused_usage(capsys, *arguments) -> str:
+    """Call the command in a way that must be refused; return the last line that it prints."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="^2$"):
+        parse(list(map(str, arguments)))
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err.splitlines()[-1]
