@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 class Failure(Exception):
-    """An error that its message names in one sentence, `rows` below it; the command prints it and ends with status 1."""
+    """An error that its message names in one sentence, with `rows` below. The command prints it; its status is 1."""
 
     def __init__(self, message: str, rows: Sequence[str] = ()):
         super().__init__(message)

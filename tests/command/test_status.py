@@ -34,6 +34,15 @@ def test_the_status_tells_success_errors_and_wrong_usage(tmp_path, arguments, st
     assert re.fullmatch(message, done.stderr)
 
 
+def test_an_error_of_several_rows_lists_them_below_its_sentence(tmp_path):
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [1]}\n{"input_ids": "\\u001b"}\n{"input_ids": [-1]}\n')
+    done = processes.run_python("-m", "radix_ops", "inspect", "ids.jsonl", cwd=tmp_path)
+    head, *rows = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert head.startswith("radix-ops: 2 of 3 rows can't be used")
+    assert [row.split(":")[0] for row in rows] == ["  ids.jsonl, line 2", "  ids.jsonl, line 3"]
+
+
 def test_ctrl_c_while_torch_is_imported_ends_in_a_sentence(tmp_path):
     """Torch takes seconds; here a package of its name takes minutes."""
     (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(600)\n")
