@@ -2,6 +2,8 @@
 
 plain is what lm-evaluation-harness does: the same sequences sorted by length, at most 5% padding, the same head on the
 same tokens. Every step of a run is inside its time: planning, folding, model and head; tokenising is outside both.
+
+--profile says instead what either run spends its time on.
 """
 
 from __future__ import annotations
@@ -20,13 +22,27 @@ from radix_ops.engine.batches import RunStats
 from radix_ops.engine.items import Collector
 from radix_ops.plan.budget import MOST_ROWS, Budget
 
+KINDS = {"products": ("aten::mm", "aten::addmm", "aten::bmm"), "attention": ("_dot_product_", "radix::")}
 QUESTIONS = Path("build/demo/questions.jsonl")
+
+
+def profiled(runner, choices, folded: bool) -> dict[str, float]:
+    """Return the seconds of a run by kind of op."""
+    scoring.score(runner, choices, Budget(MOST_ROWS["cpu"]), folded)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        scoring.score(runner, choices, Budget(MOST_ROWS["cpu"]), folded)
+    spent = dict.fromkeys([*KINDS, "all else"], 0.0)
+    for event in profile.key_averages():
+        kinds = (kind for kind, names in KINDS.items() if any(name in event.key for name in names))
+        spent[next(kinds, "all else")] += event.self_cpu_time_total / 1e6
+    return spent
 
 
 def main() -> None:
     parser = harness.make_parser(__doc__, threads=2, rounds=3)
     parser.add_argument("--model", help="a folder, hub id or .gguf file")
     parser.add_argument("--questions", type=Path, default=QUESTIONS)
+    parser.add_argument("--profile", action="store_true")
     args = harness.parse(parser)
     if not args.questions.exists():
         raise SystemExit(f"{args.questions} is missing; `make demo` makes it, or name a file with --questions")
@@ -41,6 +57,14 @@ def main() -> None:
     runner = loading.load_runner(source, config, "AutoModelForCausalLM", "float32", torch.device("cpu"))
     runner.check(choices.store[0], folded=True)
 
+    if args.profile:
+        spent = {folded: profiled(runner, choices, folded) for folded in (False, True)}
+        kinds = [
+            {"kind": kind, "plain s": spent[False][kind], "folded s": s, "times less": spent[False][kind] / s}
+            for kind, s in spent[True].items()
+        ]
+        harness.report("score_cpu_profile", kinds, args.save)
+        return
     runs: dict[bool, list[RunStats]] = {False: [], True: []}
     for _ in range(args.rounds):
         found = {False: {}, True: {}}  # log-probabilities by item
