@@ -37,9 +37,17 @@ def prepared(args: argparse.Namespace, *kinds: str) -> Iterator[dict]:
     """Hold --output for this run, and give the arguments of every engine; `kinds` are formats that --output may have
     beside those of every command."""
     args.memory = memory = Memory(args)
+    has_ranges = getattr(args, "output_dtype", None) == "int8" and not args.ranges
     with (
         contextlib.closing(memory),
-        checked_output(args.output, args.file, kinds=kinds, overwrite=args.overwrite, times_runs=args.compare),
+        checked_output(
+            args.output,
+            args.file,
+            kinds=kinds,
+            has_ranges=has_ranges,
+            overwrite=args.overwrite,
+            times_runs=args.compare,
+        ),
     ):
         device = find_device(args.device)
         if args.threads:

@@ -13,20 +13,28 @@ from .log import REPLACE, check_first_line, check_part
 from .matrix import check_incomplete
 from .matrix_ids import check_ids_path
 from .output import HELPER_SUFFIXES, beside, claimed, companions
+from .quantised import check_ranges_path
 from .result_formats import ResultFormat, format_of
 from .result_writers import writer_of
 
 
 @contextlib.contextmanager
 def checked_output(
-    output: str | None, *inputs: str, kinds: tuple[str, ...] = (), overwrite: bool, times_runs: bool
+    output: str | None,
+    *inputs: str,
+    kinds: tuple[str, ...] = (),
+    has_ranges: bool = False,
+    overwrite: bool,
+    times_runs: bool,
 ) -> Iterator[None]:
     """Hold `output`, if there is one, for this process alone.
 
-    kinds: formats that the results can go to beside those of every command. overwrite: whether what the output holds is
-    replaced. times_runs: whether the run has to be a whole one. UserError where the output can't be written or is one
-    of the inputs, where its name asks for a format that can't hold such results, where another process holds it, or
-    where it holds what, as far as is known before a run, no run left.
+    kinds: formats that the results can go to beside those of every command. has_ranges: whether ranges go beside a
+    matrix. overwrite: whether what the output holds is replaced. times_runs: whether the run has to be a whole one.
+
+    UserError where the output can't be written or is one of the inputs, where its name asks for a format that can't
+    hold such results, where another process holds it, or where it holds what, as far as is known before a run, no run
+    left.
     """
     if output is None:
         yield
@@ -35,6 +43,8 @@ def checked_output(
     form = format_of(output, *kinds)
     with claimed(output):
         _check_existing(output, form, overwrite, times_runs)
+        if has_ranges and form.is_matrix:
+            check_ranges_path(output, overwrite)
         yield
 
 

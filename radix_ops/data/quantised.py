@@ -9,6 +9,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from ..engine.errors import UserError
+from ..engine.quantising import quantised, ranges_of
 from .matrix import MatrixFile, header_of
 from .output import beside, companion, open_helper, put_in_place
 
@@ -43,9 +44,8 @@ class QuantisedMatrixFile:
             self._check_finished()
             self.done, self.is_finished = np.ones(shape[0], bool), True
             return
-        for taken in (self._part, self.ranges_path):
-            if os.path.lexists(taken):
-                raise UserError(f"{taken} exists and is of no run; --overwrite replaces it")
+        if os.path.lexists(self._part):
+            raise UserError(f"{self._part} exists and is of no run; --overwrite replaces it")
         self._rows = MatrixFile(self._work, shape, key, False)
         self.done = self._rows.done
 
@@ -68,9 +68,7 @@ class QuantisedMatrixFile:
         rows = self._rows.rows
         at_once = max(1, _NUMBERS_AT_ONCE // self._shape[1])
         blocks = [slice(first, first + at_once) for first in range(0, self._shape[0], at_once)]
-        least = np.min([rows[block].min(axis=0) for block in blocks], axis=0)
-        largest = np.max([rows[block].max(axis=0) for block in blocks], axis=0)
-        ranges = np.stack([least, largest])
+        ranges = ranges_of(rows[block] for block in blocks)
         with open_helper(self._part, os.O_CREAT | os.O_TRUNC) as file:
             npy.write_array(file, ranges, (1, 0))
             put_in_place(file, self._part, self.ranges_path)
@@ -82,11 +80,21 @@ class QuantisedMatrixFile:
         self._work.unlink()
 
 
-def quantised(rows: np.ndarray, ranges: np.ndarray) -> np.ndarray:
-    """Return float32 rows as int8, by the least and the largest number of each column."""
-    steps = (ranges[1] - ranges[0]) / 255
-    steps = np.where(steps == 0, np.float32(1), steps)
-    return (np.clip(np.floor((rows - ranges[0]) / steps), 0, 255) - 128).astype(np.int8)
+def check_ranges_path(output: str, overwrite: bool) -> None:
+    """UserError where something else than ranges stands in their place."""
+    path = companion(output, ".ranges.npy")
+    if os.path.lexists(path) and not overwrite and not _are_ranges(path):
+        raise UserError(f"{path} exists, and the ranges of {output} go there; --overwrite replaces it")
+
+
+def _are_ranges(path: Path) -> bool:
+    with open_helper(path) as file:
+        try:
+            npy.read_magic(file)
+            shape, _, dtype = npy.read_array_header_1_0(file)
+        except ValueError:
+            return False
+    return len(shape) == 2 and shape[0] == 2 and dtype == np.float32
 
 
 def is_begun(work: Path) -> bool:

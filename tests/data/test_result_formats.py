@@ -12,7 +12,7 @@ from pyarrow import parquet
 from helpers.outputs import unpacked
 from radix_ops.data import converted, log
 from radix_ops.data.converted import ConvertedFile
-from radix_ops.data.quantised import quantised
+from radix_ops.data.quantised import check_ranges_path
 from radix_ops.data.records import UserError
 from radix_ops.data.result_formats import MATRIX, TREC, format_of
 from radix_ops.data.result_writers import writer_of
@@ -257,11 +257,19 @@ def test_endings_are_told_in_any_case():
     ]
 
 
-@pytest.mark.parametrize("rows", [2, 3, 500])
-def test_quantised_numbers_are_those_of_sentence_transformers(rows):
-    quantization = pytest.importorskip("sentence_transformers.util.quantization")
-    embeddings = np.random.default_rng(rows).standard_normal((rows, 16)).astype(np.float32)
-    embeddings[:, 3] = 0.5
-    ranges = np.stack([embeddings.min(0), embeddings.max(0)])
-    expected = quantization.quantize_embeddings(embeddings, "int8", ranges=ranges)
-    assert np.array_equal(quantised(embeddings, ranges), expected)
+def test_what_stands_where_ranges_go_is_refused_unless_it_is_ranges(tmp_path):
+    output, ranges = tmp_path / "o.npy", tmp_path / "o.ranges.npy"
+    for found, is_fine in (
+        (np.zeros((2, 5), np.float32), True),
+        (np.zeros((2, 5)), False),
+        (np.zeros((3, 5), np.float32), False),
+        (np.zeros(2, np.float32), False),
+        (None, False),
+    ):
+        ranges.write_text("mine") if found is None else np.save(ranges, found)
+        check_ranges_path(str(output), True)
+        if is_fine:
+            check_ranges_path(str(output), False)
+            continue
+        with pytest.raises(UserError, match=rf"{ranges} exists, and the ranges of {output} go there; --overwrite"):
+            check_ranges_path(str(output), False)

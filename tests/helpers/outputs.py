@@ -153,7 +153,7 @@ def check_float16(path):
 
 
 def check_int8(path):
-    """The numbers are those of sentence-transformers; see test_quantised, which asks it."""
+    """The numbers are those of sentence-transformers; see tests/engine/test_quantising.py, which asks it."""
     found, ranges = np.load(path), np.load(path.with_suffix(".ranges.npy"))
     assert found.dtype == np.int8
     assert np.array_equal(ranges, [ROWS.min(0), ROWS.max(0)])
