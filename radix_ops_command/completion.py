@@ -15,7 +15,8 @@ Prints a script by which a shell completes commands, options, choices and files.
 """
 SHELLS = ("bash", "zsh", "tcsh")
 _FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
-_OF_FILES = ("file", "output", "plot", "config", "template")
+_PLACES = ("FILE", "PATH", "TOML")  # how their values' names begin
+_FOLDERS_TOO = ("model", "tokenizer", "template")
 
 
 def add_parser(commands) -> None:
@@ -31,6 +32,6 @@ def run(args: argparse.Namespace) -> None:
     parser, commands = make_parser()
     for command in commands.values():
         for action in command.arguments:
-            if action.dest in _OF_FILES:
+            if str(action.metavar).startswith(_PLACES) or action.dest in _FOLDERS_TOO:
                 action.complete = _FILES  # type: ignore[attr-defined]
     print(shtab.complete(parser, args.shell))

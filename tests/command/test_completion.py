@@ -29,6 +29,8 @@ printf '%s\\n' "${COMPREPLY[@]}"
         (["embed", "--dtype", "b"], {"bfloat16"}),
         (["score", "quest"], {"questions.jsonl"}),
         (["score", "-m", "m", "--config", "r"], {"run.toml"}),
+        (["score", "-m", "run"], {"run.toml"}),
+        (["embed", "-o", "quest"], {"questions.jsonl"}),
         (["schema", "re"], {"rerank"}),
     ],
 )
