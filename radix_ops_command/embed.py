@@ -13,12 +13,12 @@ from .arguments import (
     positive_int,
     utf8_text,
 )
-from .names import POOLINGS
+from .names import OUTPUT_DTYPES, POOLINGS
 from .schema_parts import NUMBER, array, kind, line
 
 HELP = f"""\
-Makes an embedding of each line: the hidden state of its last token, or the mean over its tokens, normalised. What
-texts of a batch share at their start, such as an instruction, is computed once.
+Makes an embedding of each line: the hidden state of its last token, or another pooling over its tokens, normalised.
+What texts of a batch share at their start, such as an instruction, is computed once.
 
 FILE holds one text a line, or JSON objects like {{"text": "..."}}, whose other keys are copied to the output. A text
 that is too long for the model is an error, unless --truncate-right.
@@ -27,6 +27,12 @@ that is too long for the model is an error, unless --truncate-right.
 which line each row is of, where lines have an "id" or "_id" or there are several files. Any other --output, and
 standard output, get objects: line (from 1), the input's other keys, embedding, and key, a hash of input line, tokens,
 model, dtype and options.
+
+--output-dtype float16 halves the numbers, and int8 makes each one of 256 steps between the least and the largest of its
+column, as sentence-transformers' quantize_embeddings does. These ranges, float32 [2, dim], are those of --ranges; or
+those of all texts of this run, which --output PATH.npy stores as PATH.ranges.npy. Texts that are compared with each
+other, such as queries with documents, need the same. --pairs K shows on standard error which K pairs of texts are the
+nearest by cosine; it compares all pairs, block by block.
 
 A sentence-transformers folder (one with a modules.json) says itself how to pool and whether to normalise, and which
 prompt stands before each text; options here go before that. Any other model pools the last token and normalises.
@@ -78,5 +84,17 @@ def add_parser(commands) -> None:
     command.add_argument(
         "--dim", type=positive_int, metavar="N", help="numbers that are kept, the first N (default: all)"
     )
+    command.add_argument(
+        "--output-dtype",
+        choices=OUTPUT_DTYPES,
+        default="float32",
+        help="dtype of the embeddings (default: %(default)s)",
+    )
+    command.add_argument(
+        "--ranges",
+        metavar="PATH.npy",
+        help="ranges of int8 numbers, as PATH.ranges.npy of a run holds them (default: those of this run's texts)",
+    )
+    command.add_argument("--pairs", type=positive_int, metavar="K", help="a look at the K nearest pairs of texts")
     command.add_argument("--no-normalize", action="store_true", help="embeddings at the length that they have")
     add_length_arguments(command, "text", "texts")

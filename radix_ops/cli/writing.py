@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -88,17 +88,20 @@ class _Rows:
         store, args = job.items.store, job.args
         key = key_of_parts(job.base, store.lengths.tobytes(), memoryview(store.input_ids))
         arguments = args.output, (len(job.items), job.dim), key, args.overwrite
-        precision = getattr(args, "precision", None) or "float32"
-        self._job, self._matrix = (
-            job,
-            (QuantisedMatrixFile(*arguments) if precision == "int8" else MatrixFile(*arguments, precision)),
-        )
+        engine: Any = job.engine
+        self._job, self._convert = job, engine.convert
+        self._matrix: QuantisedMatrixFile | MatrixFile
+        if args.output_dtype == "int8" and not args.ranges:
+            self._matrix = QuantisedMatrixFile(*arguments)  # of the engine's float32
+        else:
+            self._matrix = MatrixFile(*arguments, args.output_dtype)
         self.done, self.is_finished = self._matrix.done, self._matrix.is_finished
 
     def write(self, found: list[tuple[int, Numbers]]) -> None:
         rows = np.stack([numbers[0][0] for _, numbers in found])
-        check_finite(rows, lambda row: self._job.records[found[row][0]].where)
-        self._matrix.write(np.array([item for item, _ in found]), rows)
+        where = lambda row: self._job.records[found[row][0]].where  # noqa: E731
+        check_finite(rows, where)
+        self._matrix.write(np.array([item for item, _ in found]), self._convert(rows, where))
 
     def finish(self) -> None:
         put_ids(self._job.args.output, self._named())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -182,7 +182,7 @@ class Embedder(Engine[Text]):
         """
         with options_as_arguments():
             found = self._floats(texts, prompt, prompt_name, on_progress)
-            return self._converted(found, 0)
+            return self.convert(found, _names_from(0))
 
     def find_ranges(
         self,
@@ -252,7 +252,8 @@ class Embedder(Engine[Text]):
         first = 0
         for part in windows(self._items(texts, recipe is not None), window):
             with options_as_arguments():
-                rows = self._converted(self._rows(self._encode(part, recipe), first, on_progress), first)
+                rows = self._rows(self._encode(part, recipe), first, on_progress)
+                rows = self.convert(rows, _names_from(first))
             yield from (row.copy() for row in rows)  # one that is kept would keep the window
             first += len(part)
 
@@ -272,15 +273,16 @@ class Embedder(Engine[Text]):
         found = np.empty((len(encoded), self.dim), np.float32)
 
         def on_batch(indices: np.ndarray, numbers: tuple[np.ndarray, ...]) -> None:
-            embedding.check_finite(numbers[0], lambda row: f"texts[{first + int(indices[row])}]")
+            embedding.check_finite(numbers[0], lambda row: _names_from(first)(int(indices[row])))
             found[indices] = numbers[0]
 
         self.execute(encoded, with_progress(on_batch, encoded, on_progress))
         return found
 
-    def _converted(self, rows: npt.NDArray[np.float32], first: int) -> npt.NDArray[Any]:
-        """Return embeddings, of which the first is that of texts[first], as the engine gives them out."""
-        return converted(rows, self.output_dtype, self._ranges, lambda row: f"texts[{first + row}]")
+    def convert(self, rows: npt.NDArray[np.float32], where: Callable[[int], str]) -> npt.NDArray[Any]:
+        """Return finite embeddings [B, dim] in `output_dtype`. UserError for one that float16 can't hold; `where(i)`
+        names the text of row i."""
+        return converted(rows, self.output_dtype, self._ranges, where)
 
     def _items(self, texts: Iterable[str | Mapping[str, Any]], has_prompt: bool) -> Iterator[Text]:
         for where, text in numbered(texts, "texts", "strings"):
@@ -311,7 +313,12 @@ class Embedder(Engine[Text]):
     def _result(self, item: Text, encoded: list[tuple[np.ndarray, int]], *numbers: np.ndarray) -> dict[str, Any]:
         (rows,) = numbers
         embedding.check_finite(rows, lambda row: item.where)
-        return embedding.result(item, converted(rows, self.output_dtype, self._ranges, lambda row: item.where))
+        return embedding.result(item, self.convert(rows, lambda row: item.where))
+
+
+def _names_from(first: int) -> Callable[[int], str]:
+    """Return the names of an argument's texts, of which the first is texts[first]."""
+    return lambda row: f"texts[{first + row}]"
 
 
 def _refuse_prompt(where: str) -> NoReturn:
