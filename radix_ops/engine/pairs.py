@@ -18,7 +18,7 @@ def nearest_pairs(embeddings: np.ndarray, k: int, device: torch.device | str = "
     """
 
     def unit(first: int) -> torch.Tensor:
-        block = np.asarray(embeddings[first : first + _ROWS_AT_ONCE], np.float32)
+        block = np.array(embeddings[first : first + _ROWS_AT_ONCE], np.float32)
         return F.normalize(torch.from_numpy(block).to(device), dim=1)
 
     best = torch.empty(0, device=device)
