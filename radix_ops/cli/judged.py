@@ -59,12 +59,12 @@ class Judged:
             raise UserError("--qrels judges none of the queries: it has none of their query_id")
         self._relevance = relevance
 
-    def add(self, result: Mapping[str, Any]) -> None:
+    def add(self, result: dict[str, Any]) -> None:
         """Count a result where no --output holds it."""
         if self._relevance is not None:
             self._scores.add(result)
 
-    def count(self, item: int, scores: Iterable[float]) -> None:
+    def count(self, item: int, scores: Iterable[float | None]) -> None:
         """Count the scores of a record's documents; those that come last are the ones that are measured."""
         if self._relevance is not None:
             self._relevance.add(self._records[item], scores)
