@@ -58,9 +58,12 @@ _CHOICES = kind(
         "tokens": array(COUNT, "how many tokens each choice has"),
         "greedy": array(BOOLEAN, "whether each choice is what greedy decoding would write"),
         "best": COUNT | {"description": "the choice with the largest sum, counted from 0"},
-        "best_per_char": COUNT | {"description": "the same per character, leading white space not counted"},
     },
-    {"gold": {"type": ["integer", "null"], "description": "the right choice, counted from 0"}},
+    {
+        "best_per_char": COUNT
+        | {"description": "the same per character, leading white space not counted; none where the choices are ids"},
+        "gold": {"type": ["integer", "null"], "description": "the right choice, counted from 0"},
+    },
 )
 _TEXT = kind(
     {

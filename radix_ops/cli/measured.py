@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..data.records import Records
 from ..engine.measures import ACCURACIES, Measures
 from .compare import Agreement, Comparison
 from .job import Job, Numbers
+from .progress import say
 
 _NAMES = dict(zip(ACCURACIES, ("by sum (acc)", "per token", "per character (acc_norm)"), strict=True))
 # The fields of results that count, which a table may hold as JSON.
@@ -40,7 +40,7 @@ class Measured:
             Records(self._output, lambda record: self._count(record.fields))
         found = self._measures.found()
         for line in report(found):
-            print(line, file=sys.stderr)
+            say(line)
         if self._path:
             write_metrics(self._path, found)
 
