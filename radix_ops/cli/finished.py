@@ -20,8 +20,7 @@ from .progress import say
 
 # Arguments that decide nothing about results, or stand for themselves.
 _OTHERS = (
-    "run", "command", "config", "file", "files", "model", "output", "overwrite", "metrics", "quiet", "memory",
-    "continues",
+    "run", "command", "config", "file", "files", "model", "output", "overwrite", "metrics", "memory", "continues",
 )  # fmt: skip
 _MOST_SAID = 2**20  # characters
 

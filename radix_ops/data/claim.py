@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..engine.errors import UserError
 from .converted import check_unfinished, is_filled
+from .libraries import pyarrow
 from .log import REPLACE, check_first_line, check_part
 from .matrix import check_incomplete
 from .matrix_ids import check_ids_path
@@ -33,14 +34,16 @@ def checked_output(
     matrix. overwrite: whether what the output holds is replaced. times_runs: whether the run has to be a whole one.
 
     UserError where the output can't be written or is one of the inputs, where its name asks for a format that can't
-    hold such results, where another process holds it, or where it holds what, as far as is known before a run, no run
-    left.
+    hold such results or for a library that is missing, where another process holds it, or where it holds what, as far
+    as is known before a run, no run left.
     """
     if output is None:
         yield
         return
     check_path(output, *inputs)
     form = format_of(output, *kinds)
+    if form.needs_pyarrow:
+        pyarrow(f"--output {output}")
     with claimed(output):
         _check_existing(output, form, overwrite, times_runs)
         if has_ranges and form.is_matrix:

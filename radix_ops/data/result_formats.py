@@ -29,6 +29,10 @@ class ResultFormat:
         """Whether the run appends to the file itself, which then holds complete lines at any time."""
         return self.kind == LINES and self.compression is None
 
+    @property
+    def needs_pyarrow(self) -> bool:
+        return self.kind == PARQUET or self.compression == "zstd"
+
 
 def format_of(output: str, *further: str) -> ResultFormat:
     """Return the format that the name asks for; `further` kinds are those that the command has beside lines and tables.

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import sys
 
 import numpy as np
 import pyarrow
@@ -173,3 +174,12 @@ def test_ids_stand_beside_a_matrix_and_go_with_it(tmp_path, run, capsys):
     output.unlink()
     run("embed", output, file=tmp_path / "plain.txt", status=1)
     assert f"{ids} exists, and the ids of {output} go there; --overwrite replaces it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["o.parquet", "o.csv.zst"])
+def test_a_library_that_is_missing_is_named_before_anything_is_read(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    arguments = "score", "--model", "no/model", "--output", tmp_path / name, tmp_path / "absent.jsonl"
+    message = failing_command(capsys, *arguments)
+    assert f"{name} needs pyarrow" in message
+    assert "[data]" in message
