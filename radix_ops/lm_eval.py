@@ -240,8 +240,8 @@ class RadixLM(HFLM):
             )
         # The harness adds up, and so rounds, in the dtype of its log-probabilities.
         sums = torch.from_numpy(np.add.reduceat(logprobs.double().numpy(), starts)).to(logprobs.dtype)
-        counts = batch.num_tokens, batch.num_rows
-        self.radix_stats._add(*counts, sharing=counts)
+        sharing = batch.num_tokens, batch.num_rows
+        self.radix_stats._add(*sharing, sharing=sharing)
         return list(zip(sums.tolist(), np.logical_and.reduceat(is_likeliest.numpy(), starts).tolist(), strict=True))
 
 
