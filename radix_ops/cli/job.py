@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,7 +105,7 @@ class Job:
             return True
         found = f"{sharing.tokens_per_row:.2f} tokens a row: folding can't pay here"
         outcome = "" if self.args.compare else ", so batches run plain"
-        print(f"{found}{outcome}; `radix-ops inspect` says more", file=sys.stderr)
+        say(f"{found}{outcome}; `radix-ops inspect` says more")
         return False
 
     @property
