@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from .names import LONGEST_LINE, LONGEST_TEXT
+from .names import KINDS, LONGEST_LINE, LONGEST_TEXT
 
 FILE_HELP = f"""\
-FILE may be compressed by gzip, or a pipe. Blank lines of JSONL are skipped, and lines are counted with them. A line
-has {LONGEST_LINE:,} bytes at most, and a text in it {LONGEST_TEXT:,}.
+FILE is JSONL, a JSON array, text, CSV, TSV, Parquet, Arrow or a .npz of token ids, plain, gzip or zstd, as its name and
+its first bytes say, or --format. "-" is standard input. Several files, and folders of them, are read as one; each
+result says then which "file" its line or row is of. Cells of CSV and TSV are texts; arrays stand in them as JSON. Blank
+lines are no rows, and lines are counted with them. A row has {LONGEST_LINE:,} bytes at most, and a text in it
+{LONGEST_TEXT:,}.
 """
 MODEL_HELP = """\
 Qwen3 models (safetensors) run on radix_ops.models.qwen3, others on transformers through radix_ops.hf.enable, which
@@ -47,11 +50,29 @@ def add_command(commands, name: str, summary: str, description: str, run: str) -
     return parser
 
 
-def add_format_argument(parser: argparse.ArgumentParser) -> None:
+def add_input_arguments(parser: argparse.ArgumentParser, what: str, writes_results: bool = True) -> None:
+    """Add FILE and how it is read; `what` says what it holds."""
+    parser.add_argument("files", metavar="FILE", nargs="+", help=f"{what}: files, folders of them, or - (see above)")
     parser.add_argument(
         "--format",
-        choices=("jsonl", "text"),
-        help="format of FILE: jsonl, or text, one text a line (default: text where its name ends in .txt, else jsonl)",
+        choices=KINDS,
+        help="format of each FILE; text is one text a line (default: what its name and its first bytes say)",
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("stop", "skip", "record") if writes_results else ("stop", "skip"),
+        default="stop",
+        help="what becomes of rows that can't be used: all are listed and nothing runs (stop, the default), they are "
+        "left out and listed at the end (skip)" + (', or their results hold an "error" (record)' * writes_results),
+    )
+    parser.add_argument(
+        "--drop", type=names, default=[], metavar="NAME,...", help="columns, or keys, that are not read"
+    )
+    parser.add_argument(
+        "--delimiter", type=one_character, metavar="C", help="character between cells of CSV (default: a comma)"
+    )
+    parser.add_argument(
+        "--header", type=names, metavar="NAME,...", help="columns of a CSV or TSV that has no line with their names"
     )
 
 
@@ -70,6 +91,22 @@ def utf8_text(text: str) -> str:
     except UnicodeEncodeError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from error
     return text
+
+
+def names(text: str) -> list[str]:
+    """A type for arguments: names with commas between them."""
+    found = [part.strip() for part in utf8_text(text).split(",")]
+    if not all(found) or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} must be names with commas between them, each once")
+    return found
+
+
+def one_character(text: str) -> str:
+    """A type for arguments: a character that may stand between cells; \\t is a tab."""
+    found = "\t" if text == "\\t" else text
+    if len(found) != 1 or found in '"\r\n':
+        raise argparse.ArgumentTypeError(f"{text!r} must be one character, and no quote or end of a line")
+    return found
 
 
 def positive_int(text: str) -> int:

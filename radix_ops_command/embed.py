@@ -7,7 +7,7 @@ from .arguments import (
     MODEL_HELP,
     RESUME_HELP,
     add_command,
-    add_format_argument,
+    add_input_arguments,
     add_length_arguments,
     add_model_arguments,
     positive_int,
@@ -59,8 +59,7 @@ SCHEMA = line("embed", kind({"embedding": array(NUMBER, "the text's embedding", 
 
 def add_parser(commands) -> None:
     command = add_command(commands, "embed", "make embeddings of texts", HELP, "radix_ops.cli.embed")
-    command.add_argument("file", metavar="FILE", help="the texts, JSONL or one a line")
-    add_format_argument(command)
+    add_input_arguments(command, "the texts")
     command.add_argument(
         "--text-key",
         type=utf8_text,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .arguments import FILE_HELP, add_command, add_format_argument, add_trust_argument, positive_int, utf8_text
+from .arguments import FILE_HELP, add_command, add_input_arguments, add_trust_argument, positive_int, utf8_text
 from .names import PAIRS, SEED, TEMPLATES
 from .schema_parts import BOOLEAN, COUNT, NUMBER, TEXT, Schema, array, fields
 
@@ -105,14 +105,13 @@ def add_parser(commands) -> None:
     command = add_command(
         commands, "inspect", "how much a data set shares, and what folding could save", HELP, "radix_ops.cli.inspect"
     )
-    command.add_argument("file", metavar="FILE", help="the data, JSONL, text or .npz")
+    add_input_arguments(command, "the data", writes_results=False)
     command.add_argument(
         "--tokenizer", metavar="T", help="a local folder, a hub id or a .gguf file (default: that of --model)"
     )
     command.add_argument(
         "-m", "--model", metavar="M", help="model whose config gives speed-ups in FLOPs; no weights are read"
     )
-    add_format_argument(command)
     command.add_argument(
         "--text-key", type=utf8_text, default="text", metavar="KEY", help="key of the texts (default: %(default)s)"
     )

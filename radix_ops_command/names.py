@@ -7,4 +7,5 @@ OUTPUT_DTYPES = ("float32", "float16", "int8")  # of embeddings
 TEMPLATES = ("qwen3-reranker",)
 READINGS = ("pairs", "chat")
 PAIRS = "pairs"
+KINDS = ("jsonl", "json", "text", "csv", "tsv", "parquet", "arrow", "npz")
 SEED = 0  # of the shuffled order

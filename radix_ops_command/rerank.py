@@ -7,6 +7,7 @@ from .arguments import (
     MODEL_HELP,
     RESUME_HELP,
     add_command,
+    add_input_arguments,
     add_length_arguments,
     add_model_arguments,
     positive_int,
@@ -80,7 +81,7 @@ def add_parser(commands) -> None:
     command = add_command(
         commands, "rerank", "order documents by relevance to their query", HELP, "radix_ops.cli.rerank"
     )
-    command.add_argument("file", metavar="FILE", help="the queries with their documents, JSONL")
+    add_input_arguments(command, "the queries with their documents")
     add_model_arguments(
         command, "file for the results, by its ending lines, a table or a TREC run (default: lines on standard output)"
     )

@@ -7,6 +7,7 @@ from .arguments import (
     MODEL_HELP,
     RESUME_HELP,
     add_command,
+    add_input_arguments,
     add_model_arguments,
     positive_int,
     utf8_text,
@@ -84,7 +85,7 @@ def add_parser(commands) -> None:
         HELP,
         "radix_ops.cli.score",
     )
-    command.add_argument("file", metavar="FILE", help="the questions or texts")
+    add_input_arguments(command, "the questions or texts")
     add_model_arguments(
         command, "file for the results, by its ending lines or a table (default: lines on standard output)"
     )

@@ -14,7 +14,7 @@ from ..data.result_formats import MATRIX, format_of
 from ..engine import Embedder, embedding
 from ..engine.errors import UserError
 from .compare import Closeness
-from .job import Job, check_keys, prepared
+from .job import Job, prepared
 from .nearest import Nearest
 from .reading import read_records
 
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
         other = "--compare" if args.compare else "--output-dtype int8"
         raise UserError(f"--pairs and {other} can't both be given: pairs are of one run's floats")
     with prepared(args, MATRIX) as options:
-        records = read_records(args.file, lambda record: parse(check_keys(record)), shape, args.format)
+        records = read_records(args, parse, shape)
         engine = Embedder(
             args.model,
             pooling=args.pooling,

@@ -20,7 +20,7 @@ from .progress import say
 
 # Arguments that decide nothing about results, or stand for themselves.
 _OTHERS = (
-    "run", "command", "config", "file", "files", "model", "output", "overwrite", "metrics", "memory", "continues",
+    "run", "command", "config", "files", "model", "output", "overwrite", "metrics", "memory", "continues",
 )  # fmt: skip
 _MOST_SAID = 2**20  # characters
 
@@ -76,8 +76,7 @@ def _job_of(args: argparse.Namespace) -> FinishedJob | None:
     except UserError:
         return None
     options |= {"metrics": f"to {getattr(args, 'metrics', None)}", "version": radix_ops_command.__version__}
-    inputs = args.files if hasattr(args, "files") else [args.file]
-    return FinishedJob(options, args.model, inputs, args.output)
+    return FinishedJob(options, args.model, args.files, args.output)
 
 
 @contextlib.contextmanager

@@ -21,8 +21,7 @@ from ..plan.sharing import Sharing, sharing_from_end
 from .inspection.plot import check_plot_path, plot
 from .inspection.report import to_text
 from .inspection.summary import summarise
-from .progress import with_progress
-from .reading import read_records
+from .reading import encode, read_records, say_what_is_bad
 
 _logger = logging.getLogger(__name__)
 
@@ -32,14 +31,15 @@ _DECODED_TOKENS = 100  # at its start and at its end
 
 def run(args: argparse.Namespace) -> None:
     if args.plot is not None:
-        check_plot_path(args.plot, args.file)
+        check_plot_path(args.plot, *args.files)
     trust = args.trust_remote_code
     tokenizer = load_tokenizer(args.tokenizer, "--tokenizer", trust) if args.tokenizer else None
     cost = forward_cost(args.model, trust) if args.model else None
     items, meaning, tokenizer = _read(args, tokenizer)
+    name = printable(", ".join(args.files))
     lengths = items.lengths
     sharing = Sharing(items.store, lengths)
-    summary = {"file": printable(args.file), "meaning": meaning, "model": args.model}
+    summary = {"file": name, "meaning": meaning, "model": args.model}
     summary |= summarise(
         sharing,
         sorted(set(args.batch_sizes)),
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(summary))
     else:
-        print(f"{printable(args.file)}: {meaning}\n\n{to_text(summary)}")
+        print(f"{name}: {meaning}\n\n{to_text(summary)}")
         if args.plot is not None:
             print(f"\nThe picture is {printable(args.plot)}.")
 
@@ -70,22 +70,25 @@ def _pads_states(args: argparse.Namespace) -> bool:
 
 def _read(args: argparse.Namespace, tokenizer) -> tuple[Items, str, object]:
     """Return the sequences, what they are, and the tokenizer: --model's where one is needed and none was given."""
-    if args.file.endswith(".npz") and args.format is None:
-        items = packed_arrays(args.file)
+    if len(args.files) == 1 and args.files[0].endswith(".npz") and args.format is None:
+        items = packed_arrays(args.files[0])
         if not len(items.store):
-            raise UserError(f"{args.file} holds no sequences")
+            raise UserError(f"{args.files[0]} holds no sequences")
         return items, "packed token ids", tokenizer
     prompt, pair_prompt = _prompts(args)
     parser = FormatParser(formats(args.text_key, prompt, args.template, pair_prompt))
-    records = read_records(args.file, parser, "one JSON object a line", args.format)
+    records = read_records(args, parser, "one JSON object a line", writes_results=False)
     form = parser.format
     assert form is not None  # a file without records is refused
     if tokenizer is None and form.needs_tokenizer:
         if not args.model:
-            raise UserError(f"{args.file} holds text: --tokenizer must name the tokenizer, a local folder or a hub id")
+            raise UserError(
+                f"{records.path} holds text: --tokenizer must name the tokenizer, a local folder or a hub id"
+            )
         tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
-    items = form.encode(with_progress(records, "tokenising"), tokenizer)
-    lines = f"{len(records):,} line{'s' * (len(records) != 1)}"
+    items = encode(records, lambda lines: form.encode(lines, tokenizer))
+    say_what_is_bad(records)
+    lines = f"{len(records):,} {'line' if records.has_lines else 'row'}{'s' * (len(records) != 1)}"
     if records.is_text:
         return items, f"{lines} of text", tokenizer
     return items, f"{lines} of {form.shape}\n{form.meaning}", tokenizer

@@ -16,16 +16,18 @@ from radix_ops_command.errors import printable
 from ..data.claim import checked_output
 from ..data.fingerprint import fingerprint
 from ..data.records import Records
+from ..data.result_formats import MATRIX, TREC, format_of
 from ..data.results import key_of_parts
 from ..engine._engine import Engine
 from ..engine.batches import OnBatch, RunStats
-from ..engine.inputs import Record
+from ..engine.errors import UserError
 from ..engine.items import Collector, Items
 from ..engine.loading import find_device
 from ..plan.sharing import LEAST_SPEED_UP, Sharing
 from .compare import Comparison, compare_runs
 from .finished import Memory
-from .progress import progress_bar, say, with_progress
+from .progress import progress_bar, say
+from .reading import encode, say_what_is_bad
 from .writing import Results, check_ids, results_of
 
 Numbers = list[np.ndarray]  # an item's: an array of each kind
@@ -41,13 +43,15 @@ def prepared(args: argparse.Namespace, *kinds: str) -> Iterator[dict]:
         contextlib.closing(memory),
         checked_output(
             args.output,
-            args.file,
+            *args.files,
             kinds=kinds,
             has_ranges=has_ranges,
             overwrite=args.overwrite,
             times_runs=args.compare,
         ),
     ):
+        if args.on_error == "record":
+            _check_takes_errors(args, kinds)
         device = find_device(args.device)
         if args.threads:
             torch.set_num_threads(args.threads)
@@ -62,10 +66,11 @@ def prepared(args: argparse.Namespace, *kinds: str) -> Iterator[dict]:
         memory.keep()
 
 
-def check_keys(record: Record) -> Record:
-    """Return the record. UserError for a key that lines of results have besides those of the engine."""
-    record.others((), ("line", "key"))
-    return record
+def _check_takes_errors(args: argparse.Namespace, kinds: tuple[str, ...]) -> None:
+    is_matrix_or_run = args.output is not None and format_of(args.output, *kinds).kind in (MATRIX, TREC)
+    if args.compare or is_matrix_or_run:
+        refusing = "--compare" if args.compare else f"--output {args.output}"
+        raise UserError(f"{refusing} has no place for errors of rows; --on-error skip leaves such rows out")
 
 
 @dataclass
@@ -87,7 +92,7 @@ class Job:
         """Check and tokenise all input, load the model, then compute what is missing, or compare."""
         engine = self.engine
         check_ids(self)
-        self.items = engine.encode(with_progress(self.records, "tokenising"))
+        self.items = encode(self.records, engine.encode)
         self.folded = not self.args.plain and self._may_pay()
         engine.load()
         engine.check(self.items, self.folded)
@@ -96,6 +101,7 @@ class Job:
             compare_runs(self)
         else:
             self._run_remaining()
+        say_what_is_bad(self.records)
 
     def _may_pay(self) -> bool:
         """Return whether folding may pay, and say so where it can't. The input alone decides: results' keys hold the
@@ -115,6 +121,8 @@ class Job:
         return engine.dim
 
     def fields_of(self, item: int, numbers: Numbers) -> dict:
+        if item in self.records.refused:
+            return {"error": self.records.refused[item]}
         return self.engine.result(self.records[item], self.items[item], *numbers)
 
     def key_of(self, item: int) -> str:
@@ -164,6 +172,8 @@ class Job:
 
 def key_of(base, records: Records, items: Items, item: int) -> str:
     """Return the key of an item's result."""
+    if item in records.refused:
+        return key_of_parts(base, records.raw(item), b"refused")
     return key_of_parts(base, records.raw(item), *(ids.tobytes() for ids in items.tokens(item)))
 
 

@@ -9,18 +9,18 @@ from ..data.judgements import read_qrels
 from ..data.measured import check_metrics
 from ..data.result_formats import TREC
 from ..engine import Reranker, reranking
-from .job import Job, check_keys, prepared
+from .job import Job, prepared
 from .judged import Judged, Orders
 from .reading import read_records
 
 
 def run(args: argparse.Namespace) -> None:
     if args.metrics:
-        others = [args.file, *filter(None, (args.output, args.qrels))]
+        others = [*args.files, *filter(None, (args.output, args.qrels))]
         check_metrics(args.metrics, args.overwrite, *others)
     judgements = read_qrels(args.qrels) if args.qrels else None
-    if judgements is None and is_beir(args.file):
-        judgements = judgements_of(args.file, None) or None
+    if judgements is None and len(args.files) == 1 and is_beir(args.files[0]):
+        judgements = judgements_of(args.files[0], None) or None
     with prepared(args, TREC) as options:
         engine = Reranker(
             args.model,
@@ -32,8 +32,7 @@ def run(args: argparse.Namespace) -> None:
             **options,
         )
         judged = Judged(args, judgements)
-        parse = judged.parser(engine.parse)
-        records = read_records(args.file, lambda record: parse(check_keys(record)), reranking.SHAPE)
+        records = read_records(args, judged.parser(engine.parse), reranking.SHAPE)
         judged.start(records)
         Job(args, engine, records, "rerank", "reranked", Orders(judged), judged.add).run()
         judged.finish()

@@ -10,14 +10,14 @@ from ..engine.errors import UserError
 from ..engine.inputs import Record
 from ..engine.rolling import Text
 from ..engine.scoring import Item
-from .job import Job, check_keys, prepared
+from .job import Job, prepared
 from .measured import Differences, Measured
 from .reading import read_records
 
 
 def run(args: argparse.Namespace) -> None:
     if args.metrics:
-        check_metrics(args.metrics, args.overwrite, args.file, *([args.output] if args.output else []))
+        check_metrics(args.metrics, args.overwrite, *args.files, *([args.output] if args.output else []))
     with prepared(args) as options:
         engine = Scorer(
             args.model,
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
             **options,
         )
         parser = _Parser(engine, args)
-        records = read_records(args.file, parser, scoring.SHAPE, None)
+        records = read_records(args, parser, scoring.SHAPE)
         parser.check()
         measured = Measured(args)
         Job(args, engine, records, "score", "scored", Differences(measured), measured.add).run()
@@ -46,7 +46,7 @@ class _Parser:
         self._has_gold = False
 
     def __call__(self, record: Record) -> Item | Text:
-        item = self._engine.parse(check_keys(record))
+        item = self._engine.parse(record)
         kind = Text if isinstance(item, Text) else Item
         what, others = ("a text", "questions") if kind is Text else ("a question", "texts")
         if self._kind not in (kind, None):

@@ -76,7 +76,7 @@ class _Lines:
         fields = [self._job.records.origin(i) | self._job.fields_of(i, numbers) for i, numbers in found]
         for (item, _), line in zip(found, fields, strict=True):
             self._results.add(item, line)
-            if self._job.on_result:
+            if self._job.on_result and item not in self._job.records.refused:
                 self._job.on_result(line)
         self._results.flush()
 

@@ -63,6 +63,8 @@ def check_path(output: str, *inputs: str) -> None:
     if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise UserError(f"--output {output} can't be written")
     for name in filter(os.path.exists, inputs):
+        if os.path.isdir(name) and Path(os.path.realpath(name)) in path.parents:
+            raise UserError(f"--output {output} stands in the input folder {name}, whose files are read")
         if path.exists() and path.samefile(name):
             raise UserError(f"--output {output} is the input file itself")
         for helper in (*(beside(output, suffix) for suffix in HELPER_SUFFIXES), *companions(output)):

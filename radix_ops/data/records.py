@@ -105,6 +105,11 @@ class Records(Generic[T]):
         """Whether all files are text."""
         return all(source.is_text for source in self._sources)
 
+    @property
+    def has_lines(self) -> bool:
+        """Whether all records are lines of their files."""
+        return all(source.unit == "line" for source in self._sources)
+
     def __len__(self) -> int:
         return len(self._shown)
 

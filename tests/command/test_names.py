@@ -2,7 +2,7 @@
 
 import radix_ops
 import radix_ops_command
-from radix_ops.data import formats, streams
+from radix_ops.data import formats, kinds, streams
 from radix_ops.engine import cross_encoders, inputs, pooling, quantising, templates
 from radix_ops.plan import sharing
 from radix_ops_command import names
@@ -16,5 +16,6 @@ def test_names_are_those_of_the_engine():
     assert quantising.OUTPUT_DTYPES == names.OUTPUT_DTYPES
     assert tuple(templates.TEMPLATES) == names.TEMPLATES
     assert cross_encoders.READINGS == names.READINGS
+    assert kinds.KINDS == names.KINDS
     assert formats.PAIRS == names.PAIRS
     assert sharing.SEED == names.SEED

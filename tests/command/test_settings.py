@@ -38,11 +38,11 @@ def test_the_command_line_goes_before_the_environment_and_that_before_the_file(
 
 def test_values_of_every_kind_come_from_a_file(config):
     options = config(
-        'file = "data.jsonl"\nbatch-sizes = [4, 2]\ntoken_budget = 512\njson = true\nprompt = "--model"\n'
+        'files = "data.jsonl"\nbatch-sizes = [4, 2]\ntoken_budget = 512\njson = true\nprompt = "--model"\n'
         '[score]\nmodel = "other"\n'
     )
     args = parsed("inspect", *options)
-    assert (args.file, args.batch_sizes, args.token_budget) == ("data.jsonl", [4, 2], 512)
+    assert (args.files, args.batch_sizes, args.token_budget) == (["data.jsonl"], [4, 2], 512)
     assert (args.json, args.prompt, args.model, args.text_key) == (True, "--model", None, "text")
 
 

@@ -49,15 +49,18 @@ def score(model, *arguments):
 
 
 def failing_command(capsys, *arguments) -> str:
-    """Run a command that must fail; return its one-sentence message."""
+    """Run a command that must fail; return its one-sentence message, with the rows that it lists below."""
     capsys.readouterr()
     assert cli.main([str(argument) for argument in arguments]) == 1
-    out, err = capsys.readouterr()
+    return _message_of(*capsys.readouterr())
+
+
+def _message_of(out: str, err: str) -> str:
     assert out == ""
-    message = err.splitlines()[-1]
-    assert message.startswith("radix-ops: ")
     assert "Traceback" not in err
-    return message
+    sentence, *rows = err[err.rindex("radix-ops: ") :].splitlines()
+    assert all(row.startswith("  ") for row in rows)
+    return "\n".join([sentence, *rows])
 
 
 def inspect_json(capsys, *arguments) -> dict:
@@ -67,13 +70,8 @@ def inspect_json(capsys, *arguments) -> dict:
 
 
 def failing_inspect(capsys, *arguments) -> str:
-    """Run `radix-ops inspect` where it must fail; return its one-sentence message."""
-    capsys.readouterr()
-    assert cli.main(["inspect", *map(str, arguments)]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "Traceback" not in err
-    return err.splitlines()[-1]
+    """Run `radix-ops inspect` where it must fail; return its message likewise."""
+    return failing_command(capsys, "inspect", *arguments)
 
 
 def report(capsys, tmp_path, sequences, *arguments) -> str:

@@ -19,14 +19,16 @@ _LABELS = {"given": "as given", "shuffled": "shuffled", "planned": "planned"}
 _ALONE = "#d9dde2"
 
 
-def check_plot_path(path: str, data: str) -> None:
-    """UserError unless a picture can go to `path`, which is not the data's file, and matplotlib is there to draw it."""
+def check_plot_path(path: str, *data: str) -> None:
+    """UserError unless a picture can go to `path`, none of the data's files, and matplotlib is there to draw it."""
     if Path(path).suffix.lower() not in _SUFFIXES:
         raise UserError(f"--plot {path} must end in {', '.join(_SUFFIXES)}")
     if not Path(path).absolute().parent.is_dir():
         raise UserError(f"--plot {path}: its folder does not exist")
-    if os.path.exists(path) and (not os.path.isfile(path) or (os.path.exists(data) and os.path.samefile(path, data))):
-        raise UserError(f"--plot {path} is {'the input file itself' if os.path.isfile(path) else 'not a regular file'}")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"--plot {path} is not a regular file")
+    if os.path.exists(path) and any(os.path.samefile(path, name) for name in filter(os.path.exists, data)):
+        raise UserError(f"--plot {path} is the input file itself")
     needs("matplotlib", "plot", "--plot")
 
 
