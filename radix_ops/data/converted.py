@@ -17,6 +17,7 @@ from ..engine.errors import UserError
 from .log import REPLACE, Origin, ResultLog, check_first_line
 from .output import beside, open_helper, put_in_place, stands_at
 
+_MOST_COLUMNS = 10_000
 _BYTES_AT_ONCE, _LINES_AT_ONCE = 32 * 2**20, 2**16  # of lines as objects in memory
 
 
@@ -35,6 +36,14 @@ class Lines:
 
     def __iter__(self) -> Iterator[dict]:
         return map(json.loads, self.raw())
+
+    def check_width(self, num_columns: int) -> None:
+        """UserError for more columns than a table may have."""
+        if num_columns > _MOST_COLUMNS:
+            raise UserError(
+                f"the rows have more than {_MOST_COLUMNS:,} different keys, the most columns of a table; "
+                f"{self._log.path} holds the results as JSON lines"
+            )
 
     def parts(self) -> Iterator[list[dict]]:
         """Yield the objects in lists that memory holds."""

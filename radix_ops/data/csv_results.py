@@ -80,11 +80,12 @@ def as_text(file: BinaryIO) -> Iterator[io.TextIOWrapper]:
         text.detach()
 
 
-def columns(lines: Iterable[dict]) -> list[str]:
+def columns(lines: Lines) -> list[str]:
     """Return the keys of all results in the order in which they come, "key" the last."""
     names: dict[str, None] = {}
     for fields in lines:
-        names |= dict.fromkeys(fields)
+        names.update(dict.fromkeys(fields))
+        lines.check_width(len(names))
     names.pop("key", None)
     return [*names, "key"]
 

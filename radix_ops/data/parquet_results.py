@@ -13,7 +13,7 @@ from .converted import Lines, Writer
 from .libraries import pyarrow
 
 _KEY = b"radix_ops.key"
-_MOST_FIELDS = 64  # of a struct
+_MOST_FIELDS, _DEEPEST = 64, 8  # of a struct, and of lists and structs within each other
 _LISTS_OF_FLOAT32 = ("embedding",)
 
 
@@ -21,8 +21,8 @@ class ParquetWriter(Writer):
     """A row for each result, "key" the last column; lists are lists, and objects are structs.
 
     The type of a column is one for all its values, whichever rows they stand in. Where there is none, as for numbers
-    among strings, for whole numbers beyond 64 bits and for objects of ever other keys, the column holds each value as
-    JSON. The file's metadata has what identifies the run.
+    among strings, for whole numbers beyond 64 bits, for deep nests and for objects of ever other keys, the column holds
+    each value as JSON. The file's metadata has what identifies the run.
     """
 
     def write(self, lines: Lines, file: BinaryIO) -> None:
@@ -60,28 +60,30 @@ def _columns_of(lines: Lines) -> dict[str, Any]:
                 columns[name] = arrow.list_(arrow.float32())
             elif columns.setdefault(name, arrow.null()) is not None:
                 columns[name] = _joined(arrow, columns[name], _type_of(arrow, [fields.get(name) for fields in part]))
+        lines.check_width(len(columns))
     key = columns.pop("key", arrow.string())
     return {**columns, "key": key}
 
 
-def _type_of(arrow: Any, values: Iterable) -> Any:
-    """Return the type that holds all values as they are, None where there is none."""
+def _type_of(arrow: Any, values: Iterable, depth: int = 0) -> Any:
+    """Return the type that holds all values as they are, None where there is none; they are in so many others."""
     values = [value for value in values if value is not None]
     kinds = set(map(type, values))
     if not kinds:
         return arrow.null()
     if kinds == {int, float}:
         return arrow.float64()
-    if len(kinds) > 1:
+    if len(kinds) > 1 or depth > _DEEPEST:
         return None
     if kinds == {list}:
-        inner = _type_of(arrow, chain.from_iterable(values))
+        inner = _type_of(arrow, chain.from_iterable(values), depth + 1)
         return None if inner is None else arrow.list_(inner)
     if kinds == {dict}:
         names = dict.fromkeys(chain.from_iterable(values))
         if not 1 <= len(names) <= _MOST_FIELDS:  # Parquet has no objects without keys
             return None
-        return _struct(arrow, {name: _type_of(arrow, [value.get(name) for value in values]) for name in names})
+        fields = {name: _type_of(arrow, [value.get(name) for value in values], depth + 1) for name in names}
+        return _struct(arrow, fields)
     return {bool: arrow.bool_(), int: arrow.int64(), float: arrow.float64(), str: arrow.string()}[kinds.pop()]
 
 

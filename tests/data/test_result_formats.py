@@ -94,15 +94,17 @@ def test_parquets_types_hold_all_values_whichever_line_brings_them(tmp_path, lin
         [{"a": 1}, "a"],
         ["\ud800", "a"],
         [{f"k{i}": i} for i in range(100)],
+        [json.loads("[" * 60 + "]" * 60), None],
+        [json.loads('{"a": ' * 60 + "1" + "}" * 60), None],
     ],
-    ids=range(14),
+    ids=range(16),
 )
 @pytest.mark.parametrize("turn", range(2))
 def test_parquet_has_json_where_no_type_holds_all_values(tmp_path, lines_at_once, values, turn):
     values = values[turn:] + values[:turn]
     found = table(tmp_path, [{"x": value} for value in values])
     assert found.schema.field("x").type == pyarrow.string()
-    assert [json.loads(text) for text in found["x"].to_pylist()] == values
+    assert [text if text is None else json.loads(text) for text in found["x"].to_pylist()] == values
 
 
 def test_parquets_objects_are_structs_with_all_keys(tmp_path, lines_at_once):
@@ -158,6 +160,16 @@ def test_columns_are_those_of_all_lines(tmp_path):
         "3,false,,,,0000000000000002\n"
         "4,,,,\\ud800,0000000000000003\n"
     )
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_table_of_ever_other_keys_is_refused_and_nothing_is_lost(tmp_path, ending, monkeypatch):
+    monkeypatch.setattr(converted, "_MOST_COLUMNS", 20)
+    path = tmp_path / f"t.{ending}"
+    with pytest.raises(UserError, match=rf"the most columns of a table; {path}.lines holds the results as JSON lines"):
+        write(path, [{f"k{item}": item} for item in range(30)])
+    lines = [json.loads(line) for line in (tmp_path / f"t.{ending}.lines").read_text().splitlines()]
+    assert sorted(line["line"] for line in lines) == list(range(1, 31))
 
 
 def ranked(count=3):
