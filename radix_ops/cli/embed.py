@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from ..engine.errors import UserError
 from .compare import Closeness
 from .job import Job, prepared
 from .nearest import Nearest
+from .progress import say
 from .reading import read_records
 
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         Job(args, engine, records, "embed", "embedded {count:,} texts:", Closeness(), on_result).run()
         if calibrates:
             name = printable(str(companion(args.output, ".ranges.npy")))
-            print(f"{name} holds the ranges of the int8 numbers, those of these texts, for --ranges", file=sys.stderr)
+            say(f"{name} holds the ranges of the int8 numbers, those of these texts, for --ranges")
         if nearest:
             nearest.finish(options["device"])
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ..data.measured import write_metrics
@@ -18,6 +17,7 @@ from ..engine.reranking import Query
 from .compare import Agreement
 from .field_of_results import FieldOfResults
 from .job import Job, Numbers
+from .progress import say
 
 
 class Judged:
@@ -50,14 +50,17 @@ class Judged:
         except UserError as error:
             if self._path or self._judgements is not None:
                 raise
-            print(f"nDCG@10 is not computed: {error}", file=sys.stderr)
+            say(f"nDCG@10 is not computed: {error}")
             return
-        for item, query in enumerate(records):
-            if item not in records.refused:
-                relevance.check(query)
+        for item in self._usable:
+            relevance.check(records[item])
         if relevance.num_judged == relevance.num_absent:
             raise UserError("--qrels judges none of the queries: it has none of their query_id")
         self._relevance = relevance
+
+    @property
+    def _usable(self) -> Iterator[int]:
+        return (item for item in range(len(self._records)) if item not in self._records.refused)
 
     def add(self, result: dict[str, Any]) -> None:
         """Count a result where no --output holds it."""
@@ -82,16 +85,14 @@ class Judged:
         found = relevance.measures()
         measures = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
         absent = f", of which {relevance.num_absent:,} are not in the input and count as 0"
-        print(
-            f"{measures}: means over {relevance.num_judged:,} judged queries{absent if relevance.num_absent else ''}",
-            file=sys.stderr,
-        )
+        say(f"{measures}: means over {relevance.num_judged:,} judged queries{absent if relevance.num_absent else ''}")
         if self._path:
             write_metrics(self._path, {"rows": len(self._records), "judged_queries": relevance.num_judged, **found})
 
     def _count_run(self, run: Mapping[str, Mapping[str, float]]) -> None:
         """Count the scores of a TREC run, which has the best documents alone where so many were asked for."""
-        for item, query in enumerate(self._records):
+        for item in self._usable:
+            query = self._records[item]
             ranked = run.get(query_id(query.extra.get("query_id"), self._records.origin(item)), {})
             self.count(item, [ranked.get(str(name)) for name in query.ids or range(len(query.documents))])
 
