@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.tokenizer, "--tokenizer", trust) if args.tokenizer else None
     cost = forward_cost(args.model, trust) if args.model else None
     items, meaning, tokenizer = _read(args, tokenizer)
+    if not len(items.store):
+        raise UserError(f"{', '.join(args.files)}: no sequences, so there is nothing to share")
     name = printable(", ".join(args.files))
     lengths = items.lengths
     sharing = Sharing(items.store, lengths)

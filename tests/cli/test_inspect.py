@@ -71,6 +71,16 @@ def test_questions_are_read_as_score_reads_them(capsys, tmp_path, tokenizer, tok
     assert "`radix-ops score`" in summary["meaning"]
 
 
+def test_queries_without_documents_have_no_sequences(capsys, tmp_path, tokenizer, tokenizer_folder):
+    empty, whole = {"query": "a", "documents": []}, {"query": "sea", "documents": [{"id": 1, "text": "the sea"}]}
+    file = write_jsonl(tmp_path / "queries.jsonl", [empty, whole, empty])
+    summary = inspect_json(capsys, file, "--tokenizer", tokenizer_folder, "--template", "pairs")
+    check_sequences(summary, tokenizer(["sea"], ["the sea"])["input_ids"])
+    write_jsonl(file, [empty, empty])
+    message = failing_inspect(capsys, file, "--tokenizer", tokenizer_folder, "--template", "pairs")
+    assert "queries.jsonl: no sequences, so there is nothing to share" in message
+
+
 def test_queries_need_a_template(capsys, tmp_path, tokenizer, tokenizer_folder):
     queries = [{"query": "Which river?", "documents": [TEXT[1], TEXT[2]]}, {"query": "sea", "documents": ["the sea"]}]
     file = write_jsonl(tmp_path / "queries.jsonl", queries)
