@@ -46,8 +46,9 @@ class Measured:
 
     def _count(self, result: Mapping[str, Any]) -> None:
         fields = {name: _value(result[name]) for name in _FIELDS if name in result}
+        fields = {name: value for name, value in fields.items() if value is not None}
         if "tokens" in fields:  # else it is the error of a row
-            self._measures.add({name: value for name, value in fields.items() if value is not None})
+            self._measures.add(fields)
 
 
 def _value(value: Any) -> Any:

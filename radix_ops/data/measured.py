@@ -14,7 +14,8 @@ _KEYS = ("rows_with_gold", "logprob", "judged_queries")  # one of which every su
 
 
 def check_metrics(path: str, overwrite: bool, *others: str) -> None:
-    """UserError unless the file can be written, is none of the others, and holds nothing but such an object.
+    """UserError unless the file can be written, is none of the others, which may be folders, and holds nothing but such
+    an object.
 
     overwrite: whether whatever it holds is replaced.
     """
@@ -33,6 +34,8 @@ def check_metrics(path: str, overwrite: bool, *others: str) -> None:
             target.exists() and os.path.exists(other) and target.samefile(other)
         ):
             raise UserError(f"{where} is {other}, which the run reads or writes itself; name another file")
+        if os.path.isdir(other) and target.is_relative_to(os.path.realpath(other)):
+            raise UserError(f"{where} would be one of the files of {other}, which the run reads; name another place")
     if target.exists() and not overwrite and not _holds_metrics(target):
         raise UserError(f"{where} exists and holds no metrics; --overwrite replaces it")
 

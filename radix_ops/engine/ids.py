@@ -112,7 +112,7 @@ def parse_question(record: Record, limits: Limits) -> GivenItem | GivenWhole:
         _check_length(len(context) + len(choice) - 1, where, limits)
     names = [_name_of(choice) for choice in choices]
     gold, extra = gold_of(record, names), record.others(("context_ids", "choices_ids"), scoring.RESERVED_KEYS)
-    extra |= {} if gold is None else {"gold": gold}
+    extra |= {"gold": gold} if "gold" in extra else {}
     return GivenItem(record.where, "", names, extra, sequences=tuple((context, choice) for choice in choices))
 
 

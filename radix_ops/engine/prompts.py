@@ -49,9 +49,10 @@ def check_choices(record: Record) -> list[str]:
 
 def gold_of(record: Record, choices: list[str]) -> int | None:
     """Return the index of the choice that is right by the record's "gold": an index from 0, a letter, or the text of a
-    choice, white space around it aside. None where it has none, or null; UserError for anything else."""
+    choice, white space around it aside. None where it has none, null or an empty string, as an empty cell of a table
+    is; UserError for anything else."""
     gold = record.fields.get("gold")
-    if gold is None:
+    if gold is None or (isinstance(gold, str) and not gold):
         return None
     where = f'{record.where}: "gold"'
     last = LETTERS[min(len(choices), len(LETTERS)) - 1]

@@ -84,7 +84,7 @@ def parse_item(record: Record, letters: bool = False, in_chat: bool = False) -> 
         record = with_context(record, letters, in_chat)
     context, choices = record.text("context"), check_choices(record)
     extra, gold = record.others(("context", "choices"), RESERVED_KEYS), gold_of(record, choices)
-    return Item(record.where, context, choices, extra if gold is None else extra | {"gold": gold})
+    return Item(record.where, context, choices, extra | {"gold": gold} if "gold" in extra else extra)
 
 
 def encode(

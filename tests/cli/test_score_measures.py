@@ -1,5 +1,6 @@
 """radix-ops score: what all results say together, and the ways to ask, against numbers that are counted by hand."""
 
+import csv
 import json
 import math
 import re
@@ -129,6 +130,42 @@ def test_results_of_every_format_count(model_folder, tmp_path, capsys, monkeypat
         assert json.loads(path.read_text()) == whole
         assert capsys.readouterr().err.endswith("\n".join(report(whole)) + "\n")
         monkeypatch.setattr(TransformersRunner, "states", lambda *arguments: pytest.fail("the model ran"))
+
+
+@pytest.mark.parametrize("name", [None, "scores.jsonl", "scores.csv", "scores.parquet"])
+@pytest.mark.parametrize("on_error", ["skip", "record"])
+def test_rows_that_cannot_be_used_do_not_count(model_folder, tmp_path, capsys, name, on_error):
+    path, file = tmp_path / "metrics.json", tmp_path / "input.jsonl"
+    assert score(model_folder, "--plain", "--metrics", path, write_jsonl(file, QUESTIONS)) == 0
+    whole = json.loads(path.read_text())
+    write_jsonl(file, [{"context": "the sea"}, *QUESTIONS, {**QUESTIONS[0], "gold": 7}, {"text": "the sea"}])
+    options = ["--on-error", on_error, *(["--output", tmp_path / name] if name else [])]
+    for _ in range(2):
+        capsys.readouterr()
+        assert score(model_folder, "--plain", "--metrics", path, *options, file) == 0
+        assert json.loads(path.read_text()) == whole
+        assert capsys.readouterr().err.endswith("\n".join(report(whole)) + "\n")
+
+
+@pytest.mark.parametrize("name", ["q.csv", "q.parquet", "q.json"])
+def test_gold_is_read_from_tables(model_folder, tmp_path, name):
+    """Cells of CSV are text, and a column of Parquet has null where a row has nothing."""
+    rows = [{**question, "gold": gold} for question, gold in zip(QUESTIONS, GOLD, strict=True)]
+    if name == "q.parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
+    elif name == "q.json":
+        (tmp_path / name).write_text(json.dumps(rows))
+    else:
+        with open(tmp_path / name, "w", newline="") as file:
+            table = csv.DictWriter(file, rows[0].keys())
+            table.writeheader()
+            table.writerows([{**row, "choices": json.dumps(row["choices"])} for row in rows[:4]])
+            # An empty cell is no gold.
+    path = tmp_path / "m.json"
+    assert score(model_folder, "--metrics", path, tmp_path / name) == 0
+    found = json.loads(path.read_text())
+    assert found["rows_with_gold"] == (3 if name == "q.csv" else 4)
 
 
 @pytest.mark.parametrize("with_output", [False, True])
@@ -302,15 +339,19 @@ def test_questions_and_texts_are_scored_apart(model_folder, tmp_path, capsys):
         ("notes.json", "exists and holds no metrics; --overwrite replaces it"),
         ("questions.json", "which the run reads or writes itself; name another file"),
         ("out.json", "which the run reads or writes itself; name another file"),
+        ("data/m.json", "which the run reads; name another place"),
     ],
 )
 def test_files_that_metrics_cannot_go_to_are_refused(model_folder, tmp_path, capsys, name, message):
-    (tmp_path / "folder.json").mkdir()
+    for folder in ("folder.json", "data"):
+        (tmp_path / folder).mkdir()
     (tmp_path / "notes.json").write_text("[1]\n")
+    write_jsonl(tmp_path / "data" / "more.jsonl", QUESTIONS)
     questions = write_jsonl(tmp_path / "questions.json", QUESTIONS)
     (tmp_path / "out.json").symlink_to(tmp_path / "scores.jsonl")
     path = tmp_path / name
-    assert message in failing(capsys, model_folder, "--metrics", path, "--output", tmp_path / "scores.jsonl", questions)
+    options = ("--metrics", path, "--output", tmp_path / "scores.jsonl")
+    assert message in failing(capsys, model_folder, *options, questions, tmp_path / "data")
     assert (tmp_path / "notes.json").read_text() == "[1]\n"
 
 

@@ -68,6 +68,7 @@ def test_other_keys_stay_and_a_context_stands_for_the_question():
         (["A", "B", "C"], "B", 1),
         (["2", "1", "0"], "1", 1),
         ([" yes", " no"], None, None),
+        ([" yes", " no"], "", None),
     ],
 )
 def test_gold_is_an_index_a_letter_or_a_text(choices, gold, index):
@@ -85,7 +86,7 @@ def test_gold_is_an_index_a_letter_or_a_text(choices, gold, index):
         ("C", "\"gold\" is 'C'; it must be"),
         ("maybe", "\"gold\" is 'maybe'; it must be"),
         ("0", "\"gold\" is '0'; it must be"),
-        ("", "\"gold\" is ''; it must be"),
+        (" ", "\"gold\" is ' '; it must be"),
         (0.0, '"gold" is a number; it must be'),
         (True, '"gold" is a boolean; it must be'),
         ([0], '"gold" is an array; it must be'),

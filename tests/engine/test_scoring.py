@@ -95,7 +95,7 @@ def test_read_items_names_file_line_and_fault(tmp_path, line, message):
 def test_read_items_refuses_missing_and_empty_files(tmp_path):
     with pytest.raises(UserError, match=r"absent.jsonl can't be read: No such file"):
         read_items(tmp_path / "absent.jsonl")
-    with pytest.raises(UserError, match="can't be read: Is a directory"):
+    with pytest.raises(UserError, match="holds no data file"):
         read_items(tmp_path)
     (tmp_path / "empty.jsonl").write_bytes(b"")
     with pytest.raises(UserError, match=r"empty.jsonl is empty"):
