@@ -28,7 +28,7 @@ from .compare import Comparison, compare_runs
 from .finished import Memory
 from .progress import progress_bar, say
 from .reading import encode, say_what_is_bad
-from .writing import Results, check_ids, results_of
+from .writing import Results, check_records, finds_ranges, results_of
 
 Numbers = list[np.ndarray]  # an item's: an array of each kind
 
@@ -38,14 +38,13 @@ def prepared(args: argparse.Namespace, *kinds: str) -> Iterator[dict]:
     """Hold --output for this run, and give the arguments of every engine; `kinds` are formats that --output may have
     beside those of every command."""
     args.memory = memory = Memory(args)
-    has_ranges = getattr(args, "output_dtype", None) == "int8" and not args.ranges
     with (
         contextlib.closing(memory),
         checked_output(
             args.output,
             *args.files,
             kinds=kinds,
-            has_ranges=has_ranges,
+            has_ranges=finds_ranges(args),
             overwrite=args.overwrite,
             times_runs=args.compare,
         ),
@@ -91,7 +90,7 @@ class Job:
     def run(self) -> None:
         """Check and tokenise all input, load the model, then compute what is missing, or compare."""
         engine = self.engine
-        check_ids(self)
+        check_records(self)
         self.items = encode(self.records, engine.encode)
         self.folded = not self.args.plain and self._may_pay()
         engine.load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,7 +12,7 @@ from ..data.converted import ConvertedFile
 from ..data.log import Origin
 from ..data.matrix import MatrixFile
 from ..data.matrix_ids import named, put_ids
-from ..data.quantised import QuantisedMatrixFile
+from ..data.quantised import QuantisedMatrixFile, check_count
 from ..data.result_formats import MATRIX, TREC, ResultFormat, format_of
 from ..data.result_writers import writer_of
 from ..data.results import ResultFile, ResultStream, key_of_parts
@@ -42,15 +43,21 @@ def format_of_job(job: Job) -> ResultFormat | None:
     return None if job.args.output is None else format_of(job.args.output, MATRIX, TREC)
 
 
-def check_ids(job: Job) -> None:
-    """UserError for a query or a document that --output can't name."""
-    form = format_of_job(job)
+def finds_ranges(args: argparse.Namespace) -> bool:
+    """Return whether the ranges of int8 embeddings are those of the run's own, which are known in the end."""
+    return getattr(args, "output_dtype", None) == "int8" and not args.ranges
+
+
+def check_records(job: Job) -> None:
+    """UserError for records that --output can't hold: a query or document that a TREC run can't name, or one text alone
+    where ranges are those of all."""
+    form, records = format_of_job(job), job.records
+    if form is not None and form.is_matrix and finds_ranges(job.args):
+        check_count(job.args.output, len(records))
     if form is not None and form.kind == TREC:
         ids = TrecIds()
-        for item, query in enumerate(job.records):
-            ids.check(
-                query.where, query.extra.get("query_id"), job.records.origin(item), getattr(query, "ids", None) or ()
-            )
+        for item, query in enumerate(records):
+            ids.check(query.where, query.extra.get("query_id"), records.origin(item), query.ids or ())
 
 
 def results_of(job: Job) -> Results:
@@ -91,7 +98,7 @@ class _Rows:
         engine: Any = job.engine
         self._job, self._convert = job, engine.convert
         self._matrix: QuantisedMatrixFile | MatrixFile
-        if args.output_dtype == "int8" and not args.ranges:
+        if finds_ranges(args):
             self._matrix = QuantisedMatrixFile(*arguments)  # of the engine's float32
         else:
             self._matrix = MatrixFile(*arguments, args.output_dtype)

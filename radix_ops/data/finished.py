@@ -21,7 +21,7 @@ from typing import Any
 
 _VERSION = 1
 _LIBRARIES = ("torch", "transformers", "tokenizers", "sentence-transformers", "safetensors", "gguf")
-_MOST_FILES, _MOST_RECORDS = 10_000, 1000
+_MOST_FILES, _MOST_BYTES, _MOST_RECORDS = 10_000, 2**36, 1000  # of inputs the bytes, which are read
 _TICK = 0.02  # seconds: file systems tell such times apart, or whole seconds
 _HUB_TIMEOUT = 10  # seconds
 Stamps = dict[str, tuple[int, ...]]
@@ -47,11 +47,14 @@ class FinishedJob:
         self._before = self._stamps()
 
     def _stamps(self) -> tuple[Stamps, Stamps] | None:
-        """Return those of the model's files and of what else is read; None where there are others than files."""
+        """Return those of the model's files and of what else is read; None where there are others than files, or too
+        many bytes."""
         folder = _model_folder(self._model)
         found = None if folder is None else stamps_of([folder], is_deep=not self._model.endswith(".gguf"))
         inputs = None if "-" in self._inputs else stamps_of([*self._inputs, *_paths_among(self._options.values())])
-        return None if not found or not inputs else (found, inputs)
+        if not found or not inputs or sum(size for size, *_ in inputs.values()) > _MOST_BYTES:
+            return None
+        return found, inputs
 
     def _name(self, model: Stamps) -> str:
         """Return a hash that tells the job from others."""
@@ -63,17 +66,17 @@ class FinishedJob:
     def remember(self, count: int, files: Iterable[str | Path], said: list[tuple[str, str]]) -> None:
         """Keep the proof that `files`, the output and what goes with it, hold all `count` results; `said` is what the
         run said behind them, as (stream, text)."""
-        if self._before is None:
-            return
-        names = [os.path.realpath(path) for path in files]
-        held = stamps_of(names)
-        if held is None or self._stamps() != self._before or not all(map(_is_told, (held, self._before[0]))):
-            return
-        found = {"job": self._name(self._before[0]), "count": count, "files": held, "said": said}
-        # A change from here on has another time than all that was.
-        time.sleep(_TICK)
-        if self._stamps() == self._before and stamps_of(names) == held:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            names = [os.path.realpath(path) for path in files]
+            held = stamps_of(names)
+            if self._before is None or held is None or not all(map(_is_told, (held, self._before[0]))):
+                return
+            if self._stamps() != self._before:  # before much is read
+                return
+            found = {"job": self._name(self._before[0]), "count": count, "files": held, "said": said}
+            # A change from here on has another time than all that was.
+            time.sleep(_TICK)
+            if self._stamps() == self._before and stamps_of(names) == held:
                 _write(self._record, found)
 
     def found(self) -> tuple[int, list[tuple[str, str]]] | None:

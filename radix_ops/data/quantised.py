@@ -27,10 +27,6 @@ class QuantisedMatrixFile:
     """
 
     def __init__(self, path: str, shape: tuple[int, int], key: str, overwrite: bool):
-        if shape[0] < 2:
-            raise UserError(
-                f"--output {path}: int8 takes the range of each column from all rows, and there is one alone"
-            )
         self.path, self._part, self._work = (beside(path, suffix) for suffix in ("", ".part", ".float32"))
         self.ranges_path = companion(path, ".ranges.npy")
         self._shape, self._header = shape, header_of(shape, key, "int8")
@@ -78,6 +74,14 @@ class QuantisedMatrixFile:
                 file.write(quantised(rows[block], ranges).tobytes())
             put_in_place(file, self._part, self.path)
         self._work.unlink()
+
+
+def check_count(output: str, count: int) -> None:
+    """UserError for too few rows to take ranges from."""
+    if count < 2:
+        raise UserError(
+            f"--output {output}: int8 takes the range of each column from all texts, and there is one alone"
+        )
 
 
 def check_ranges_path(output: str, overwrite: bool) -> None:

@@ -183,3 +183,22 @@ def test_a_library_that_is_missing_is_named_before_anything_is_read(tmp_path, ca
     message = failing_command(capsys, *arguments)
     assert f"{name} needs pyarrow" in message
     assert "[data]" in message
+
+
+def test_ranges_of_one_text_alone_are_refused_before_the_model_is_loaded(tmp_path, run, capsys, monkeypatch):
+    monkeypatch.setattr(_engine, "load_runner", lambda *arguments: pytest.fail("loaded"))
+    (tmp_path / "one.txt").write_text("the sea\n")
+    run("embed", tmp_path / "o.npy", "--output-dtype", "int8", file=tmp_path / "one.txt", status=1)
+    assert "int8 takes the range of each column from all texts, and there is one alone" in capsys.readouterr().err
+
+
+def test_a_trec_run_names_documents_by_their_ids_and_holds_the_best(tmp_path, run):
+    documents = [{"id": f"d{index}", "text": text} for index, text in enumerate(["the sea", "yes", "the Thames"])]
+    file = write_jsonl(tmp_path / "q.jsonl", [{"query": "river", "query_id": 7, "documents": documents}])
+    (result,) = read_jsonl(run("rerank", tmp_path / "o.jsonl", "--top-k", 2, file=file))
+    found = run("rerank", tmp_path / "o.run.gz", "--top-k", 2, file=file)
+    lines = [line.split(" ")[:5] for line in gzip.decompress(found.read_bytes()).decode().splitlines()]
+    assert lines == [
+        ["7", "Q0", name, str(rank), str(result["scores"][int(name[1])])] for rank, name in enumerate(result["ids"], 1)
+    ]
+    assert len(lines) == 2
