@@ -18,7 +18,8 @@ are imported by name; `help` of each leads on:
     radix_ops.compat         the API of the radix-mlp package, with radix_ops.compat.torch
     radix_ops.reference      the ops in plain Python, to read
 
-The command is radix-ops, or python -m radix_ops, and main of radix_ops.cli: score, embed, rerank and inspect.
+The command is radix-ops, or python -m radix_ops, and main of radix_ops.cli: score, embed, rerank,
+classify and inspect.
 """
 
 from pathlib import Path

@@ -97,6 +97,10 @@ def workplace(models, tmp_path, monkeypatch) -> Path:
     exam = [{"question": "Is the sea salty?", "choices": ["yes", "no"], "gold": "A"}]
     for name, lines in (("questions", questions), ("exam", exam), ("queries", queries)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reviews = [{"text": "I laughed all evening.", "label": "good"}, {"text": "I left early.", "label": "bad"}]
+    (tmp_path / "reviews.jsonl").write_text("".join(json.dumps(review) + "\n" for review in reviews))
+    prompt = {"template": "Review: {{ text }}\nThe film was", "labels": {"good": " good", "bad": " bad"}}
+    (tmp_path / "prompt.json").write_text(json.dumps(prompt))
     (tmp_path / "texts.txt").write_text("the Seine\nthe Rhine\n")
     settings = next(block.text for block in BLOCKS if block.language == "toml")
     (tmp_path / "run.toml").write_text(local(settings, models))

@@ -1,16 +1,17 @@
-"""What all results of a run of `radix-ops score` say together: told on standard error, and written where asked."""
+"""What all results of a run say together: told on standard error, and written where asked. For score and classify."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from ..data.measured import write_metrics
 from ..data.records import Records
+from ..engine.label_measures import LabelMeasures
 from ..engine.measures import ACCURACIES, Measures
 from .compare import Agreement, Comparison
 from .job import Job, Numbers
@@ -23,11 +24,20 @@ _FIELDS = ("logprobs", "tokens", "best", "best_per_char", "gold", "logprob", "wo
 
 class Measured:
     """The measures of a run. It reads them from --output, which holds what an earlier run left, too; without one it
-    gets each result by `add`."""
+    gets each result by `add`.
 
-    def __init__(self, args: argparse.Namespace):
+    `fields_of` returns what `measures` counts of a result, or None; `report` makes lines of what they found.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        measures: Measures | LabelMeasures,
+        fields_of: Callable[[Mapping[str, Any]], dict[str, Any] | None],
+        report: Callable[[dict[str, Any]], list[str]],
+    ):
         self._output, self._path = args.output, args.metrics
-        self._measures = Measures(args.calibration)
+        self._measures, self._fields_of, self._report = measures, fields_of, report
 
     def add(self, result: Mapping[str, Any]) -> None:
         """Count a result where no --output holds it."""
@@ -39,16 +49,22 @@ class Measured:
         if self._output is not None:
             Records(self._output, lambda record: self._count(record.fields))
         found = self._measures.found()
-        for line in report(found):
+        for line in self._report(found):
             say(line)
         if self._path:
             write_metrics(self._path, found)
 
     def _count(self, result: Mapping[str, Any]) -> None:
-        fields = {name: _value(result[name]) for name in _FIELDS if name in result}
-        fields = {name: value for name, value in fields.items() if value is not None}
-        if "tokens" in fields:  # else it is the error of a row
+        fields = self._fields_of(result)
+        if fields is not None:
             self._measures.add(fields)
+
+
+def fields_of(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what counts of a result of score, as it stands in a line or a table; None of a row with an error."""
+    fields = {name: _value(result[name]) for name in _FIELDS if name in result}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    return fields if "tokens" in fields else None
 
 
 def _value(value: Any) -> Any:

@@ -8,10 +8,11 @@ from ..data.measured import check_metrics
 from ..engine import Scorer, scoring
 from ..engine.errors import UserError
 from ..engine.inputs import Record
+from ..engine.measures import Measures
 from ..engine.rolling import Text
 from ..engine.scoring import Item
 from .job import Job, prepared
-from .measured import Differences, Measured
+from .measured import Differences, Measured, fields_of, report
 from .reading import read_records
 
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
         parser = _Parser(engine, args)
         records = read_records(args, parser, scoring.SHAPE)
         parser.check()
-        measured = Measured(args)
+        measured = Measured(args, Measures(args.calibration), fields_of, report)
         Job(args, engine, records, "score", "scored", Differences(measured), measured.add).run()
         measured.finish()
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 _VERSION = 1
-_LIBRARIES = ("torch", "transformers", "tokenizers", "sentence-transformers", "safetensors", "gguf")
+_LIBRARIES = ("torch", "transformers", "tokenizers", "sentence-transformers", "safetensors", "gguf", "jinja2")
 _MOST_FILES, _MOST_BYTES, _MOST_RECORDS = 10_000, 2**36, 1000  # of inputs the bytes, which are read
 _TICK = 0.02  # seconds: file systems tell such times apart, or whole seconds
 _HUB_TIMEOUT = 10  # seconds

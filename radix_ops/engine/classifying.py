@@ -278,13 +278,13 @@ def gold_of(where: str, fields: dict, labels: Sequence[str], problem: str) -> st
     is one label, 0 and 1 say whether it holds. UserError for what is none of the labels.
     """
     key = next((key for key in _GOLD_KEYS if key in fields), None)
-    if key is None or fields[key] is None or fields[key] == -1:
+    if key is None or fields[key] in (None, -1, "", "-1"):  # cells of tables are strings
         return None
     given = fields[key]
     if problem != "multi_label_classification":
         return _label_of(f'{where}: "{key}"', given, labels)
-    if len(labels) == 1 and given in (0, 1):
-        return list(labels) if given else []
+    if len(labels) == 1 and given in (0, 1, "0", "1") and given not in labels:
+        return list(labels) if int(given) else []
     if not isinstance(given, list):
         return [_label_of(f'{where}: "{key}"', given, labels)]
     found = (_label_of(f"{where}: {key}[{index}]", label, labels) for index, label in enumerate(given))
@@ -294,8 +294,14 @@ def gold_of(where: str, fields: dict, labels: Sequence[str], problem: str) -> st
 def _label_of(where: str, given: Any, labels: Sequence[str]) -> str:
     if isinstance(given, str) and given in labels:
         return given
-    if isinstance(given, (int, float)) and not isinstance(given, bool) and given in range(len(labels)):
-        return labels[int(given)]
+    index = int(given) if isinstance(given, str) and given.isdecimal() else given
+    if isinstance(index, (int, float)) and not isinstance(index, bool) and index in range(len(labels)):
+        name = str(int(index))
+        if name in labels and labels.index(name) != index:
+            raise UserError(
+                f'{where} is {given!r}, and "{name}" is not the label of that index; write the name as a string'
+            )
+        return labels[int(index)]
     listed = ", ".join(map(repr, labels[:8])) + (" and more" if len(labels) > 8 else "")
     raise UserError(
         f"{where} is {given!r:.100}; it must be a label ({listed}) or its index, from 0 to {len(labels) - 1}; rename "

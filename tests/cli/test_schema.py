@@ -6,7 +6,7 @@ import jsonschema
 import pytest
 
 from helpers.commands import QUERIES, QUESTIONS, TEXTS, inspect_json, read_jsonl, write_jsonl
-from helpers.language_models import embedding_tokenizer, reranking_tokenizer, tiny_model
+from helpers.language_models import embedding_tokenizer, reranking_tokenizer, tiny_classifier, tiny_model
 from radix_ops import cli
 
 pytest.importorskip("transformers")
@@ -24,6 +24,9 @@ def folder_of(command, folder):
     if command == "embed":
         tiny_model("Qwen3").model.save_pretrained(folder)
         embedding_tokenizer().save_pretrained(folder)
+    elif command == "classify":
+        tiny_classifier("Qwen3", vocab_size=360).save_pretrained(folder)
+        reranking_tokenizer(True).save_pretrained(folder)
     else:
         tiny_model("Qwen3", vocab_size=360, max_position_embeddings=512).save_pretrained(folder)
         reranking_tokenizer(False).save_pretrained(folder)
@@ -40,7 +43,13 @@ def fields_of(schema):
 TEXT_LINES = [{"text": text, "id": number} for number, text in enumerate(TEXTS) if text]
 DOCUMENTS = [[{"id": f"d{i}", "text": text} for i, text in enumerate(line["documents"])] for line in QUERIES]
 WITH_IDS = [line | {"documents": documents} for line, documents in zip(QUERIES, DOCUMENTS, strict=True)]
-INPUTS = {"score": [QUESTIONS, TEXT_LINES], "embed": [TEXT_LINES], "rerank": [QUERIES, WITH_IDS]}
+LABELLED = [{"text": text, "label": label} for text, label in zip(TEXTS, ["a", 2, -1], strict=False)]
+INPUTS = {
+    "classify": [LABELLED],
+    "score": [QUESTIONS, TEXT_LINES],
+    "embed": [TEXT_LINES],
+    "rerank": [QUERIES, WITH_IDS],
+}
 
 
 @pytest.mark.parametrize(("command", "lines"), [(name, lines) for name in INPUTS for lines in INPUTS[name]])

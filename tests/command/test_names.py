@@ -3,7 +3,7 @@
 import radix_ops
 import radix_ops_command
 from radix_ops.data import formats, kinds, streams
-from radix_ops.engine import cross_encoders, inputs, pooling, quantising, templates
+from radix_ops.engine import classifying, cross_encoders, inputs, label_prompts, pooling, quantising, templates
 from radix_ops.plan import sharing
 from radix_ops_command import names
 
@@ -15,6 +15,8 @@ def test_names_are_those_of_the_engine():
     assert pooling.POOLINGS == names.POOLINGS
     assert quantising.OUTPUT_DTYPES == names.OUTPUT_DTYPES
     assert tuple(templates.TEMPLATES) == names.TEMPLATES
+    assert tuple(label_prompts.LABEL_PROMPTS) == names.LABEL_PROMPTS
+    assert classifying.PROBLEMS == names.PROBLEMS
     assert cross_encoders.READINGS == names.READINGS
     assert kinds.KINDS == names.KINDS
     assert formats.PAIRS == names.PAIRS

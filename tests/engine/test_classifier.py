@@ -160,7 +160,9 @@ def test_a_problem_that_the_config_does_not_say_may_be_said(tmp_path):
         (None, 3, {"label": 2}, "c"),
         (None, 3, {"label": 1.0}, "b"),
         (None, 3, {"label": "b", "gold": 0}, "a"),
+        (None, 3, {"label": "2"}, "c"),
         (None, 3, {"label": -1}, None),
+        (None, 3, {"label": ""}, None),
         (None, 3, {"gold": None}, None),
         (None, 3, {}, None),
         (MULTI, 3, {"label": ["c", 0, "c"]}, ["a", "c"]),
@@ -177,6 +179,17 @@ def test_right_labels_are_names_in_results(problem, labels, given, gold):
     assert found.get("gold") == gold
     assert ("gold" in found) == ("gold" in given or gold is not None)
     assert found.get("label") == given.get("label")
+
+
+def test_an_index_that_is_another_labels_name_is_refused():
+    model = tiny_classifier()
+    model.config.id2label = {0: "1", 1: "2", 2: "3"}
+    classifier = Classifier(model, tiny_tokenizer(True))
+    assert classifier.classify([{"text": "a", "label": "1"}, {"text": "a", "label": 0}])[0]["gold"] == "1"
+    with pytest.raises(
+        UserError, match='items\\[0\\]: "label" is 1, and "1" is not the label of that index; write the'
+    ):
+        classifier.classify([{"text": "a", "label": 1}])
 
 
 @pytest.mark.parametrize(
