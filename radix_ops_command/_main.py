@@ -52,7 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     try:
         given, unknown = parser.parse_known_args(argv)
         command = commands[given.command] if hasattr(given, "command") else parser
-        command.refuse_unknown(unknown)
+        command.take_rest(given, unknown)
         parser.complete(given)
         if "config" in settings.names_of(command):
             settings.fill(command, given, settings.of_environment(command, commands, os.environ))

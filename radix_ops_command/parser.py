@@ -60,14 +60,19 @@ class Parser(argparse.ArgumentParser):
         """Yield the arguments that set something."""
         return (action for action in self._actions if action.dest not in ("help", "version", argparse.SUPPRESS))
 
-    def refuse_unknown(self, unknown: list[str]) -> None:
-        """UsageError for arguments that no option and no place takes: options first, each with the nearest name."""
+    def take_rest(self, given: argparse.Namespace, unknown: list[str]) -> None:
+        """Give what stands behind options to the place that takes several values, as FILE does. UsageError for
+        arguments that no option and no place takes: options first, each with the nearest name."""
         options = [text.partition("=")[0] for text in unknown if text.startswith("-") and text not in ("-", "--")]
         if options:
             known = [name for action in self._actions for name in action.option_strings]
             self.error("there is no option " + ", nor ".join(name + meant(name, known) for name in options))
-        if unknown:
+        several = [action.dest for action in self.arguments if not action.option_strings and action.nargs == "+"]
+        if unknown and not several:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        for name in several:
+            if unknown:
+                setattr(given, name, [*getattr(given, name, []), *unknown])
 
     def rivals(self, action: argparse.Action) -> set[str]:
         """Return the names in the result of what can't be given together with the argument."""

@@ -16,6 +16,10 @@ _ORIGIN: Schema = {
     "file": TEXT | {"description": "the input file, where there are several"},
 }
 _KEY: Schema = TEXT | {"description": "a hash of input, tokens, model, dtype and options, by which a run is continued"}
+_ERROR: Schema = {
+    "properties": {"error": TEXT | {"description": "why the row can't be used, with --on-error record"}},
+    "required": ["error"],
+}
 
 
 def array(items: Schema, description: str, **others: Any) -> Schema:
@@ -40,12 +44,12 @@ def kind(required: Schema, optional: Schema | None = None) -> Schema:
 
 
 def line(command: str, *kinds: Schema) -> Schema:
-    """Return the schema of a command's line of one of these kinds: where it comes from, and its key; others are copies
-    of the input's."""
+    """Return the schema of a command's line of one of these kinds, or of an error: where it comes from, and its key;
+    other fields are copies of the input's."""
     return {
         "title": f"a line of radix-ops {command}",
         "type": "object",
         "properties": _ORIGIN | {"key": _KEY},
         "required": ["key"],
-        "allOf": [{"anyOf": [{"required": ["line"]}, {"required": ["row"]}]}, {"anyOf": list(kinds)}],
+        "allOf": [{"anyOf": [{"required": ["line"]}, {"required": ["row"]}]}, {"anyOf": [*kinds, _ERROR]}],
     }

@@ -71,6 +71,21 @@ def test_lines_are_as_the_schema_says(command, lines, tmp_path, capsys):
                 jsonschema.validate(line | {key: {}}, schema)
 
 
+def test_lines_of_errors_are_as_the_schema_says(tmp_path, capsys):
+    data = write_jsonl(tmp_path / "in.jsonl", [QUERIES[1], {"query": 1, "documents": ["a"]}])
+    output = tmp_path / "out.jsonl"
+    options = ["--on-error", "record", "--model", folder_of("rerank", tmp_path / "model"), "--output", output]
+    assert cli.main(list(map(str, ["rerank", "--device", "cpu", *options, data]))) == 0
+    schema = schema_of(capsys, "rerank")
+    ranked, error = read_jsonl(output)
+    for line in (ranked, error):
+        jsonschema.validate(line, schema)
+    assert set(error) - {"query", "documents"} == {"line", "error", "key"}
+    del error["error"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(error, schema)
+
+
 def test_the_object_of_inspect_is_as_the_schema_says(tmp_path, capsys):
     schema = schema_of(capsys, "inspect")
     ids = [list(range(length)) for length in (3, 9, 9, 0, 40)] + [[5, 6]] * 40

@@ -18,6 +18,7 @@ from helpers.commands import parsed, refused_usage
         ("scor q.jsonl", "(did you mean score?)"),
         ("embed -m m t.txt --pooling lst", "(did you mean last?)"),
         ("embed", "radix-ops embed: error: the following arguments are required: FILE, -m/--model"),
+        ("schema score embed", "radix-ops schema: error: unrecognized arguments: embed"),
         ("", "radix-ops: error: the following arguments are required: COMMAND"),
     ],
 )
@@ -39,6 +40,10 @@ def test_short_options_are_the_long_ones():
         "model", "out.jsonl", True, False, None
     )  # fmt: skip
     assert parsed("inspect", "-m", "model", "f").model == "model"
+
+
+def test_files_may_stand_before_and_behind_options():
+    assert parsed("score", "a", "b", "-m", "m", "c", "-q", "-").files == ["a", "b", "c", "-"]
 
 
 def test_help_shows_defaults_and_what_is_required(capsys):
