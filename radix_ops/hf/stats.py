@@ -18,7 +18,7 @@ _MOST_REASONS, _OTHERS = 32, "other reasons"
 
 
 class RadixStats:
-    """Counts what an enabled model has done so far: `model.radix_stats`. The counts may be set back to 0.
+    """Counts what an enabled model has done so far: `model.radix_stats`. `reset()` sets all counts back to 0.
 
     tokens: real tokens that came in.
     rows: rows that the decoder layers computed; for a skipped batch all its positions, padding included.

@@ -67,6 +67,8 @@ def torch_models(model: nn.Module, batch: FoldedBatch, weight: Tensor) -> None:
     assert_type(losses.token_logprobs_and_entropy(hidden, batch, weight=weight), tuple[Tensor, Tensor])
     assert_type(losses.causal_lm_loss(hidden, batch, weight=weight, softcap=30.0), Tensor)
     assert_type(hf.RadixStats().tokens, int)
+    assert_type(hf.RadixStats().reasons, dict[str, int])
+    assert_type(hf.RadixStats().tokens_per_row, dict[float, int])
 
 
 def planned(tokens: list[list[int]]) -> None:
