@@ -32,7 +32,7 @@ class Timing:
 
     @property
     def is_short(self) -> bool:
-        """Whether the rounds are too short to say how much they differ."""
+        """Return whether the rounds are too short to say how much they differ."""
         return min(median(times[folded].seconds for times in self.rounds) for folded in MODES) < _SHORT
 
 

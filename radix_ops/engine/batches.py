@@ -71,13 +71,9 @@ class Pass:
         self._batches = in_memory(len(items.store), budget.max_rows, self._planned, self._computed)
 
     @property
-    def is_done(self) -> bool:
-        return self.stats.tokens == self._plan.num_tokens
-
-    @property
     def done(self) -> float:
         """The share of all tokens that is done."""
-        return 1.0 if self.is_done else self.stats.tokens / self._plan.num_tokens
+        return self.stats.tokens / self._plan.num_tokens if self._plan.num_tokens else 1.0
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -90,14 +86,14 @@ class Pass:
     def advance(
         self, on_batch: OnBatch | None = None, *, share: float = 1.0, seconds: float = float("inf")
     ) -> list[np.ndarray]:
-        """Go on until the given share of all tokens is done, or so many seconds have passed; return the batches of this
-        stretch, one at least where any is left. Arrays go to `on_batch(indices, arrays)`.
+        """Go on until the given share of all tokens is done, or so many seconds have passed, and return the batches of
+        this stretch. Arrays go to `on_batch(indices, arrays)`.
 
         OutOfMemory as `in_memory` has it.
         """
         stats = self.stats
         gone: list[np.ndarray] = []
-        if self.is_done:
+        if self.done >= share:
             return gone
         with self._runner.running(self._folded):
             rows_before, head_rows_before = self._runner.rows, self._runner.head_rows

@@ -26,7 +26,7 @@ class Machine:
     """A clock that goes on with the work, more slowly or faster by the time of day."""
 
     def __init__(self, slowness):
-        self.now, self.slowness, self.log = 0.0, slowness, []
+        self.now, self.slowness, self.log, self.progress = 0.0, slowness, [], []
 
     def work(self, folded, seconds):
         took = seconds * self.slowness(self.now)
@@ -48,13 +48,14 @@ class Way:
     def advance(self, on_batch, *, share=1.0, seconds=float("inf")):
         assert self.is_warm
         stretch, before = [], self.stats.seconds
-        while self.gone < self.batches and (not stretch or self.gone < share * self.batches):
+        while self.gone < share * self.batches:
             if stretch and self.stats.seconds - before >= seconds:
                 break
             self.stats.seconds += self.machine.work(self.folded, self.seconds)
             stretch.append(np.array([self.gone]))
             on_batch(stretch[-1], ())
             self.gone += 1
+            self.machine.progress.append((self.folded, self.gone / self.batches))
         return stretch
 
     def repeat(self, batches):
@@ -89,6 +90,16 @@ def test_a_machine_that_slows_down_slows_both_ways(slowness):
     if slowness(10**6) != 1:
         first_half = sum(took for folded, took in machine.log[: len(machine.log) // 2])
         assert first_half != pytest.approx(sum(took for _, took in machine.log) / 2, rel=0.2)
+
+
+@pytest.mark.parametrize(("plain", "folded"), [((11, 5.2), (3, 2.2)), ((3, 2.2), (11, 5.2)), ((500, 2.0), (2, 60.0))])
+def test_the_ways_stay_beside_each_other(plain, folded):
+    _, machine = timed(lambda now: 1, plain, folded)
+    done = {False: 0.0, True: 0.0}
+    for mode, share in machine.progress:
+        done[mode] = share
+        # Each is ahead by a part and a batch at most.
+        assert abs(done[False] - done[True]) <= 1 / 64 + max(1 / plain[0], 1 / folded[0])
 
 
 def test_short_input_is_measured_whole_in_every_round():

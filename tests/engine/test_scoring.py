@@ -1,6 +1,7 @@
 """Scoring: reading, tokenising, planning, and log-probabilities against transformers one sequence at a time."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from helpers.batches import trie_size
 from helpers.language_models import Sequence, needs_hf, oracle, sequences_of, tiny_model, tiny_tokenizer
 from radix_ops.data.records import Records, UserError
 from radix_ops.engine import scoring
-from radix_ops.engine.batches import plan_batches
+from radix_ops.engine.batches import Pass, plan_batches
 from radix_ops.engine.runners import TransformersRunner
 from radix_ops.plan.budget import Budget
 
@@ -237,6 +238,31 @@ def test_run_computes_each_shared_row_once():
     assert stats.batches == 1
     *_, plain = run(model, sequences, 10**6, folded=False)
     assert plain.rows >= plain.tokens == stats.tokens > stats.rows
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["plain", "folded"])
+def test_a_pass_may_be_gone_in_stretches(folded):
+    needs_hf()
+    model, sequences = tiny_model(), random_sequences(seed=6, num_items=12)
+    logprobs, _, whole = run(model, sequences, 40, folded)
+    runner, choices, found = TransformersRunner(model), choices_of(sequences), {}
+    stretches = Pass(runner, choices, Budget(40), folded, scoring.scorer(runner, choices))
+
+    def collect(indices, numbers):
+        found.update(zip(indices.tolist(), numbers[0].tolist(), strict=True))
+
+    first = stretches.advance(collect, share=0.3)
+    assert 0.3 <= stretches.done < 1
+    assert stretches.advance(collect, share=0.3) == []
+    assert len(stretches.advance(collect, seconds=0.0)) == 1
+    counted = replace(stretches.stats)
+    assert stretches.repeat(first).seconds > 0
+    assert stretches.stats == counted
+    stretches.advance(collect)
+    assert stretches.advance(collect) == []
+    for name in ("tokens", "rows", "head_rows", "batches"):
+        assert getattr(stretches.stats, name) == getattr(whole, name)
+    assert [found[i] for i in range(len(found))] == pytest.approx(logprobs.tolist(), abs=1e-5)
 
 
 def test_run_leaves_the_model_as_it_was():
