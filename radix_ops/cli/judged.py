@@ -25,6 +25,7 @@ class Judged:
 
     def __init__(self, args: argparse.Namespace, judgements: Judgements | None):
         self._output, self._path, self._judgements = args.output, args.metrics, judgements
+        self._is_asked = bool(args.metrics or args.qrels)
         self._relevance: Relevance | None = None
         self._has_relevance = False
 
@@ -48,7 +49,7 @@ class Judged:
         try:
             relevance = Relevance(self._judgements)
         except UserError as error:
-            if self._path or self._judgements is not None:
+            if self._is_asked:
                 raise
             say(f"nDCG@10 is not computed: {error}")
             return

@@ -9,7 +9,7 @@ import pytest
 from helpers.commands import QUERIES, failing_command, read_jsonl, write_jsonl
 from helpers.language_models import reranking_tokenizer, tiny_model
 from radix_ops import cli
-from radix_ops.engine import _engine
+from radix_ops.engine import UserError, _engine, relevance
 
 
 def rerank(model, *arguments):
@@ -102,6 +102,17 @@ def test_relevance_in_the_rows_is_measured(reranker, tmp_path, capsys):
     out, err = capsys.readouterr()
     ranks = [json.loads(line)["order"].index(0) + 1 for n, line in enumerate(out.splitlines()) if n != 1]
     assert f"RR {np.mean([1 / rank for rank in ranks]):.4f}, R@10 1.0000: means over 3 judged queries\n" in err
+
+
+def test_without_ir_measures_a_run_goes_on_unless_measures_were_asked_for(reranker, tmp_path, capsys, monkeypatch):
+    lacks = lambda package, extra, what: (_ for _ in ()).throw(UserError(f"{what} needs {package}, of [{extra}]"))  # noqa: E731
+    monkeypatch.setattr(relevance, "needs", lacks)
+    path = write_jsonl(tmp_path / "q.jsonl", [{"query": "a", "documents": ["b"], "relevance": [1]}])
+    assert rerank(reranker, path) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["scores"]) == 1
+    assert "nDCG@10 is not computed: measuring rankings needs ir_measures, of [rank]\n" in err
+    assert "measuring rankings needs ir_measures" in failing(capsys, reranker, "--metrics", tmp_path / "m.json", path)
 
 
 def test_measures_that_nothing_tells_of_are_refused_before_a_model_is_loaded(reranker, tmp_path, capsys, monkeypatch):
