@@ -140,7 +140,8 @@ WAIT = """
 import json, os, subprocess, sys, time
 from radix_ops.cli.contention import Contention
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+busy = "import time; end = time.time() + 60; all(time.time() < end for _ in iter(int, 1))"
+others = [subprocess.Popen([sys.executable, "-c", busy]) for _ in range(2)]
 contention = Contention()
 with contention.measured():
     end = time.process_time() + 0.5
