@@ -13,6 +13,7 @@ from ..engine.rolling import Text
 from ..engine.scoring import Item
 from .job import Job, prepared
 from .measured import Differences, Measured, fields_of, report
+from .progress import say
 from .reading import read_records
 
 
@@ -44,7 +45,7 @@ class _Parser:
     def __init__(self, engine: Scorer, args: argparse.Namespace):
         self._engine, self._args = engine, args
         self._kind: type | None = None
-        self._has_gold = False
+        self._has_gold = self._has_told = False
 
     def __call__(self, record: Record) -> Item | Text:
         item = self._engine.parse(record)
@@ -58,7 +59,14 @@ class _Parser:
             raise UserError(f"{item.where} holds {what}; --{option.replace('_', '-')} is for {others}")
         self._kind = kind
         self._has_gold = self._has_gold or item.extra.get("gold") is not None
+        if self._args.chat and isinstance(item, Item) and any(choice[0].isspace() for choice in item.choices):
+            self._tell_of_spaces(item.where)
         return item
+
+    def _tell_of_spaces(self, where: str) -> None:
+        if not self._has_told:
+            say(f"{where}: choices begin with white space, so the assistant's answers do, which few chats have")
+            self._has_told = True
 
     def check(self) -> None:
         """UserError where what is asked for needs to know which choices are right, and nothing says it."""

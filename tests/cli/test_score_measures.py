@@ -301,6 +301,14 @@ def test_letters_and_chat_decide_what_is_read(chat_folder, tmp_path, capsys):
     assert len(keys) == len(prompts)
 
 
+def test_spaces_before_answers_of_a_chat_are_told_once(chat_folder, tmp_path, capsys):
+    rows = [{"context": "Which?", "choices": ["a", "b"]}, *[{"context": "Which?", "choices": ["a", " b"]}] * 2]
+    path = write_jsonl(tmp_path / "q.jsonl", rows)
+    for options, count in (([], 0), (["--chat"], 1)):
+        assert score(chat_folder, *options, path) == 0
+        assert capsys.readouterr().err.count("q.jsonl, line 2: choices begin with white space") == count
+
+
 @pytest.mark.parametrize(
     ("options", "row", "message"),
     [
