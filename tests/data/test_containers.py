@@ -300,3 +300,15 @@ def test_quotes_and_delimiters_are_those_of_csv(tmp_path):
     path = tmp_path / "t.csv"
     path.write_bytes(text.getvalue().encode())
     assert [record.fields for record in Records(path)] == rows
+
+
+def test_ids_of_a_npz_file_are_rows(tmp_path):
+    sequences = [[5, 6, 7], [], [8]]
+    records = Records(data_files.write_ids(tmp_path / "ids.npz", sequences))
+    assert [record.fields for record in records] == [{"input_ids": ids} for ids in sequences]
+    assert [json.loads(records.raw(i)) for i in range(3)] == [{"input_ids": ids} for ids in sequences]
+    assert records.origin(2) == {"row": 3}
+    assert records.index_of({"row": 3}) == 2
+    assert records[1].where == f"{tmp_path / 'ids.npz'}, row 2"
+    (tmp_path / "no.npz").write_bytes(b"PAR1")
+    assert f"{tmp_path / 'no.npz'} is no .npz file" in refusal(tmp_path / "no.npz")

@@ -1,14 +1,12 @@
 """Several files, folders and standard input as one set of records."""
 
-import contextlib
 import json
-import os
-import threading
 
 import datasets
 import pytest
 
 from helpers import data_files
+from helpers.standard_input import standard_input
 from radix_ops.data.folders import data_files as files_of
 from radix_ops.data.records import Records, UserError
 
@@ -72,31 +70,12 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path):
         Records(folder)
 
 
-@contextlib.contextmanager
-def standard_input(content: bytes, path=None):
-    """Give standard input that content, from a pipe or from the file."""
-    held, (end, given) = os.dup(0), os.pipe()
-    if path is None:
-        threading.Thread(target=lambda: os.fdopen(given, "wb").write(content)).start()
-        os.dup2(end, 0)
-    else:
-        os.close(given)
-        with path.open("rb") as file:
-            os.dup2(file.fileno(), 0)
-    try:
-        yield
-    finally:
-        os.dup2(held, 0)
-        os.close(held)
-        os.close(end)
-
-
 @pytest.mark.parametrize("is_file", [False, True])
 @pytest.mark.parametrize("name", data_files.WRITERS)
 def test_standard_input_is_read_as_a_file_is(tmp_path, name, is_file):
     path = data_files.write(tmp_path, name, ".zst" if "json" in name else "", ROWS)
     kind = name.split(".")[1] if name in ("rows.csv", "rows.tsv") else None
-    with standard_input(path.read_bytes(), path if is_file else None):
+    with standard_input(path if is_file else path.read_bytes()):
         records = Records("-", format=kind, arrays=("choices", "gold"))
     assert [record.fields for record in records] == ROWS
     assert records.path == "standard input"
