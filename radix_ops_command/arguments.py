@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .names import KINDS, LONGEST_LINE, LONGEST_TEXT
+from .names import KINDS, LONGEST_LINE, LONGEST_TEXT, SHAPES
 
 FILE_HELP = f"""\
 FILE is JSONL, a JSON array, text, CSV, TSV, Parquet, Arrow or a .npz of token ids, plain, gzip or zstd, as its name and
@@ -74,6 +74,52 @@ def add_input_arguments(parser: argparse.ArgumentParser, what: str, writes_resul
     parser.add_argument(
         "--header", type=names, metavar="NAME,...", help="columns of a CSV or TSV that has no line with their names"
     )
+
+
+def add_shape_arguments(parser: argparse.ArgumentParser, command: str) -> None:
+    """Add what says how a row is read; `command` is one that knows rows of the hub."""
+    parser.add_argument(
+        "--column",
+        type=columns,
+        action="append",
+        default=[],
+        metavar="KEY=COLUMN,...",
+        help="column that stands for a key, as in query=question,documents=passages.text; dots go into objects, and "
+        "over those of an array",
+    )
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES[command],
+        metavar="NAME",
+        help="shape of all rows, where their keys fit to several (default: what the keys of each say)",
+    )
+
+
+def add_beir_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says which part of a BEIR folder is read."""
+    parser.add_argument(
+        "--split", metavar="NAME", help="judgements of a BEIR folder, qrels/NAME.tsv (default: test, or the only ones)"
+    )
+    parser.add_argument(
+        "--candidates",
+        metavar="RUN",
+        help="run file in TREC format that names the documents of each query of a BEIR folder (default: the whole "
+        "corpus, where it is small)",
+    )
+
+
+def columns(text: str) -> dict[str, str]:
+    """A type for arguments: columns by the keys that they stand for."""
+    found: dict[str, str] = {}
+    for part in utf8_text(text).split(","):
+        key, _, path = (piece.strip() for piece in part.partition("="))
+        if not key or not all(path.split(".")) or key in found:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} must be KEY=COLUMN with commas between them, as in query=question,documents=passages.text, "
+                "each key once"
+            )
+        found[key] = path
+    return found
 
 
 def add_trust_argument(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from .arguments import (
     add_input_arguments,
     add_length_arguments,
     add_model_arguments,
+    add_shape_arguments,
     positive_int,
     utf8_text,
 )
@@ -51,6 +52,9 @@ checksum of each; both go when it is finished.
 It does not pay where texts start differently: documents without a prompt, or with one that is short beside them.
 `radix-ops inspect` says how much a file shares, --compare how much time that saves.
 
+Rows of a BEIR corpus ("_id", "title" and "text") are title and text together. {{"input_ids": [...]}} holds the token
+ids of a text with all that stands before it; they need no tokenizer, and nothing of them is cut.
+
 {FILE_HELP}
 {MODEL_HELP}"""
 
@@ -60,6 +64,7 @@ SCHEMA = line("embed", kind({"embedding": array(NUMBER, "the text's embedding", 
 def add_parser(commands) -> None:
     command = add_command(commands, "embed", "make embeddings of texts", HELP, "radix_ops.cli.embed")
     add_input_arguments(command, "the texts")
+    add_shape_arguments(command, "embed")
     command.add_argument(
         "--text-key",
         type=utf8_text,

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from .arguments import FILE_HELP, add_command, add_input_arguments, add_trust_argument, positive_int, utf8_text
+from .arguments import (
+    FILE_HELP,
+    add_beir_arguments,
+    add_command,
+    add_input_arguments,
+    add_shape_arguments,
+    add_trust_argument,
+    positive_int,
+    utf8_text,
+)
 from .names import PAIRS, SEED, TEMPLATES
 from .schema_parts import BOOLEAN, COUNT, NUMBER, TEXT, Schema, array, fields
 
@@ -21,7 +30,10 @@ FILE holds one text a line (.txt), or one JSON object a line, of which the first
   {{"prompt": ..., "completion": ...}}       training data; strings, or arrays of messages
   {{"prompt": ..., "chosen": ..., "rejected": ...}}
   {{"input_ids": [...]}}                     token ids, which need no tokenizer
-or it is a .npz file of two arrays, input_ids [N] end to end and cu_seqlens [B + 1].
+  {{"input_ids": [[...], ...]}}              the same of several prompts, as `radix-ops rerank` reads them
+  {{"context_ids": [...], "choices_ids": [[...], ...]}}   the same of questions, as `radix-ops score` reads them
+Rows of the hub and folders of BEIR that the other commands know are read as they read them. A .npz file of two arrays,
+input_ids [N] end to end and cu_seqlens [B + 1], holds token ids, too.
 
 {FILE_HELP}
   radix-ops inspect --tokenizer Qwen/Qwen3-0.6B --plot sharing.png questions.jsonl
@@ -106,6 +118,8 @@ def add_parser(commands) -> None:
         commands, "inspect", "how much a data set shares, and what folding could save", HELP, "radix_ops.cli.inspect"
     )
     add_input_arguments(command, "the data", writes_results=False)
+    add_shape_arguments(command, "inspect")
+    add_beir_arguments(command)
     command.add_argument(
         "--tokenizer", metavar="T", help="a local folder, a hub id or a .gguf file (default: that of --model)"
     )

@@ -10,4 +10,13 @@ PROBLEMS = ("single_label_classification", "multi_label_classification", "regres
 READINGS = ("pairs", "chat")
 PAIRS = "pairs"
 KINDS = ("jsonl", "json", "text", "csv", "tsv", "parquet", "arrow", "npz")
+SHAPES = {  # of rows that each command knows
+    "score": (
+        "ids", "text", "context", "contexts", "question", "mmlu", "commonsense-qa", "arc", "openbookqa", "mmlu-pro",
+        "hellaswag", "piqa", "winogrande", "boolq", "sciq",
+    ),
+    "rerank": ("ids", "documents", "msmarco", "mteb", "bge", "tevatron"),
+    "embed": ("ids", "text", "beir"),
+}  # fmt: skip
+SHAPES["inspect"] = tuple(dict.fromkeys(SHAPES["score"] + SHAPES["rerank"] + SHAPES["embed"]))
 SEED = 0  # of the shuffled order

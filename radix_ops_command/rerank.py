@@ -6,10 +6,12 @@ from .arguments import (
     FILE_HELP,
     MODEL_HELP,
     RESUME_HELP,
+    add_beir_arguments,
     add_command,
     add_input_arguments,
     add_length_arguments,
     add_model_arguments,
+    add_shape_arguments,
     positive_int,
 )
 from .names import READINGS, TEMPLATES
@@ -61,6 +63,11 @@ An --output that ends in .trec or .run is a TREC run, qid Q0 docid rank score ta
 It does not pay where a line has one document, or documents that are long beside template and query.
 `radix-ops inspect` says how much a file shares, --compare how much time that saves.
 
+Rows of MS MARCO, of MTEB's reranking tasks, FlagEmbedding and Tevatron, as the hub has them, are known by their keys.
+A folder of BEIR (corpus.jsonl, queries.jsonl, qrels) is one FILE: its judged queries, each with the documents that
+--candidates names. {{"input_ids": [[...], ...]}} holds the token ids of whole prompts, one for each document; they need
+no tokenizer where the template's yes and no are ids.
+
 {FILE_HELP}
 {MODEL_HELP}"""
 
@@ -82,6 +89,8 @@ def add_parser(commands) -> None:
         commands, "rerank", "order documents by relevance to their query", HELP, "radix_ops.cli.rerank"
     )
     add_input_arguments(command, "the queries with their documents")
+    add_shape_arguments(command, "rerank")
+    add_beir_arguments(command)
     add_model_arguments(
         command, "file for the results, by its ending lines, a table or a TREC run (default: lines on standard output)"
     )

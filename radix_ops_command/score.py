@@ -9,6 +9,7 @@ from .arguments import (
     add_command,
     add_input_arguments,
     add_model_arguments,
+    add_shape_arguments,
     positive_int,
     utf8_text,
 )
@@ -50,6 +51,10 @@ interval; for texts, with the perplexities a token, word and byte. --metrics wri
 It does not pay where nothing long is shared: one choice a line, contexts of a few tokens, contexts that all start
 differently. `radix-ops inspect` says how much a file shares, --compare how much time that saves.
 
+Rows of ARC, BoolQ, CommonsenseQA, HellaSwag, MMLU, MMLU-Pro, OpenBookQA, PIQA, SciQ and WinoGrande, as the hub has
+them, are known by their keys. {{"context_ids": [...], "choices_ids": [[...], ...]}} are questions of token ids, and
+{{"input_ids": [...]}} is a text whose first token is given; they need no tokenizer, and nothing of them is cut.
+
 {FILE_HELP}
 {MODEL_HELP}"""
 
@@ -86,6 +91,7 @@ def add_parser(commands) -> None:
         "radix_ops.cli.score",
     )
     add_input_arguments(command, "the questions or texts")
+    add_shape_arguments(command, "score")
     add_model_arguments(
         command, "file for the results, by its ending lines or a table (default: lines on standard output)"
     )

@@ -10,7 +10,7 @@ from radix_ops_command.errors import printable
 
 from ..data.output import companion
 from ..data.result_formats import MATRIX, format_of
-from ..engine import Embedder, embedding
+from ..engine import Embedder
 from ..engine.errors import UserError
 from .compare import Closeness
 from .job import Job, prepared
@@ -20,13 +20,11 @@ from .reading import read_records
 
 
 def run(args: argparse.Namespace) -> None:
-    parse, shape = embedding.parse_text(args.text_key), f'one object {{"{args.text_key}": ...}} a line'
     ranges, calibrates = _ranges_of(args), _calibrates(args)
     if args.pairs and (args.compare or args.output_dtype == "int8"):
         other = "--compare" if args.compare else "--output-dtype int8"
         raise UserError(f"--pairs and {other} can't both be given: pairs are of one run's floats")
     with prepared(args, MATRIX) as options:
-        records = read_records(args, parse, shape)
         engine = Embedder(
             args.model,
             pooling=args.pooling,
@@ -39,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
             ranges=ranges,
             **options,
         )
+        engine.text_key = args.text_key
+        records = read_records(args, engine.parse, f'one object {{"{args.text_key}": ...}} a line', task="embed")
         nearest = Nearest(args, engine, records) if args.pairs else None
         on_result = nearest.add if nearest else None
         Job(args, engine, records, "embed", "embedded {count:,} texts:", Closeness(), on_result).run()

@@ -79,7 +79,7 @@ def _read(args: argparse.Namespace, tokenizer) -> tuple[Items, str, object]:
         return items, "packed token ids", tokenizer
     prompt, pair_prompt = _prompts(args)
     parser = FormatParser(formats(args.text_key, prompt, args.template, pair_prompt))
-    records = read_records(args, parser, "one JSON object a line", writes_results=False)
+    records = read_records(args, parser, "one JSON object a line", writes_results=False, task="inspect")
     form = parser.format
     assert form is not None  # a file without records is refused
     if tokenizer is None and form.needs_tokenizer:

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> None:
         check_metrics(args.metrics, args.overwrite, *others)
     judgements = read_qrels(args.qrels) if args.qrels else None
     if judgements is None and len(args.files) == 1 and is_beir(args.files[0]):
-        judgements = judgements_of(args.files[0], None) or None
+        judgements = judgements_of(args.files[0], args.split) or None
     with prepared(args, TREC) as options:
         engine = Reranker(
             args.model,
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
             **options,
         )
         judged = Judged(args, judgements)
-        records = read_records(args, judged.parser(engine.parse), reranking.SHAPE)
+        records = read_records(args, judged.parser(engine.parse), reranking.SHAPE, task="rerank")
         judged.start(records)
         Job(args, engine, records, "rerank", "reranked", Orders(judged), judged.add).run()
         judged.finish()

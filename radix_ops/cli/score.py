@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
             **options,
         )
         parser = _Parser(engine, args)
-        records = read_records(args, parser, scoring.SHAPE)
+        records = read_records(args, parser, scoring.SHAPE, task="score")
         parser.check()
         measured = Measured(args, Measures(args.calibration), fields_of, report)
         Job(args, engine, records, "score", "scored", Differences(measured), measured.add).run()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine import reranking, scoring
+from ..engine import blanks, ids, reranking, scoring
 from ..engine.errors import UserError
 from ..engine.inputs import Record, check_text, kind_of
 from ..engine.items import Items
@@ -23,19 +23,20 @@ from ..engine.tokenizing import in_turn
 from .ids import packed_ids
 
 _LINES_AT_ONCE = 128  # given to the tokenizer
-_MAX_ID = 2**31 - 1
 PAIRS = "pairs"
 
 
 @dataclass(frozen=True)
 class Format:
-    """Lines with these keys. `parse` checks one, `encode` makes an item of each of those that it returned."""
+    """Lines with these keys. `parse` checks one, `encode` makes an item of each of those that it returned; `also` says
+    whether a line with the keys has the format."""
 
     keys: tuple[str, ...]
     meaning: str  # what a line holds, and which sequences are made of it
     parse: Callable[[Record], object]
     encode: Callable[[Iterable, object], Items]
     needs_tokenizer: bool = True
+    also: Callable[[dict], bool] = lambda fields: True
 
     @property
     def shape(self) -> str:
@@ -55,21 +56,22 @@ class FormatParser:
         return self.format.parse(record)
 
     def _find(self, record: Record) -> Format:
-        found = next((f for f in self.formats if all(key in record.fields for key in f.keys)), None)
+        fields = record.fields
+        found = next((f for f in self.formats if all(key in fields for key in f.keys) and f.also(fields)), None)
         if found is None:
             has = ", ".join(f'"{key}"' for key in list(record.fields)[:8]) or "no keys"
-            known = ", ".join(f.shape for f in self.formats)
+            known = ", ".join(dict.fromkeys(f.shape for f in self.formats))
             raise UserError(f"{record.where} has {has}; a line may have {known}")
         return found
 
 
 def formats(
-    text_key: str = "text", prompt: str = "", template: str | None = None, pair_prompt: str = ""
+    text_key: str = "text", prompt: str = "", template: str | None = None, pair_prompt: str = "", letters: bool = False
 ) -> list[Format]:
     """Return all formats, the most telling keys first.
 
     `prompt` stands before each text under `text_key`; `template` is a name or file of `find_template`, or PAIRS, where
-    `pair_prompt` stands before each query.
+    `pair_prompt` stands before each query; `letters` asks questions by answer letters.
     """
     pairs = template == PAIRS
     found = None if template is None or pairs else find_template(template)
@@ -88,7 +90,14 @@ def formats(
         return reranking.encode(queries, tokenizer, found, max_length=None, truncate_right=False, prompt=pair_prompt)
 
     return [
-        Format(("input_ids",), "token ids", _parse_ids, _encode_ids, needs_tokenizer=False),
+        Format(
+            ("input_ids",),
+            "token ids",
+            lambda record: [ids.ids_of(record)],
+            _encode_ids,
+            needs_tokenizer=False,
+            also=lambda fields: not _are_nested(fields),
+        ),
         Format(
             ("context", "choices"),
             "questions as `radix-ops score` reads them: the context with each choice, without its last token",
@@ -100,6 +109,32 @@ def formats(
             "queries as `radix-ops rerank` reads them: the query with each document",
             parse_query,
             encode_queries,
+        ),
+        Format(
+            ("input_ids",),
+            "token ids of several prompts, as `radix-ops rerank` reads them",
+            ids.many_ids_of,
+            _encode_ids,
+            needs_tokenizer=False,
+        ),
+        Format(
+            ("context_ids", "choices_ids"),
+            "token ids of questions: the context with each choice, without its last token",
+            lambda record: ids.parse_question(record, ids.Limits()),
+            lambda questions, tokenizer: ids.encode(questions),
+            needs_tokenizer=False,
+        ),
+        Format(
+            ("question", "choices"),
+            "questions as `radix-ops score` asks them: the question with each choice, without its last token",
+            lambda record: scoring.parse_item(record, letters),
+            scoring.encode,
+        ),
+        Format(
+            ("contexts", "continuation"),
+            "contexts as `radix-ops score` reads them: each with the continuation, without its last token",
+            blanks.parse_blank,
+            _encode_questions,
         ),
         Format(
             ("prompt", "chosen", "rejected"),
@@ -130,25 +165,20 @@ def packed_arrays(path: str) -> Items:
     return items
 
 
-def _parse_ids(record: Record) -> np.ndarray:
-    ids, where = record.fields.get("input_ids"), f'{record.where}: "input_ids"'
-    if not isinstance(ids, list):
-        found = kind_of(ids) if "input_ids" in record.fields else "missing"
-        raise UserError(f"{where} is {found}; it must be an array of token ids")
-    if set(map(type, ids)) - {int}:
-        index = next(i for i, token in enumerate(ids) if type(token) is not int)
-        raise UserError(f"{where}[{index}] is not a token id but {kind_of(ids[index])}")
-    if ids and (min(ids) < 0 or max(ids) > _MAX_ID):
-        index = next(i for i, token in enumerate(ids) if not 0 <= token <= _MAX_ID)
-        raise UserError(f"{where}[{index}] is {ids[index]}; a token id is from 0 to {_MAX_ID}")
-    return np.array(ids, np.int32)
+def _are_nested(fields: dict) -> bool:
+    ids = fields["input_ids"]
+    return isinstance(ids, list) and bool(ids) and isinstance(ids[0], list)
 
 
-def _encode_ids(lines: Iterable[np.ndarray], tokenizer) -> Items:
+def _encode_ids(lines: Iterable[list[np.ndarray]], tokenizer) -> Items:
     items = Items()
-    for ids in lines:
-        items.append([ids])
+    for sequences in lines:
+        items.append(sequences)
     return items
+
+
+def _encode_questions(questions: Iterable[scoring.Item], tokenizer) -> scoring.Choices:
+    return blanks.encode(questions, lambda items: scoring.encode(items, tokenizer))
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,15 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
         if number == 1 and score == "score":
             continue
         try:
-            found.setdefault(query, {})[document] = int(score)
+            relevance = int(score)
         except ValueError as error:
             raise UserError(f"{path}, line {number} has the score {score!r}; it must be a whole number") from error
+        before = found.setdefault(query, {}).setdefault(document, relevance)
+        if before != relevance:
+            raise UserError(
+                f"{path}, line {number} gives the document {document!r} of the query {query!r} the score {relevance}, "
+                f"and a line before it {before}"
+            )
     if not found:
         raise UserError(f"{path} holds no judgements")
     return found

@@ -45,6 +45,7 @@ class Records(Generic[T]):
         on_error: what becomes of rows that can't be used. "stop": all are read, then a BadRows lists them. "skip": they
             are no records, and `bad` lists them. "record": they are in `refused`, with the reason.
         drop: columns, or keys, that are left out.
+        marks: what else decides the keys of results, such as how `parse` reads a row.
         reserved: keys that no row may have, nor those of `origin`.
         delimiter, header, arrays, split, candidates: see `Reading`.
 
@@ -62,6 +63,7 @@ class Records(Generic[T]):
         on_bytes: Callable[[int], object] | None = None,
         on_error: OnError = "stop",
         drop: Collection[str] = (),
+        marks: Sequence[str] = (),
         reserved: Collection[str] = (),
         delimiter: str | None = None,
         header: Sequence[str] | None = None,
@@ -75,6 +77,7 @@ class Records(Generic[T]):
             raise ValueError(f"on_error must be 'stop', 'skip' or 'record', got {on_error!r}")
         self.parse, self.on_error = parse, on_error
         self._drop, self._reserved = tuple(drop), tuple(reserved)
+        self._marks = json.dumps([*self._drop, *marks]).encode() if drop or marks else b""
         reading = Reading(format, delimiter, None if header is None else tuple(header), arrays, drop, split, candidates)
         given = [path] if isinstance(path, (str, os.PathLike)) else path
         self.paths = data_files([os.fspath(name) for name in given])
@@ -135,7 +138,7 @@ class Records(Generic[T]):
             raw = source.raw(row)
         except StreamError as error:
             raise UserError(f"{source.name}{error}") from error
-        return raw + json.dumps(self._drop).encode() if self._drop else raw
+        return raw + self._marks
 
     def origin(self, index: int) -> dict[str, Any]:
         """Return where record `index` stands, as a result line opens: {"line": 1} of JSONL and text, {"row": 1} of all

@@ -1,13 +1,13 @@
 """The way from the rows of a file to the keys that a task parses: named columns, then shapes of the hub.
 
-adapt = adapter("rerank", columns_of(["query=question,documents=passages.text"]))
+adapt = adapter("rerank", {"query": "question", "documents": "passages.text"})
 adapt(Record("rows.jsonl, line 1", {"question": "...", "passages": [{"text": "..."}]})).fields["documents"]
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..engine.errors import UserError
@@ -15,19 +15,6 @@ from ..engine.inputs import Record, kind_of
 from ..engine.shapes.recognition import recognised
 
 Columns = Mapping[str, str]  # the path in a row by the key that a task parses
-
-
-def columns_of(options: Iterable[str]) -> dict[str, str]:
-    """Return the columns of options like "query=question,documents=passages.text". UserError for anything else."""
-    columns: dict[str, str] = {}
-    for part in (part for option in options for part in option.split(",")):
-        key, sign, path = (text.strip() for text in part.partition("="))
-        if not (key and sign and path) or not all(path.split(".")):
-            raise UserError(f"--column {part!r} must be KEY=COLUMN, as in query=question,documents=passages.text")
-        if key in columns:
-            raise UserError(f"--column names {key} twice: {columns[key]} and {path}")
-        columns[key] = path
-    return columns
 
 
 def adapter(

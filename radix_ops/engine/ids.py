@@ -192,17 +192,18 @@ def ids_of(record: Record, vocab_size: int | None = None) -> np.ndarray:
 def many_ids_of(record: Record, vocab_size: int | None = None) -> list[np.ndarray]:
     """Return the ids of {"input_ids": [[...], ...]}, or the one array of {"input_ids": [...]}, as `ids_of`."""
     given = record.fields["input_ids"]
-    if isinstance(given, (list, tuple, np.ndarray)) and (not len(given) or _is_array(given[0])):
-        found = _checked_arrays(record, "input_ids", vocab_size)
-        parts = [
-            Record(
-                f"{record.where}: input_ids[{index}]",
-                {key: value[index] for key in _BESIDE if len(value := record.fields.get(key) or ()) > index},
-            )
-            for index in range(len(found))
-        ]
-        return [ids[_kept(part, len(ids), part.where)] for part, ids in zip(parts, found, strict=True)]
-    return [ids_of(record, vocab_size)]
+    if not _is_array(given) or (len(given) and not _is_array(given[0])):
+        return [ids_of(record, vocab_size)]
+    found = _checked_arrays(record, "input_ids", vocab_size)
+    beside = {key: record.fields[key] for key in _BESIDE if record.fields.get(key) is not None}
+    for key, marks in beside.items():
+        if not _is_array(marks) or len(marks) != len(found):
+            raise UserError(f'{record.where}: "{key}" must hold an array for each of the {len(found)} of input_ids')
+    kept = []
+    for index, ids in enumerate(found):
+        part = Record(f"{record.where}: input_ids[{index}]", {key: marks[index] for key, marks in beside.items()})
+        kept.append(ids[_kept(part, len(ids), part.where)])
+    return kept
 
 
 def _checked_arrays(record: Record, key: str, vocab_size: int | None) -> list[np.ndarray]:
@@ -240,15 +241,14 @@ def _checked(ids, where: str, vocab_size: int | None) -> np.ndarray:
 
 def _kept(record: Record, count: int, where: str) -> slice:
     """Return which of `count` tokens the record's attention_mask keeps."""
-    for key in _BESIDE:
-        marks = record.fields.get(key)
+    mask, types = (record.fields.get(key) for key in _BESIDE)
+    for key, marks in zip(_BESIDE, (mask, types), strict=True):
         if marks is None:
             continue
-        if not _is_array(marks) or len(marks) != count or not set(map(int, marks)) <= {0, 1}:
+        if not _is_array(marks) or len(marks) != count or not all(mark in (0, 1) for mark in marks):
             raise UserError(f"{where} has {count} tokens, and its {key} must hold as many of 0 and 1")
-    if any(record.fields.get("token_type_ids") or ()):
+    if types is not None and any(types):
         raise UserError(f"{where} has token_type_ids other than 0, which folding can't pass on to a model")
-    mask = record.fields.get("attention_mask")
     if mask is None:
         return slice(0, count)
     places = [place for place, mark in enumerate(mask) if mark]

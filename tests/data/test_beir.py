@@ -132,6 +132,7 @@ def test_a_corpus_too_large_to_score_whole_is_refused_with_its_size(folder, monk
         ("qrels/test.tsv", "q1\td1\n", "test.tsv, line 1 has 2 columns; judgements have query-id, corpus-id and score"),
         ("qrels/test.tsv", "q1\td1\tyes\n", "test.tsv, line 1 has the score 'yes'; it must be a whole number"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\n", "test.tsv holds no judgements"),
+        ("qrels/test.tsv", "q1\td1\t1\nq1\td1\t2\n", "line 2 gives the document 'd1' of the query 'q1' the score 2"),
         ("run", "q1 d1 1\n", "run, line 1 has 3 columns; a run file in TREC format has six"),
         (
             "run",

@@ -166,7 +166,15 @@ def test_answers_of_ids_need_ids_in_the_template(folder):
         (Embedder, {"input_ids": np.array([1.0])}, "is an array of 1 dimensions of float64; it must be one of whole"),
         (Embedder, {"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "an attention_mask with a hole"),
         (Embedder, {"input_ids": [1, 2], "attention_mask": [1]}, "its attention_mask must hold as many of 0 and 1"),
-        (Embedder, {"input_ids": [1, 2], "token_type_ids": [0, 1]}, "token_type_ids other than 0"),
+        (Embedder, {"input_ids": [1, 2], "attention_mask": ["a", [1]]}, "its attention_mask must hold as many of 0"),
+        (Embedder, {"input_ids": [1, 2], "attention_mask": 3}, "its attention_mask must hold as many of 0 and 1"),
+        (Embedder, {"input_ids": [1, 2], "token_type_ids": np.array([0, 1])}, "token_type_ids other than 0"),
+        (Reranker, {"input_ids": [[1], [2]], "attention_mask": [[1]]}, "must hold an array for each of the 2"),
+        (
+            Reranker,
+            {"input_ids": [[1, 2]], "attention_mask": [[1]]},
+            "input_ids[0] has 2 tokens, and its attention_mask",
+        ),
         (
             Embedder,
             {"input_ids": [1] * 130},

@@ -8,6 +8,7 @@ import pytest
 
 from radix_ops.engine.errors import UserError
 from radix_ops.engine.inputs import Record
+from radix_ops.engine.scoring import parse_item
 from radix_ops.engine.shapes.recognition import recognised
 
 ARC = {
@@ -25,7 +26,7 @@ ARC_DIGITS = ARC | {
 }
 COMMONSENSE = {
     "id": "075e483d21c29a511267ef62bedc0461",
-    "question": "The sanctions against the school were a punishing blow, and they seemed to what the efforts?",
+    "question": " The sanctions against the school were a punishing blow, and they seemed to what the efforts?",
     "question_concept": "punishing",
     "choices": {"label": ["A", "B", "C", "D", "E"], "text": ["ignore", "enforce", "authoritarian", "yell at", "avoid"]},
     "answerKey": "A",
@@ -156,11 +157,21 @@ def test_contexts_are_those_of_the_harness():
         ("mmlu/continuation/_continuation_template_yaml", MMLU),
     ],
 )
-def test_questions_have_the_choices_and_the_answer_of_the_harness(task, row):
-    found = fields_of("score", row)
-    _, choices, gold = harness(task, row)
-    assert ([f" {choice}" for choice in found["choices"]], found["gold"]) == (choices, gold)
-    assert found["question"] == row.get("question", row.get("goal"))
+def test_questions_are_asked_as_by_the_harness(task, row):
+    item = parse_item(recognised("score", Record("", row)))
+    assert (item.context, item.choices, item.extra["gold"]) == harness(task, row)
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "gold", "letters"),
+    [("mmlu/default/_default_template_yaml", MMLU, 1, True), ("commonsense_qa/default.yaml", COMMONSENSE, 0, False)],
+)
+def test_letters_are_asked_as_by_the_harness(task, row, gold, letters):
+    item = parse_item(recognised("score", Record("", row)), letters)
+    config, utils = yaml_of(task), importlib.import_module("lm_eval.utils")
+    assert item.context == utils.apply_template(config["doc_to_text"], row)
+    assert item.choices == [f" {letter}" for letter in config["doc_to_choice"]]
+    assert item.extra["gold"] == gold
 
 
 def test_hellaswag_is_preprocessed_as_by_the_harness():

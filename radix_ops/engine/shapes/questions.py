@@ -10,6 +10,7 @@ import re
 
 from ..errors import UserError
 from ..inputs import Record, check_text
+from ..prompts import LETTERS
 from .rows import (
     Shape,
     columns_of,
@@ -45,10 +46,28 @@ def _question(record: Record) -> dict:
     return replaced(record, ("context", *_ANSWERS), gold=gold)
 
 
+def _mmlu(record: Record) -> dict:
+    return _question(record) | {"question": record.text("question").strip()}
+
+
 def _arc(record: Record) -> dict:
-    """Return a row of ARC or CommonsenseQA, whose answerKey is one of the labels: letters or digits."""
+    """Return a row of ARC, whose answerKey is one of the labels: letters or digits."""
     choices, gold = _labelled(record, "choices")
     return replaced(record, ("answerKey",), choices=choices, gold=gold)
+
+
+def _commonsense_qa(record: Record) -> dict:
+    """Return a row of CommonsenseQA, which the harness asks by letters."""
+    choices, gold = _labelled(record, "choices")
+    letters = LETTERS[: len(choices)]
+    listed = "".join(f"{letter}. {choice}\n" for letter, choice in zip(letters, choices, strict=True))
+    return replaced(
+        record,
+        ("question", "answerKey"),
+        context=f"Question: {record.text('question').strip()}\n{listed}Answer:",
+        choices=_behind_space(list(letters)),
+        gold=gold,
+    )
 
 
 def _openbookqa(record: Record) -> dict:
@@ -175,6 +194,8 @@ QUESTIONS = (
     Shape("context", ("context", "choices"), _as_it_is, lambda fields: is_strings(fields["choices"])),
     Shape("contexts", ("contexts", "continuation"), _as_it_is),
     Shape("question", ("question", "choices"), _question, lambda fields: is_strings(fields["choices"])),
+    Shape("mmlu", ("question", "choices", "subject"), _mmlu, lambda fields: is_strings(fields["choices"])),
+    Shape("commonsense-qa", ("question", "choices", "question_concept"), _commonsense_qa, _has_labels),
     Shape("arc", ("question", "choices"), _arc, lambda fields: is_string(fields["question"]) and _has_labels(fields)),
     Shape("openbookqa", ("question_stem", "choices"), _openbookqa, _has_labels),
     Shape("mmlu-pro", ("question", "options", "answer_index"), _mmlu_pro),

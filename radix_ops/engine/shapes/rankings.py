@@ -22,7 +22,7 @@ def _pairs(positive: str, negative: str):
         relevant, others = (_documents(record, key) for key in (positive, negative))
         return replaced(
             record,
-            ("query_text", positive, negative),
+            (positive, negative),
             documents=relevant + others,
             relevance=[1] * len(relevant) + [0] * len(others),
         )

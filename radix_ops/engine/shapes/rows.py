@@ -8,8 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..inputs import Record, kind_of
-
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+from ..prompts import LETTERS
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,8 @@ def gold_of_answer(record: Record, key: str, choices: list[str]) -> int | None:
     if given is None or given == "" or whole_number(given) is not None:
         return gold_of_index(record, key, len(choices))
     places = {place for place, choice in enumerate(choices) if choice == given}
-    if isinstance(given, str) and given in _LETTERS[: len(choices)]:
-        places.add(_LETTERS.index(given))
+    if isinstance(given, str) and given in LETTERS[: len(choices)]:
+        places.add(LETTERS.index(given))
     if len(places) != 1:
         raise UserError(
             f'{record.where}: "{key}" is {given!r}, which is {"several" if places else "none"} of the {len(choices)} '
