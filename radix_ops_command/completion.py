@@ -28,7 +28,10 @@ def run(args: argparse.Namespace) -> None:
     try:
         import shtab
     except ImportError as error:
-        raise Failure("radix-ops completion needs shtab: pip install shtab") from error
+        raise Failure(
+            "radix-ops completion needs shtab, which is not installed; in a checkout of radix_ops: "
+            "pip install --no-build-isolation '.[completion]'"
+        ) from error
     parser, commands = make_parser()
     for command in commands.values():
         for action in command.arguments:

@@ -83,3 +83,14 @@ def test_the_command_gets_a_sentence_for_a_missing_library():
     with pytest.raises(UserError, match=r"^--plot needs no_such_library, which is not installed; .*'\.\[plot\]'$"):
         needs("no_such_library", "plot", "--plot")
     needs("torch", "hf")
+
+
+def test_completion_names_the_library_that_it_lacks():
+    code = "from radix_ops_command import main; sys.exit(main(['completion', 'bash']))"
+    done = run_python("-c", f"import sys; sys.modules['shtab'] = None; {code}")
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "radix-ops: radix-ops completion needs shtab, which is not installed; in a checkout of radix_ops: "
+        "pip install --no-build-isolation '.[completion]'"
+    )
+    assert "shtab" in EXTRAS["completion"]
