@@ -40,7 +40,9 @@ def add_command(commands, name: str, summary: str, description: str, run: str) -
     )
     parser.set_defaults(run=run)
     if run.startswith("radix_ops."):
-        parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no summary on standard error")
+        parser.add_argument(
+            "-q", "--quiet", action="store_true", help="no progress, summary or measures on standard error"
+        )
         parser.add_argument(
             "--config",
             metavar="TOML",

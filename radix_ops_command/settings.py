@@ -81,7 +81,7 @@ def of_environment(command: Parser, commands: Mapping[str, Parser], environment:
             continue
         name, value = variable.removeprefix(PREFIX).lower().replace("_", "-"), environment[variable]
         if name not in every:
-            known = [PREFIX + name.upper().replace("-", "_") for name in every]
+            known = [PREFIX + each.upper().replace("-", "_") for each in every]
             command.error(f"the environment has {variable}, and no option has that name{meant(variable, known)}")
         if name in own and own[name].option_strings:
             is_flag = own[name].nargs == 0

@@ -8,6 +8,7 @@ import pytest
 from helpers.commands import QUERIES, QUESTIONS, TEXTS, inspect_json, read_jsonl, write_jsonl
 from helpers.language_models import embedding_tokenizer, reranking_tokenizer, tiny_classifier, tiny_model
 from radix_ops import cli
+from radix_ops_command._main import COMMANDS
 
 pytest.importorskip("transformers")
 
@@ -50,6 +51,10 @@ INPUTS = {
     "embed": [TEXT_LINES],
     "rerank": [QUERIES, WITH_IDS],
 }
+
+
+def test_every_command_that_writes_lines_is_tried():
+    assert {*INPUTS, "inspect", "schema", "completion"} == set(COMMANDS)
 
 
 @pytest.mark.parametrize(("command", "lines"), [(name, lines) for name in INPUTS for lines in INPUTS[name]])

@@ -7,6 +7,7 @@ import pytest
 
 from helpers.commands import refused_usage
 from radix_ops_command import main
+from radix_ops_command._main import COMMANDS
 from radix_ops_command.completion import SHELLS
 
 COMPLETE = """
@@ -49,7 +50,7 @@ def test_bash_completes(tmp_path, capsys, words, completed):
 def test_scripts_hold_every_command(capsys, shell):
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
-    assert all(command in script for command in ("inspect", "embed", "rerank", "score", "schema", "completion"))
+    assert all(command in script for command in COMMANDS)
 
 
 def test_other_shells_are_refused(capsys):
