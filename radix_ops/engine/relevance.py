@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral
 
 from .errors import UserError, needs
-from .reranking import Query
+from .reranking import MOST_RELEVANT, Query
 
 MEASURES = ("nDCG@10", "RR", "R@10")
 Judgements = Mapping[str, Mapping[str, int]]  # a document's relevance, by the ids of query and document
@@ -81,9 +81,11 @@ def _checked(judgements: Judgements) -> dict[str, dict[str, int]]:
         raise UserError("judgements must be a dict of {query id: {document id: relevance}}")
     for query, of in judgements.items():
         for document, number in of.items():
-            if isinstance(number, bool) or not isinstance(number, Integral):
+            is_whole = isinstance(number, Integral) and not isinstance(number, bool)
+            if not is_whole or abs(number) > MOST_RELEVANT:
                 raise UserError(
-                    f"judgements[{query!r}][{document!r}] must be a whole number, trec_eval's kind, got {number!r}"
+                    f"judgements[{query!r}][{document!r}] must be a whole number, {MOST_RELEVANT:,} at most, got "
+                    f"{number!r}"
                 )
     return {
         str(query): {str(document): int(number) for document, number in of.items()}

@@ -25,6 +25,7 @@ from .tokenizing import cutting_right, in_turn
 RESERVED_KEYS = ("scores", "order")
 Identifier: TypeAlias = str | int
 SHAPE = 'one object {"query": ..., "documents": [...]} a line'
+MOST_RELEVANT = 1_000_000  # trec_eval's memory holds a number for each degree of relevance
 _QUERIES_AT_ONCE = 64  # given to the tokenizer
 
 
@@ -110,10 +111,9 @@ def _check_relevance(value, count: int, where: str) -> None:
         raise UserError(f"{where} has {len(value)} numbers, and there are {count} documents")
     for index, number in enumerate(value):
         is_number = isinstance(number, Real) and not isinstance(number, bool)
-        if not is_number or number % 1:
-            raise UserError(
-                f"{where}[{index}] is {number if is_number else kind_of(number)}; it must be a whole number"
-            )
+        if not is_number or number % 1 or abs(number) > MOST_RELEVANT:
+            found = number if is_number else kind_of(number)
+            raise UserError(f"{where}[{index}] is {found}; it must be a whole number, {MOST_RELEVANT:,} at most")
 
 
 def check_instruction(query: Query, template: Template | None) -> Query:

@@ -99,7 +99,8 @@ def test_ndcg_is_what_its_formula_gives(reranker):
         ({}, {"q": {"d": 1}}, 'queries\\[0\\] has no "query_id", by which it is judged'),
         ({"query_id": "q"}, {"q": {"d": 1}}, 'queries\\[0\\]: its documents have no "id", by which they are judged'),
         ({"query_id": 7, "documents": []}, {"q": {"d": 1}}, "no query is judged: none of the judgements' ids is a"),
-        ({}, {"q": {"d": 0.5}}, "judgements\\['q'\\]\\['d'\\] must be a whole number, trec_eval's kind, got 0.5"),
+        ({}, {"q": {"d": 0.5}}, "judgements\\['q'\\]\\['d'\\] must be a whole number, 1,000,000 at most, got 0.5"),
+        ({}, {"q": {"d": 10**9}}, "must be a whole number, 1,000,000 at most, got 1000000000"),
         ({}, [1], "judgements must be a dict of {query id: {document id: relevance}}"),
     ],
 )

@@ -203,6 +203,8 @@ def test_no_documents_are_an_empty_result(template):
         ({"relevance": 1}, '"relevance" is a number; it must be an array of whole numbers, one for each document'),
         ({"relevance": [1]}, '"relevance" has 1 numbers, and there are 2 documents'),
         ({"relevance": [1, 0.5]}, '"relevance"\\[1\\] is 0.5; it must be a whole number'),
+        ({"relevance": [1, 10**9]}, '"relevance"\\[1\\] is 1000000000; it must be a whole number, 1,000,000 at most'),
+        ({"relevance": [1, float("nan")]}, '"relevance"\\[1\\] is nan; it must be a whole number'),
         ({"relevance": [1, True]}, '"relevance"\\[1\\] is a boolean; it must be a whole number'),
         ({"query_id": 1.5}, '"query_id" is a number; it must be a string or a whole number'),
     ],
