@@ -86,7 +86,8 @@ def who_wants_cuda() -> str | None:
             return f"{name} is set"
     import torch
 
-    return "torch finds a GPU" if torch.cuda.is_available() else None
+    # ROCm's torch calls its GPUs so, too.
+    return "torch finds a GPU" if torch.cuda.is_available() and torch.version.hip is None else None
 
 
 def cuda_home() -> str | None:

@@ -97,6 +97,9 @@ def test_cuda_that_is_wanted_needs_nvcc(setup, monkeypatch, name):
         f"radix_ops' CUDA kernels are compiled by nvcc, which is not found, and {wish}. Install the "
     )
     assert said.endswith("TORCH_CUDA_ARCH_LIST CUDA_VISIBLE_DEVICES= pip install --no-build-isolation .")
+    if name is None:
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        assert setup.why_not_compilable() is None
     monkeypatch.setattr(setup, "cuda_home", lambda: "/usr/local/cuda")
     assert setup.why_not_compilable() is None
 
