@@ -46,6 +46,8 @@ _SIGNS = (
     (b"\xff\xff\xff\xff", "looks like an Arrow stream: name it .arrow, or read it with --format arrow"),
     (b"FEA1", f"is a Feather file of version 1; {_CONVERT}"),
     (b"Obj\1", f"is an Avro file; {_CONVERT}"),
+    (b"ORC", f"is an ORC file; {_CONVERT}"),
+    (b"%PDF-", f"is a PDF; {_CONVERT}"),
     (b"\x93NUMPY", f"is a NumPy array; {_CONVERT}"),
     (b"\x89HDF", f"is an HDF5 file; {_CONVERT}"),
     (b"SQLite format 3\0", f"is an SQLite database; {_CONVERT}"),

@@ -10,9 +10,10 @@ from ..engine.errors import UserError
 from .libraries import pyarrow
 from .lines import dump_json
 from .sources import Row, place
-from .streams import LONGEST_LINE, ByteFile, StreamError, temporary_file
+from .streams import ByteFile, StreamError, temporary_file
 
-_ROWS_AT_ONCE = 64  # a crafted file may name one long text for each
+_ROWS_AT_ONCE = 16  # of which each may name the longest value of a dictionary
+_BYTES_AT_ONCE = 2**20  # beyond which rows become objects one by one
 _MOST_UNPACKED = 64  # times the size of a packed file
 _UNPACKED_FREE = 64 * 2**20  # bytes
 
@@ -92,12 +93,9 @@ def _rows(name: str, kind: str, batches: Iterator) -> Iterator[Row]:
             batch = _simplified(batch)
         for first in range(0, batch.num_rows, _ROWS_AT_ONCE):
             part = batch.slice(first, _ROWS_AT_ONCE)
-            # A dictionary's values stand for many rows; one by one they take the memory of one.
-            step = 1 if part.nbytes > LONGEST_LINE else _ROWS_AT_ONCE
+            step = 1 if part.nbytes > _BYTES_AT_ONCE else _ROWS_AT_ONCE
             for start in range(0, part.num_rows, step):
                 few = part.slice(start, step)
-                if step == 1 and few.nbytes > 8 * LONGEST_LINE:
-                    raise StreamError(f", row {number + 1} is longer than {LONGEST_LINE:,} bytes, the most for a row")
                 with _errors(kind):
                     found = few.to_pylist()
                 for values in found:

@@ -242,9 +242,9 @@ def test_a_bomb_of_a_packed_table_is_stopped(tmp_path, monkeypatch):
 
 
 def test_a_row_has_a_longest(tmp_path, monkeypatch):
-    from radix_ops.data import delimited, json_arrays, sources, tables
+    from radix_ops.data import delimited, json_arrays, sources
 
-    for module in (delimited, json_arrays, sources, tables):
+    for module in (delimited, json_arrays, sources):
         monkeypatch.setattr(module, "LONGEST_LINE", 1000)
     for name in ("rows.json", "rows.csv", "rows.parquet", "rows.arrow"):
         path = data_files.write(tmp_path, name, "", [{"text": "a"}, {"text": "b" * 100_000}])
@@ -276,6 +276,25 @@ def test_a_dictionary_whose_value_stands_for_many_rows_takes_the_memory_of_a_few
         Records(path, parse)
     assert seen == [1_000_000] * 200
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # kilobytes; all rows take 20 times that
+
+
+def test_a_dictionary_of_parquet_takes_the_memory_of_a_few_rows(tmp_path):
+    import resource
+
+    text = "x" * 4_000_000
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), pa.array([text]))
+    path = tmp_path / "t.parquet"
+    pyarrow.parquet.write_table(pa.table({"text": column}), path)
+    before, count = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
+
+    def parse(record):
+        nonlocal count
+        count += len(record.fields["text"]) == len(text)
+        if count == 100:
+            raise UserError("enough")
+
+    assert refusal(path, parse) == "enough"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # kilobytes; all rows take 16 times that
 
 
 def test_a_missing_library_is_named_with_the_extra(tmp_path, monkeypatch):
