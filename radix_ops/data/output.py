@@ -51,15 +51,15 @@ def open_helper(path: Path, flags: int = 0) -> BinaryIO:
     UserError where a link or anything else but a regular file stands there.
     """
     try:
-        file = os.fdopen(os.open(path, flags | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "r+b")
+        number = os.open(path, flags | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK):
             raise UserError(f"{path} is a symbolic link; remove it") from error
         raise
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
         raise UserError(f"{path} is no regular file; remove it")
-    return file
+    return os.fdopen(number, "r+b")
 
 
 def stands_at(file: BinaryIO, path: Path) -> bool:

@@ -50,6 +50,11 @@ def _key_of(path: Path) -> bytes | None:
     return (metadata or {}).get(_KEY)
 
 
+def _encodable(name: str) -> str:
+    """Return the name with each half of a surrogate pair as JSON escapes it."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def _columns_of(lines: Lines) -> dict[str, Any]:
     """Return the name and the type of each column; None where values are written as JSON."""
     arrow = pyarrow("a .parquet file")
@@ -80,7 +85,8 @@ def _type_of(arrow: Any, values: Iterable, depth: int = 0) -> Any:
         return None if inner is None else arrow.list_(inner)
     if kinds == {dict}:
         names = dict.fromkeys(chain.from_iterable(values))
-        if not 1 <= len(names) <= _MOST_FIELDS:  # Parquet has no objects without keys
+        # Parquet has no objects without keys, and none whose keys are no UTF-8.
+        if not 1 <= len(names) <= _MOST_FIELDS or any(name != _encodable(name) for name in names):
             return None
         fields = {name: _type_of(arrow, [value.get(name) for value in values], depth + 1) for name in names}
         return _struct(arrow, fields)
@@ -117,7 +123,7 @@ def _write(lines: Lines, columns: dict[str, Any], file: BinaryIO) -> str | None:
     """Write all results; return None, or the name of a column whose type does not hold all of its values."""
     arrow, parquet = pyarrow("a .parquet file"), pyarrow("a .parquet file", "pyarrow.parquet")
     kinds = {name: arrow.string() if kind is None else kind for name, kind in columns.items()}
-    fields = [(name.encode(errors="backslashreplace").decode(), kind) for name, kind in kinds.items()]
+    fields = [(_encodable(name), kind) for name, kind in kinds.items()]
     schema = arrow.schema(fields, metadata={_KEY: lines.key.encode()})
     with parquet.ParquetWriter(arrow.PythonFile(KeptOpen(file), "w"), schema, compression="zstd") as writer:
         for part in lines.parts():

@@ -53,6 +53,14 @@ def test_files_of_others_beside_an_output_stay(tmp_path, name, suffix):
     assert other.read_text() == "mine"
 
 
+@each
+@pytest.mark.parametrize("suffix", [".part", ".lock"])
+def test_pipes_beside_an_output_are_refused(tmp_path, name, suffix):
+    os.mkfifo(tmp_path / (name + suffix))
+    with pytest.raises(UserError, match=rf"{name}{suffix} (is no regular file; remove it|exists and is of no run)"):
+        ALL[name][0](tmp_path / name)
+
+
 def test_a_link_to_itself_is_no_output(tmp_path):
     for name in ("o.jsonl", "o.npy"):
         (tmp_path / name).symlink_to(tmp_path / "other")

@@ -94,10 +94,11 @@ def test_parquets_types_hold_all_values_whichever_line_brings_them(tmp_path, lin
         [{"a": 1}, "a"],
         ["\ud800", "a"],
         [{f"k{i}": i} for i in range(100)],
+        [{"a": {"\ud800": 1}}, None],
         [json.loads("[" * 60 + "]" * 60), None],
         [json.loads('{"a": ' * 60 + "1" + "}" * 60), None],
     ],
-    ids=range(16),
+    ids=range(17),
 )
 @pytest.mark.parametrize("turn", range(2))
 def test_parquet_has_json_where_no_type_holds_all_values(tmp_path, lines_at_once, values, turn):
@@ -108,7 +109,9 @@ def test_parquet_has_json_where_no_type_holds_all_values(tmp_path, lines_at_once
 
 
 def test_parquets_objects_are_structs_with_all_keys(tmp_path, lines_at_once):
-    found = table(tmp_path, [{"x": {"a": 1}}, {"y": 1}, {"x": {"b": ["c"]}}])
+    found = table(tmp_path, [{"x": {"a": 1}}, {"y": 1}, {"x": {"b": ["c"]}}, {"\ud800.\0": 2, "": 3}])
+    assert found.column_names == ["x", "y", "\\ud800.\0", ""]
+    found = found.slice(0, 3)
     assert found["x"].to_pylist() == [{"a": 1, "b": None}, None, {"a": None, "b": ["c"]}]
     assert found["y"].to_pylist() == [None, 1, None]
 
