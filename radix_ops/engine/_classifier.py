@@ -15,12 +15,13 @@ from torch import nn
 from . import classifying
 from ._engine import DTypeName, Engine, Layout, OnProgress, check_count, check_flags
 from .batches import Compute
-from .classifying import PROBLEMS, HeadReader, PromptReader, Reader, Row
+from .classifying import PROBLEMS, Row
 from .errors import UserError, options_as_arguments
 from .ids import GivenRow
 from .inputs import Record
 from .items import Items
 from .label_prompts import LABEL_PROMPTS, LabelPrompt, find_label_prompt
+from .label_readers import HeadReader, PromptReader, Reader
 from .loading import context_length, max_length_of
 
 _SHAPE = '{"text": "..."}'

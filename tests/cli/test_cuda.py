@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from helpers.commands import QUERIES, QUESTIONS, TEXTS, read_jsonl, write_jsonl
-from helpers.language_models import embedding_tokenizer, reranking_tokenizer, tiny_model, tiny_tokenizer
+from helpers.language_models import (
+    embedding_tokenizer,
+    reranking_tokenizer,
+    tiny_classifier,
+    tiny_model,
+    tiny_tokenizer,
+)
 from radix_ops import cli
 
 pytestmark = pytest.mark.cuda
@@ -56,6 +62,26 @@ def test_cuda_agrees_with_the_cpu(tmp_path, capsys, kind, command, key, tokenize
         assert np.abs(found - expected).max() > 0
         exact = numbers(run(tmp_path, command, model, lines, *options, *mode, "--dtype", "float32"), key)
         np.testing.assert_allclose(exact, expected, rtol=0, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("kind", ["Qwen3", "Gemma2"])
+@pytest.mark.parametrize("has_head", [False, True])
+def test_classify_on_cuda_agrees_with_the_cpu(tmp_path, kind, has_head):
+    options, folder = [], model_folder(tmp_path / "model", kind, reranking_tokenizer(True))
+    if has_head:
+        sizes = {"vocab_size": 360, "hidden_size": 64, "head_dim": 64, "initializer_range": 0.1}
+        tiny_classifier(kind, 3, **sizes, problem_type="regression").save_pretrained(folder)
+    else:
+        prompt = {"template": "Text: {{ text }}\nIs it wet?", "labels": {"yes": ["yes", " river"], "no": "no"}}
+        (tmp_path / "prompt.json").write_text(json.dumps(prompt))
+        options = ["--template", tmp_path / "prompt.json"]
+    lines = [{"text": "the sea is salty " + text} for text in TEXTS]
+    expected = numbers(run(tmp_path, "classify", folder, lines, "--device", "cpu", *options), "scores")
+    for mode in ([], ["--plain"], ["--token-budget", "64"]):
+        exact = numbers(run(tmp_path, "classify", folder, lines, *options, *mode, "--dtype", "float32"), "scores")
+        np.testing.assert_allclose(exact, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+        found = numbers(run(tmp_path, "classify", folder, lines, *options, *mode), "scores")
+        assert 0 < np.abs(found - expected).max() < BFLOAT16 * np.abs(expected).max()
 
 
 def test_a_model_of_bfloat16_stays_one(tmp_path, capsys):
