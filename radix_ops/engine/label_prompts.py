@@ -18,6 +18,11 @@ from .sandbox import JinjaText
 Word: TypeAlias = str | int | Sequence[int]  # text, a token's id, or the ids of several
 LABEL_SCORES = ("softmax", "probability")
 _KEYS = ("template", "labels", "chat", "system", "chat_arguments", "score")
+# What apply_chat_template takes for itself; another template would not be bounded as this one is.
+_NO_CHAT_ARGUMENTS = (
+    "conversation", "chat_template", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs",
+)  # fmt: skip
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -58,6 +63,9 @@ class LabelPrompt:
             raise UserError(f'"score" must be {" or ".join(LABEL_SCORES)}, got {self.score!r}')
         if self.chat_arguments is not None and not isinstance(self.chat_arguments, Mapping):
             raise UserError(f'"chat_arguments" is {kind_of(self.chat_arguments)}; it must be an object')
+        wrong = next((key for key in _NO_CHAT_ARGUMENTS if key in (self.chat_arguments or ())), None)
+        if wrong is not None:
+            raise UserError(f'"chat_arguments" holds "{wrong}", which no chat template takes')
         if not self.chat:
             if self.template is None:
                 raise UserError('there is neither a "template" nor "chat": true, which renders a row\'s messages')

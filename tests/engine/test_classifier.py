@@ -306,3 +306,20 @@ def test_token_ids_need_no_tokenizer(tmp_path):
         UserError, match=r'items\[0\]: "input_ids"\[0\] is 340; the model\'s token ids are from 0 to 339'
     ):
         bare.classify([{"input_ids": [340]}])
+
+
+def test_batches_that_do_not_fit_run_in_halves(tmp_path, monkeypatch, caplog):
+    folder = saved(tmp_path, tiny_classifier())
+    classifier = Classifier(folder, device="cpu")
+    logits, sizes = classifier.runner.logits, []
+
+    def small_logits(sequences):
+        sizes.append(len(sequences))
+        if len(sequences) > 2:
+            raise torch.OutOfMemoryError("too much")
+        return logits(sequences)
+
+    monkeypatch.setattr(classifier.runner, "logits", small_logits)
+    check(classifier.classify(TEXTS), by_pipeline(folder, TEXTS))
+    assert max(sizes) > 2
+    assert "out of memory: going on with batches of half the size" in caplog.text

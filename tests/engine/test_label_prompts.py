@@ -281,6 +281,10 @@ def test_files_that_hold_no_prompt_are_refused(tmp_path, name, content, message)
         ({"system": "a"}, '"system" is of a chat template, and "chat" is not true'),
         ({"chat_arguments": {}}, '"chat_arguments" is of a chat template'),
         ({"chat": True, "chat_arguments": []}, '"chat_arguments" is an array; it must be an object'),
+        (
+            {"chat": True, "chat_arguments": {"chat_template": "a"}},
+            '"chat_arguments" holds "chat_template", which no chat',
+        ),
         ({"score": "sum"}, "\"score\" must be softmax or probability, got 'sum'"),
     ],
 )
