@@ -19,7 +19,7 @@ from .batches import Compute
 from .embedding import Text, Texts
 from .errors import UserError, options_as_arguments
 from .inputs import Record, check_text
-from .loading import max_length_of
+from .loading import has_tokenizer, max_length_of
 from .messages import Chat
 from .pairs import nearest_pairs
 from .pooling import POOLINGS, Pooling
@@ -156,13 +156,14 @@ class Embedder(Engine[Text]):
     @property
     def identity(self) -> tuple:
         recipe = self._pooling
-        skip = embedding.tokens_to_skip(self.tokenizer, recipe) if recipe.skips_prompt else 0
+        reads = recipe.skips_prompt and (self._tokenizer is not None or has_tokenizer(self._source))
+        skip = embedding.tokens_to_skip(self.tokenizer, recipe) if reads else 0
         ranges = None if self._ranges is None else self._ranges.tobytes().hex()
         return (recipe.identity, skip, self.output_dtype, ranges)
 
     def embed(
         self,
-        texts: Iterable[str],
+        texts: Iterable[str | Mapping[str, Any]],
         *,
         prompt: str | None = None,
         prompt_name: str | None = None,
@@ -171,7 +172,8 @@ class Embedder(Engine[Text]):
         """Make an embedding of each text, all planned together: [B, dim] of `output_dtype`, in order.
 
         Args:
-            texts: an iterable of strings.
+            texts: an iterable of strings, or of objects: {"text": str}, or {"input_ids": [int, ...]} of a text with all
+                that stands before it.
             prompt: stands before each text, in place of the default one.
             prompt_name: one of `prompts`, in place of the default one.
             on_progress: called with (tokens that are done, all tokens) after each batch.
@@ -186,7 +188,7 @@ class Embedder(Engine[Text]):
 
     def find_ranges(
         self,
-        texts: Iterable[str],
+        texts: Iterable[str | Mapping[str, Any]],
         *,
         prompt: str | None = None,
         prompt_name: str | None = None,
@@ -235,7 +237,7 @@ class Embedder(Engine[Text]):
 
     def stream(
         self,
-        texts: Iterable[str],
+        texts: Iterable[str | Mapping[str, Any]],
         *,
         prompt: str | None = None,
         prompt_name: str | None = None,

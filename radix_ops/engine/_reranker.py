@@ -183,7 +183,8 @@ class Reranker(Engine[Query]):
         Args:
             queries: an iterable of {"query": str, "documents": [...]}, perhaps with an "instruction". A document is a
                 string, or an object {"text": str} perhaps with an "id" and a "title", which stands before the text.
-                Other keys are copied to the result.
+                Other keys are copied to the result. Or rows of the hub with a query and texts (docs/data.md), or token
+                ids: {"input_ids": [[int, ...], ...]}, the whole prompt of each document.
             on_progress: called with (tokens that are done, all tokens) after each batch.
 
         Returns a dict for each query, in order: its other keys, then "scores" of its documents, from 0 to 1 but for a

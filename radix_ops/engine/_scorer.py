@@ -124,7 +124,8 @@ class Scorer(Engine[Item | Text]):
                 choice, so that a choice brings its leading space along; or of {"question": str, "choices": [str, ...]},
                 which is asked as "Question: ...\\nAnswer:", or by `letters`. "gold" names the right choice: its index
                 from 0, its letter or its text. Other keys are copied to the result. Or of {"text": str}, as
-                `perplexity` takes it.
+                `perplexity` takes it; rows of the hub (docs/data.md); or token ids, {"context_ids": [int, ...],
+                "choices_ids": [[int, ...], ...]}, or {"input_ids": [int, ...]} of a text whose first token is given.
             on_progress: called with (tokens that are done, all tokens) after each batch.
 
         Returns a dict for each item, in order: its other keys, with "gold" as an index, then "logprobs", the sum over
