@@ -141,6 +141,7 @@ def add_parser(commands) -> None:
         help=f"template for queries with documents: {' or '.join(TEMPLATES)}, a JSON file as for `radix-ops rerank`, "
         f"or {PAIRS} as a cross-encoder reads them",
     )
+    command.add_argument("--letters", action="store_true", help="questions that list their choices, answered by letter")
     command.add_argument(
         "--batch-sizes",
         type=_sizes,

@@ -78,7 +78,7 @@ def _read(args: argparse.Namespace, tokenizer) -> tuple[Items, str, object]:
             raise UserError(f"{args.files[0]} holds no sequences")
         return items, "packed token ids", tokenizer
     prompt, pair_prompt = _prompts(args)
-    parser = FormatParser(formats(args.text_key, prompt, args.template, pair_prompt))
+    parser = FormatParser(formats(args.text_key, prompt, args.template, pair_prompt, args.letters))
     records = read_records(args, parser, "one JSON object a line", writes_results=False, task="inspect")
     form = parser.format
     assert form is not None  # a file without records is refused

@@ -207,7 +207,7 @@ class Embedder(Engine[Text]):
 
     def pairs(
         self,
-        texts: Iterable[str],
+        texts: Iterable[str | Mapping[str, Any]],
         k: int = 10,
         *,
         prompt: str | None = None,
@@ -228,7 +228,11 @@ class Embedder(Engine[Text]):
         return [(cosine, *pair) for cosine, pair in zip(cosines.tolist(), rows.tolist(), strict=True)]
 
     def _floats(
-        self, texts: Iterable[str], prompt: str | None, prompt_name: str | None, on_progress: OnProgress | None
+        self,
+        texts: Iterable[str | Mapping[str, Any]],
+        prompt: str | None,
+        prompt_name: str | None,
+        on_progress: OnProgress | None,
     ) -> npt.NDArray[np.float32]:
         recipe, encoded = self._recipe(prompt, prompt_name), Texts()
         for part in windows(self._items(texts, recipe is not None), _TEXTS_AT_ONCE):

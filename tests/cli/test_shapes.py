@@ -99,6 +99,13 @@ def test_inspect_reads_each_shape(capsys, folder, tmp_path, name):
     assert (summary["sequences"], summary["tokens"]) == (len(items.store), int(items.lengths.sum()))
 
 
+def test_inspect_asks_by_letters(capsys, folder, tmp_path):
+    rows, _ = hub_rows.rows_of("mmlu", 20)
+    summary = inspect_json(capsys, write_jsonl(tmp_path / "rows.jsonl", rows), "--tokenizer", folder, "--letters")
+    scorer = Scorer(folder, device="cpu", lazy=True, letters=True)
+    assert summary["tokens"] == int(scorer.encode(scorer._parsed(rows, "rows", "")).lengths.sum())
+
+
 def test_named_columns_are_read(folder, tmp_path):
     rows = [{"question": "the sea", "passages": [{"text": "a river"}, {"text": "the Seine"}], "n": n} for n in range(3)]
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
