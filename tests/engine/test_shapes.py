@@ -255,6 +255,24 @@ def test_msmarco_rows_keep_their_judgements():
     assert fields_of("rerank", MSMARCO | {"passages": entries}) == found
 
 
+@pytest.mark.parametrize(
+    ("passages", "message"),
+    [
+        (
+            [{"passage_text": "a"}, {"passage_text": "b", "is_selected": 1}],
+            '"passages"[0] has no "is_selected", and others',
+        ),
+        ([{"passage_text": "a"}, {"passage_text": None, "is_selected": 1}], '"passages"[1] has no "passage_text", and'),
+        ({"passage_text": ["a", "b"], "is_selected": [1]}, '"passages" has 2 of passage_text and 1 of is_selected'),
+        ({"passage_text": "a", "is_selected": [1]}, '"passages".passage_text is a string; it must be an array'),
+    ],
+)
+def test_passages_that_do_not_fit_together_are_named(passages, message):
+    with pytest.raises(UserError) as error:
+        fields_of("rerank", MSMARCO | {"passages": passages})
+    assert message in str(error.value)
+
+
 def test_positives_come_before_negatives():
     expected = {"query": MTEB["query"], "documents": ["a", "b", "c"], "relevance": [1, 1, 0]}
     assert fields_of("rerank", MTEB) == expected

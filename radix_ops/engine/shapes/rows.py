@@ -59,6 +59,10 @@ def columns_of(record: Record, key: str, names: tuple[str, ...]) -> list[list]:
         for index, entry in enumerate(value):
             if not isinstance(entry, dict):
                 raise UserError(f"{where}[{index}] is {kind_of(entry)}; it must be an object")
+        for name in names:
+            lacks = [index for index, entry in enumerate(value) if entry.get(name) is None]
+            if 0 < len(lacks) < len(value):
+                raise UserError(f'{where}[{lacks[0]}] has no "{name}", and others have one')
         lists = [[entry[name] for entry in value if entry.get(name) is not None] for name in names]
     else:
         raise UserError(f"{where} is {kind_of(value)}; it must be an object of arrays, or an array of objects")
