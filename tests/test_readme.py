@@ -2,14 +2,17 @@
 
 Tiny local models stand in for those of the hub."""
 
+import gzip
 import json
 import re
 import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 import radix_ops
 import radix_ops_command
@@ -102,6 +105,10 @@ def workplace(models, tmp_path, monkeypatch) -> Path:
     prompt = {"template": "Review: {{ text }}\nThe film was", "labels": {"good": " good", "bad": " bad"}}
     (tmp_path / "prompt.json").write_text(json.dumps(prompt))
     (tmp_path / "texts.txt").write_text("the Seine\nthe Rhine\n")
+    parquet.write_table(pyarrow.Table.from_pylist(questions), tmp_path / "questions.parquet")
+    (tmp_path / "articles.csv.gz").write_bytes(gzip.compress(b"body\nthe Seine\nthe Rhine\n"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "exam.jsonl").write_text(json.dumps(exam[0]) + '\n{"question": \n')
     settings = next(block.text for block in BLOCKS if block.language == "toml")
     (tmp_path / "run.toml").write_text(local(settings, models))
     monkeypatch.chdir(tmp_path)
