@@ -12,7 +12,13 @@ from .sources import Row, place
 from .streams import LONGEST_LINE, ByteFile, LineFile, StreamError
 
 _OTHER_DELIMITERS = ",;\t|"
-IN_A_CELL = 'a cell may hold it as JSON, such as ["yes", "no"]'
+_NO_HEADER = "the first row gives the columns' names, unless --header does"
+# What goes behind errors of tasks, by what they hold.
+HINTS = {
+    "it must be an array": 'a cell may hold it as JSON, such as ["yes", "no"]',
+    " has no ": _NO_HEADER,
+    "a line may have": _NO_HEADER,
+}
 
 
 def read_delimited(

@@ -51,7 +51,7 @@ def _in_folder(folder: str) -> list[str]:
     kinds = {kind_by_name(file): file for file in files}
     if len(kinds) > 1:
         raise UserError(
-            f"{folder} holds files of several kinds, such as {' and '.join(kinds.values())}; name the files"
+            f"{folder} holds files of several kinds, such as {' and '.join([*kinds.values()][:2])}; name the files"
         )
     return files
 

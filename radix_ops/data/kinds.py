@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .beir import BeirSource, is_beir
-from .delimited import IN_A_CELL, read_delimited
+from .delimited import HINTS, read_delimited
 from .ids import IdSource
 from .json_arrays import read_array
 from .sources import CopiedSource, LineSource, Source
@@ -95,7 +95,7 @@ def open_source(path: str, reading: Reading) -> Source:
         delimiter = reading.delimiter or ("," if kind == "csv" else "\t")
         header = None if reading.header is None else list(reading.header)
         rows = read_delimited(name, file, delimiter, header, reading.arrays)
-        return CopiedSource(name, file, rows, IN_A_CELL)
+        return CopiedSource(name, file, rows, HINTS)
     return LineSource(name, file, kind == "text", None if reading.format else _guess(named, start, file.head))
 
 

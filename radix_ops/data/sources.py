@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import array
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from ..engine.errors import UserError
@@ -127,10 +127,10 @@ class CopiedSource(Source):
     """The rows that a reader makes of a file; each is copied to a temporary file as JSON, so that the file is read
     once and in order. Memory holds 8 bytes a row."""
 
-    def __init__(self, name: str, file: ByteFile, rows: Iterable[Row], explanation: str = ""):
-        """`explanation` goes behind errors of a task that finds a string for an array."""
+    def __init__(self, name: str, file: ByteFile, rows: Iterable[Row], hints: Mapping[str, str] | None = None):
+        """`hints` go behind errors of a task that hold their keys."""
         super().__init__(name)
-        self._file, self._rows, self._explanation = file, rows, explanation
+        self._file, self._rows, self._hints = file, rows, hints or {}
         self._copy = temporary_file()
         self._ends = array.array("q")
 
@@ -152,9 +152,8 @@ class CopiedSource(Source):
         return self._copy.read(self._ends[index] - start)
 
     def explained(self, error: UserError) -> UserError:
-        if self._explanation and "it must be an array" in str(error):
-            return UserError(f"{error}; {self._explanation}", f"{error.as_option}; {self._explanation}")
-        return error
+        hint = next((hint for part, hint in self._hints.items() if part in str(error)), None)
+        return error if hint is None else UserError(f"{error}; {hint}", f"{error.as_option}; {hint}")
 
     @property
     def num_read(self) -> int:

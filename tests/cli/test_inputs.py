@@ -66,6 +66,18 @@ def test_several_files_a_folder_and_standard_input_get_equal_results(model_folde
     check(results, expected[:FEW])
 
 
+def test_ids_of_a_npz_file_get_the_results_of_lines_of_ids(model_folder, tmp_path):
+    ids = [[1, *(3 + byte % 90 for byte in text.encode()[:30])] for text in data_files.texts(20)]
+    lines = write_jsonl(tmp_path / "ids.jsonl", [{"input_ids": row} for row in ids])
+    found = []
+    for path in (lines, data_files.write_ids(tmp_path / "ids.npz", ids)):
+        out = tmp_path / f"{path.suffix}.npy"
+        assert cli.main(["embed", "-q", "--device", "cpu", "-m", str(model_folder), "-o", str(out), str(path)]) == 0
+        found.append(np.load(out))
+    assert found[0].shape[0] == 20
+    np.testing.assert_array_equal(found[0], found[1])
+
+
 @pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows.json"])
 def test_a_run_of_any_container_continues(model_folder, tmp_path, expected, name):
     path, out = data_files.write(tmp_path, name, ".gz", QUESTIONS[:FEW]), tmp_path / "out.jsonl"

@@ -177,6 +177,8 @@ def test_cells_of_csv_are_strings_and_arrays_where_a_task_needs_them(tmp_path):
 def test_a_table_without_a_header_has_the_names_that_are_given(tmp_path):
     path = tmp_path / "t.tsv"
     path.write_bytes(b"7\tthe sea\n8\tthe river\n")
+    message = refusal(path, lambda record: record.text("text"))
+    assert 'row 1 has no "text" (a string); it has "7", "the sea"; the first row gives the columns\' names' in message
     records = Records(path, header=("id", "text"))
     assert [record.fields for record in records] == [{"id": "7", "text": "the sea"}, {"id": "8", "text": "the river"}]
     assert Records(path, format="csv", delimiter="\t")[0].fields == {"7": "8", "the sea": "the river"}
