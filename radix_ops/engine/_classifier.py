@@ -140,7 +140,7 @@ class Classifier(Engine[Row]):
         """What reads rows; the tokenizer decides a part of it where a prompt is given."""
         if self._prompt is None:
             return HeadReader(self.labels, self.problem_type, self._cuts, lambda: (self.tokenizer, self._max_length))
-        return PromptReader(self.tokenizer, self._prompt, self.config.model_type, self._max_length)
+        return PromptReader(self.tokenizer, self._prompt, self._max_length)
 
     @functools.cached_property
     def _max_length(self) -> int | None:

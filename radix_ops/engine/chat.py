@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .errors import UserError
@@ -18,15 +18,16 @@ def prompter(tokenizer: Any, system: str = "") -> Callable[[str], str]:
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("--chat needs a chat template, and the model's tokenizer has none; score without --chat")
-    chat, before = _chat(tokenizer, system), [("system", system)] * bool(system)
+    chat, before = chat_of(tokenizer, system), [("system", system)] * bool(system)
     return lambda context: chat.rendered([*before, ("user", context)])
 
 
-def _chat(tokenizer: Any, system: str) -> Chat:
+def chat_of(tokenizer: Any, system: str = "", arguments: Mapping[str, Any] | None = None) -> Chat:
+    """Return the conversations that the tokenizer's chat template renders, by default with the prompt for an answer;
+    `arguments` are the template's. UserError for a template that fails or drops a message."""
     # Templates take a message's content as a text, as lm-evaluation-harness gives it; a few take typed parts alone.
-    chats = [
-        Chat(tokenizer, Messages(kind, {"add_generation_prompt": True}), system) for kind in ("flat", "structured")
-    ]
+    given = {"add_generation_prompt": True, **(arguments or {})}
+    chats = [Chat(tokenizer, Messages(kind, given), system) for kind in ("flat", "structured")]
     errors = []
     for chat in chats:
         try:

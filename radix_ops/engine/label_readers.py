@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .batches import Compute
+from .chat import chat_of
 from .classifying import RESERVED_KEYS, Row
 from .errors import UserError
 from .inputs import Record, check_text, kind_of
 from .items import Items
 from .label_prompts import SPECIAL_TOKENS, LabelPrompt
 from .label_words import LabelWords
-from .messages import Chat, Messages, Turn
+from .messages import Turn
 from .runners import Runner
 from .tokenizing import cutting_right, in_turn
 
@@ -127,18 +128,15 @@ class HeadReader(Reader):
 class PromptReader(Reader):
     """A language model on the prompts that a template makes of rows."""
 
-    def __init__(self, tokenizer: Any, prompt: LabelPrompt, model_type: str, max_length: int | None):
+    def __init__(self, tokenizer: Any, prompt: LabelPrompt, max_length: int | None):
         self._tokenizer, self._prompt, self._max_length = tokenizer, prompt, max_length
         self.words = LabelWords(tokenizer, prompt.words)
         self.identity = (prompt.identity, self.words.ids)
         self._tokens, self._chat, self._before = self._special_tokens(), None, []
         if prompt.chat:
-            arguments = {"add_generation_prompt": True, **(prompt.chat_arguments or {})}
-            messages = Messages(arguments=arguments).fitted(tokenizer, model_type)
-            self._chat = Chat(tokenizer, messages, prompt.system or "")
-            if getattr(tokenizer, "chat_template", None) is None:
+            if not getattr(tokenizer, "chat_template", None):
                 raise UserError('the template has "chat": true, and the model\'s tokenizer has no chat template')
-            self._chat.check(("user",))
+            self._chat = chat_of(tokenizer, prompt.system or "", prompt.chat_arguments)
         else:
             self._before = _tokens_before(tokenizer)
 

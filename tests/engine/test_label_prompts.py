@@ -320,6 +320,21 @@ def test_prompts_that_do_not_fit_the_model_are_refused(prompt, options, message)
     assert message in str(caught.value)
 
 
+def test_a_chat_template_that_names_types_gets_texts():
+    """Templates with tools speak of types, and take a content for a text all the same."""
+    tools = "{% if tools %}{'type': 'function', \"type\": 1}{% endif %}"
+    model, labels = tiny_model(max_position_embeddings=256), {"river": "river", "sea": "sea"}
+    plain, typed = (
+        chat_tokenizer(CHAT),
+        chat_tokenizer(CHAT.replace("{{ m.content }}", "{{ m.content | trim }}") + tools),
+    )
+    found = [
+        Classifier(model, tokenizer, template=LabelPrompt(labels, chat=True)).classify(ROWS)
+        for tokenizer in (plain, typed)
+    ]
+    assert found[0] == found[1]
+
+
 def test_a_chat_template_that_drops_the_text_is_refused():
     with pytest.raises(UserError, match="the chat template of the model's tokenizer drops user"):
         Classifier(tiny_model(), chat_tokenizer("{{ bos_token }}x"), template=LabelPrompt(LABELS, chat=True))
