@@ -109,6 +109,15 @@ def workplace(models, tmp_path, monkeypatch) -> Path:
     (tmp_path / "articles.csv.gz").write_bytes(gzip.compress(b"body\nthe Seine\nthe Rhine\n"))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "exam.jsonl").write_text(json.dumps(exam[0]) + '\n{"question": \n')
+    beir = {
+        "corpus.jsonl": '{"_id": "d1", "text": "the Seine"}\n{"_id": "d2", "text": "a hill"}\n',
+        "queries.jsonl": '{"_id": "q1", "text": "a river"}\n',
+        "qrels/test.tsv": "query-id\tcorpus-id\tscore\nq1\td1\t1\n",
+        "../bm25.trec": "q1 Q0 d2 1 0.5 bm25\nq1 Q0 d1 2 0.25 bm25\n",
+    }
+    (tmp_path / "scifact" / "qrels").mkdir(parents=True)
+    for name, text in beir.items():
+        (tmp_path / "scifact" / name).write_text(text)
     settings = next(block.text for block in BLOCKS if block.language == "toml")
     (tmp_path / "run.toml").write_text(local(settings, models))
     monkeypatch.chdir(tmp_path)
