@@ -143,7 +143,7 @@ class Engine(ABC, Generic[I]):
     def parse(self, record: Record) -> I:
         """Return the item of a record of texts or of token ids. UserError for one that can't be used."""
         parse_ids: Any = ids.PARSERS.get(self.task)
-        if parse_ids is not None and ids.holds_ids(record):
+        if parse_ids is not None and ids.holds_ids(record, self.task):
             self._check_ids(record.where)
             return parse_ids(record, self._limits)
         item = self._parse(record)

@@ -66,9 +66,9 @@ class Limits:
     stride: int | None = None  # tokens that each further window over a text asks for
 
 
-def holds_ids(record: Record) -> bool:
-    """Return whether a record holds ids."""
-    return "input_ids" in record.fields or "context_ids" in record.fields
+def holds_ids(record: Record, task: str) -> bool:
+    """Return whether a record holds ids that the task reads."""
+    return "input_ids" in record.fields or (task == "score" and "context_ids" in record.fields)
 
 
 def parse_text(record: Record, limits: Limits) -> GivenText:

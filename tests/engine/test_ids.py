@@ -215,6 +215,12 @@ def test_a_prompt_stands_before_texts_alone(model):
         Embedder(model, embedding_tokenizer()).embed([row], prompt="the ")
 
 
+def test_ids_of_questions_are_no_documents(model):
+    reranker = Reranker(model, tiny_tokenizer(adds_bos=True), template=Template(TEXT, 5, 6))
+    (found,) = reranker.score([{"query": "q", "documents": ["a", "b"], "context_ids": [1]}])
+    assert len(found["scores"]) == 2
+
+
 def test_the_engine_takes_rows_of_the_hub(model):
     scorer = Scorer(model, tiny_tokenizer(adds_bos=True))
     row = {"passage": "The sea is salty.", "question": "is the sea salty", "answer": True}

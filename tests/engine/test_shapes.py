@@ -4,6 +4,7 @@ import ast
 import importlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from radix_ops.engine.errors import UserError
@@ -232,6 +233,10 @@ def test_the_right_choice_is_an_index_and_test_sets_have_none(row, gold):
         ),
         (MMLU | {"choices": ["A", "C", "B", "D"], "answer": "B"}, "which is several of the 4 choices"),
         (MMLU | {"label": 2}, '"answer" and "label", and each may say which choice is right'),
+        (HELLASWAG | {"label": "--1"}, "\"label\" is '--1'; it must be a whole number from 0 to 3"),
+        (HELLASWAG | {"label": "1" * 5000}, "it must be a whole number from 0 to 3"),
+        (MMLU | {"answer": np.array([1, 2])}, "which is none of the 4 choices"),
+        (ARC | {"answerKey": np.array(["A", "B"])}, "which must be one of the labels"),
         (HELLASWAG | {"label": "4"}, "\"label\" is '4'; it must be a whole number from 0 to 3"),
         (WINOGRANDE | {"sentence": "no blank"}, '"sentence" must hold a blank, "_"'),
         (PIQA | {"sol2": 3}, '"sol2" is a number; it must be a string'),

@@ -20,6 +20,7 @@ from .rows import (
     is_string,
     is_strings,
     replaced,
+    whole_number,
 )
 
 _ANSWERS = ("answer", "answerKey", "label")
@@ -183,7 +184,7 @@ def _has_labels(fields: dict) -> bool:
 
 def _is_truth(fields: dict) -> bool:
     answer, label = fields.get("answer"), fields.get("label")
-    return isinstance(answer, bool) or label in (-1, 0, 1)
+    return isinstance(answer, bool) or whole_number(label) in (-1, 0, 1)
 
 
 QUESTIONS = (

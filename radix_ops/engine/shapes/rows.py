@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -76,9 +77,9 @@ def columns_of(record: Record, key: str, names: tuple[str, ...]) -> list[list]:
 def gold_of_label(record: Record, key: str, labels: list) -> int | None:
     """Return the index of the label under `key`; None where that is null or empty, as in a test set without answers."""
     given = record.fields.get(key)
-    given = given.strip() if isinstance(given, str) else given
-    if given is None or given == "":
+    if _is_nothing(given):
         return None
+    given = given.strip() if isinstance(given, str) else given
     places = [place for place, label in enumerate(labels) if str(label) == str(given)]
     if len(places) != 1:
         known = ", ".join(repr(label) for label in labels[:8])
@@ -90,10 +91,10 @@ def gold_of_index(record: Record, key: str, count: int, first: int = 0) -> int |
     """Return the index from 0 of a number, or its digits, under `key`, counted from `first` there; None where it is
     null, empty or -1, as in a test set without answers."""
     given = record.fields.get(key)
-    if given is None or given == "":
+    if _is_nothing(given):
         return None
     number = whole_number(given)
-    if number is None and isinstance(given, str) and given.strip().lstrip("-").isdecimal():
+    if number is None and isinstance(given, str) and re.fullmatch(r"-?[0-9]{1,9}", given.strip()):
         number = int(given)
     if number == -1:
         return None
@@ -107,9 +108,9 @@ def gold_of_index(record: Record, key: str, count: int, first: int = 0) -> int |
 def gold_of_answer(record: Record, key: str, choices: list[str]) -> int | None:
     """Return the index of an answer: an index from 0, a letter, or the text of a choice; None where there is none."""
     given = record.fields.get(key)
-    if given is None or given == "" or whole_number(given) is not None:
+    if _is_nothing(given) or whole_number(given) is not None:
         return gold_of_index(record, key, len(choices))
-    places = {place for place, choice in enumerate(choices) if choice == given}
+    places = {place for place, choice in enumerate(choices) if isinstance(given, str) and choice == given}
     if isinstance(given, str) and given in LETTERS[: len(choices)]:
         places.add(LETTERS.index(given))
     if len(places) != 1:
@@ -118,6 +119,10 @@ def gold_of_answer(record: Record, key: str, choices: list[str]) -> int | None:
             "choices; it must be an index from 0, a letter or the text of a choice"
         )
     return places.pop()
+
+
+def _is_nothing(value: object) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def whole_number(value: object) -> int | None:
