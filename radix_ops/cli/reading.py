@@ -19,14 +19,15 @@ from ..engine.items import Items
 from .progress import progress_bar, say
 
 _LONGEST_MESSAGE = 1000  # characters of a row's
-# Columns that tasks read as arrays or numbers: cells of CSV and TSV may hold these as JSON.
+# Columns that tasks read as arrays or as numbers: cells of CSV and TSV hold these as JSON.
 ARRAYS = (
     *("input_ids", "context_ids", "choices_ids", "attention_mask"),
-    *("choices", "contexts", "options", "endings", "gold", "answer_index"),
+    *("choices", "contexts", "options", "endings"),
     *("documents", "relevance", "passages", "positive", "negative", "pos", "neg"),
     *("positive_passages", "negative_passages"),
     *("messages", "prompt", "chosen", "rejected", "completion", "tools"),
 )
+NUMBERS = ("gold", "answer_index")
 
 
 def read_records(
@@ -64,7 +65,8 @@ def read_records(
             reserved=reserved if writes_results else (),
             delimiter=args.delimiter,
             header=args.header,
-            arrays=(*ARRAYS, *(path.split(".")[0] for path in columns.values())),
+            arrays=(*ARRAYS, *_roots(columns, ARRAYS)),
+            numbers=(*NUMBERS, *_roots(columns, NUMBERS)),
             split=getattr(args, "split", None),
             candidates=getattr(args, "candidates", None),
         )
@@ -77,6 +79,11 @@ def _columns(args: argparse.Namespace) -> dict[str, str]:
             if columns.setdefault(key, path) != path:
                 raise UserError(f"--column names {columns[key]} and {path} for {key}; a key has one column")
     return columns
+
+
+def _roots(columns: dict[str, str], keys: tuple[str, ...]) -> list[str]:
+    """Return the columns that paths lead into, of those for the keys, and of those that have parts."""
+    return [path.split(".")[0] for key, path in columns.items() if key in keys or "." in path]
 
 
 def _marks(args: argparse.Namespace, columns: dict[str, str]) -> list[str]:

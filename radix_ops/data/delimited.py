@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 
 from ..engine.errors import UserError
 from .lines import decode, dump_json, parse_json
 from .sources import Row, place
 from .streams import LONGEST_LINE, ByteFile, LineFile, StreamError
 
+Values = Mapping[str, tuple[type, ...]]
 _OTHER_DELIMITERS = ",;\t|"
 _NO_HEADER = "the first row gives the columns' names, unless --header does"
 # What goes behind errors of tasks, by what they hold.
@@ -22,12 +23,12 @@ HINTS = {
 
 
 def read_delimited(
-    name: str, file: ByteFile, delimiter: str, header: list[str] | None, arrays: Collection[str]
+    name: str, file: ByteFile, delimiter: str, header: list[str] | None, values: Values
 ) -> Iterator[Row]:
     """Yield the rows. One with too few or too many cells, or a quote out of place, has its error.
 
     header: the columns' names, where no first row gives them.
-    arrays: the columns whose cells may hold a JSON array, object or number in place of a string.
+    values: what cells of a column may hold as JSON, in place of a string.
     """
     text = _Text(name, file)
     # The limit is the whole process's; it may grow, since _Text bounds what a row takes.
@@ -55,15 +56,15 @@ def read_delimited(
             columns = _checked(cells, delimiter)
             continue
         number += 1
-        yield _row(number, place(name, "row", number), columns, cells, arrays, text)
+        yield _row(number, place(name, "row", number), columns, cells, values, text)
 
 
-def _row(number: int, where: str, columns: list[str], cells: list[str], arrays: Collection[str], text: _Text) -> Row:
+def _row(number: int, where: str, columns: list[str], cells: list[str], values: Values, text: _Text) -> Row:
     try:
         if len(cells) != len(columns):
             raise UserError(f"{where} has {len(cells)} cells and the header has {len(columns)}")
         fields: dict = dict(zip(columns, cells, strict=True))
-        nested = {column: _value(fields[column]) for column in columns if column in arrays}
+        nested = {column: _value(fields[column], values[column]) for column in columns if column in values}
         raw = dump_json(fields | nested)
         return Row(number, raw, parse_json(raw, where) if nested else fields)
     except UserError as error:
@@ -86,14 +87,14 @@ def _checked(columns: list[str], delimiter: str) -> list[str]:
     return columns
 
 
-def _value(cell: str) -> object:
-    """Return the array, object or whole number that a cell holds as JSON, else the cell."""
+def _value(cell: str, types: tuple[type, ...]) -> object:
+    """Return the value of one of these types that a cell holds as JSON, else the cell."""
     try:
         value = json.loads(cell, parse_constant=float)
         json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
         return cell
-    return value if type(value) in (list, dict, int) else cell
+    return value if type(value) in types else cell
 
 
 class _Text:

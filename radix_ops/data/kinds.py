@@ -50,7 +50,7 @@ class Reading:
     format: the kind of all files; by default what each one's name and first bytes say.
     delimiter: what parts the cells of CSV; a comma by default.
     header: the columns of CSV and TSV whose files have no header.
-    arrays: the columns of CSV and TSV whose cells may hold JSON.
+    arrays, numbers: the columns of CSV and TSV whose cells may hold arrays or objects, and whole numbers, as JSON.
     drop: the columns of tables that are not read.
     split, candidates: the judgements of a BEIR folder, and the run file of its candidates; see `BeirSource`.
     """
@@ -59,6 +59,7 @@ class Reading:
     delimiter: str | None = None
     header: tuple[str, ...] | None = None
     arrays: Collection[str] = ()
+    numbers: Collection[str] = ()
     drop: Collection[str] = ()
     split: str | None = None
     candidates: str | None = None
@@ -94,9 +95,15 @@ def open_source(path: str, reading: Reading) -> Source:
     if kind in ("csv", "tsv"):
         delimiter = reading.delimiter or ("," if kind == "csv" else "\t")
         header = None if reading.header is None else list(reading.header)
-        rows = read_delimited(name, file, delimiter, header, reading.arrays)
+        rows = read_delimited(name, file, delimiter, header, _values(reading))
         return CopiedSource(name, file, rows, HINTS)
     return LineSource(name, file, kind == "text", None if reading.format else _guess(named, start, file.head))
+
+
+def _values(reading: Reading) -> dict[str, tuple[type, ...]]:
+    """Return the types that cells of a column may hold as JSON."""
+    names = {*reading.arrays, *reading.numbers}
+    return {name: (list, dict) * (name in reading.arrays) + (int,) * (name in reading.numbers) for name in names}
 
 
 def _guess(named: Kind | None, start: bytes, head: bytes) -> str | None:

@@ -47,7 +47,7 @@ class Records(Generic[T]):
         drop: columns, or keys, that are left out.
         marks: what else decides the keys of results, such as how `parse` reads a row.
         reserved: keys that no row may have, nor those of `origin`.
-        delimiter, header, arrays, split, candidates: see `Reading`.
+        delimiter, header, arrays, numbers, split, candidates: see `Reading`.
 
     refused: the reason by index, of records that can't be used.
     bad: the rows that were left out or are in `refused`.
@@ -68,6 +68,7 @@ class Records(Generic[T]):
         delimiter: str | None = None,
         header: Sequence[str] | None = None,
         arrays: Collection[str] = (),
+        numbers: Collection[str] = (),
         split: str | None = None,
         candidates: str | None = None,
     ):
@@ -78,7 +79,9 @@ class Records(Generic[T]):
         self.parse, self.on_error = parse, on_error
         self._drop, self._reserved = tuple(drop), tuple(reserved)
         self._marks = json.dumps([*self._drop, *marks]).encode() if drop or marks else b""
-        reading = Reading(format, delimiter, None if header is None else tuple(header), arrays, drop, split, candidates)
+        reading = Reading(
+            format, delimiter, None if header is None else tuple(header), arrays, numbers, drop, split, candidates
+        )
         given = [path] if isinstance(path, (str, os.PathLike)) else path
         self.paths = data_files([os.fspath(name) for name in given])
         self.refused: dict[int, str] = {}

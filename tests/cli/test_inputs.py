@@ -169,3 +169,11 @@ def test_inspect_reads_every_container_and_leaves_bad_rows_out(model_folder, tmp
     out, err = capsys.readouterr()
     assert json.loads(out)["rows"] == found[0]["rows"]
     assert f"1 of {FEW + 1} rows can't be used and were left out:\n  {path}, line {FEW + 1}" in err
+
+
+def test_a_cell_that_a_task_reads_as_text_stays_text(model_folder, tmp_path, capsys):
+    path = tmp_path / "t.csv"
+    path.write_text('body,prompt\n2020,7\n"[1]",8\n"{""a"": 1}",9\n')
+    for option in (["--column", "text=body"], ["--text-key", "body"], ["--text-key", "prompt"]):
+        assert cli.main(["inspect", "--json", "--tokenizer", str(model_folder), *option, str(path)]) == 0
+        assert json.loads(capsys.readouterr().out)["sequences"] == 3

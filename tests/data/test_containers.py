@@ -15,7 +15,7 @@ from helpers import data_files
 from radix_ops.data.records import Records, UserError
 
 ROWS = data_files.questions(700)
-ARRAYS = ("choices", "gold")
+JSON = {"arrays": ("choices",), "numbers": ("gold",)}
 
 
 def refusal(path, parse=None, **options) -> str:
@@ -28,7 +28,7 @@ def refusal(path, parse=None, **options) -> str:
 @pytest.mark.parametrize("name", data_files.WRITERS)
 def test_every_container_holds_the_same_rows(tmp_path, name, packing):
     path = data_files.write(tmp_path, name, packing, ROWS)
-    records = Records(path, arrays=ARRAYS)
+    records = Records(path, **JSON)
     assert [record.fields for record in records] == ROWS
     unit = "line" if name == "rows.jsonl" else "row"
     assert [records.origin(i) for i in (0, 699)] == [{unit: 1}, {unit: 700}]
@@ -42,7 +42,7 @@ def test_every_container_holds_the_same_rows(tmp_path, name, packing):
         None,
     ]
     assert records.index_of({"line" if unit == "row" else "row": 1}) is None
-    again = Records(path, arrays=ARRAYS)
+    again = Records(path, **JSON)
     assert [records.raw(i) for i in range(700)] == [again.raw(i) for i in range(700)]
     assert len({records.raw(i) for i in range(700)}) == 700
 
@@ -54,7 +54,7 @@ def test_every_container_comes_through_a_pipe(tmp_path, name, packing):
     pipe = tmp_path / f"pipe-{path.name}"
     os.mkfifo(pipe)
     threading.Thread(target=pipe.write_bytes, args=(path.read_bytes(),)).start()
-    records = Records(pipe, arrays=ARRAYS)
+    records = Records(pipe, **JSON)
     assert [record.fields for record in records] == ROWS
 
 
@@ -69,7 +69,7 @@ def test_files_without_an_ending_are_known_by_their_content(tmp_path, name):
             "--format {jsonl,json,text,csv,tsv,parquet,arrow,npz} does"
         )
     kind = name.split(".")[1] if name in ("rows.csv", "rows.tsv") else None
-    assert [record.fields for record in Records(bare, format=kind, arrays=ARRAYS)] == ROWS
+    assert [record.fields for record in Records(bare, format=kind, **JSON)] == ROWS
 
 
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow", "stream.arrow", "rows.feather", "rows.json"])
@@ -163,7 +163,7 @@ def test_cells_of_csv_are_strings_and_arrays_where_a_task_needs_them(tmp_path):
         {"a": "1\r\n2", "b": "[1]", "gold": "007"},
         {"a": "", "b": '["x", NaN]', "gold": "2"},
     ]
-    assert [record.fields for record in Records(path, arrays=("b", "gold"))] == [
+    assert [record.fields for record in Records(path, arrays=("b",), numbers=("a", "gold"))] == [
         {"a": "1\r\n2", "b": [1], "gold": "007"},
         {"a": "", "b": '["x", NaN]', "gold": 2},
     ]

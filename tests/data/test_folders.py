@@ -76,7 +76,7 @@ def test_standard_input_is_read_as_a_file_is(tmp_path, name, is_file):
     path = data_files.write(tmp_path, name, ".zst" if "json" in name else "", ROWS)
     kind = name.split(".")[1] if name in ("rows.csv", "rows.tsv") else None
     with standard_input(path if is_file else path.read_bytes()):
-        records = Records("-", format=kind, arrays=("choices", "gold"))
+        records = Records("-", format=kind, arrays=("choices",), numbers=("gold",))
     assert [record.fields for record in records] == ROWS
     assert records.path == "standard input"
     unit = "line" if name == "rows.jsonl" else "row"
