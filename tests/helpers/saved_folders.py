@@ -82,12 +82,16 @@ def _cases() -> list[Case]:
 CASES = _cases()
 
 
-def _base(case: Case, folder: Path) -> str:
+def _base(case: Case, parent: Path) -> str:
+    """Return a folder of transformers' for the case, which others may share."""
     from helpers.sentence_folders import FLAT, PARTS, with_template
     from helpers.sentence_models import save
 
     head = {"encoder": "Model", "head": "ForSequenceClassification", "answer": "ForCausalLM"}[case.kind]
     changes = {name: value for name, value in case.changes.items() if name == "num_labels"}
+    folder = parent / "-".join(["base", case.model, head, case.template, case.side, *changes])
+    if folder.exists():
+        return str(folder)
     save(folder, case.model, head, case.side, vocab_size=100, **changes)
     if case.template != "none":
         with_template(folder, {"flat": FLAT, "parts": PARTS}[case.template], case.side)
@@ -146,7 +150,7 @@ def save_all(folder: Path) -> None:
 
     found: dict[str, Any] = {}
     for case in CASES:
-        base = _base(case, folder / f"{case.name}-base")
+        base = _base(case, folder)
         found[case.name] = (_encoder if case.kind == "encoder" else _cross_encoder)(case, base, folder / case.name)
     written = {"version": sentence_transformers.__version__, "numbers": found}
     (folder / "expected.json").write_text(json.dumps(written))
