@@ -27,6 +27,7 @@ _HEAD_SIZE = 512
 _UTF16, _UTF32 = "is text in UTF-16", "is text in UTF-32"
 _UNPACK = "decompress it first (of compressed files gzip and zstd are read)"
 _CONVERT = "write it as JSON lines first"
+_OFFICE = (b"[Content_Types].xml", b"_rels/", b"docProps/", b"xl/")  # a workbook's first entry, after 30 bytes of zip
 # The starts of files of other kinds; the first that fits counts.
 _SIGNS = (
     (b"\xff\xfe\0\0", _UTF32),
@@ -259,6 +260,8 @@ def temporary_file() -> BinaryIO:
 def _name_of(head: bytes) -> str | None:
     if head[257:262] == b"ustar":
         return f"is a tar archive; {_UNPACK}"
+    if head.startswith(b"PK\3\4") and head[30:].startswith(_OFFICE):
+        return "is a file of Excel or its kin; save the sheet as CSV first"
     if (name := next((name for sign, name in _SIGNS if head.startswith(sign)), None)) is not None:
         return name
     # Without a byte order mark: of a first character below 256 all bytes but one are 0.

@@ -143,6 +143,10 @@ FOREIGN = {
     + [LINES[0].encode(code) for code in ("utf-32-le", "utf-32-be")],
     "compressed by gzip twice; decompress it first": [gzip.compress(gzip.compress(b"{}"))],
     "a zip archive; decompress it first": [b"PK\3\4\x14\0\xff", b"PK\5\6" + bytes(18)],
+    "a file of Excel or its kin; save the sheet as CSV first": [
+        b"PK\3\4" + bytes(26) + name + bytes(30)
+        for name in (b"[Content_Types].xml", b"docProps/app.xml", b"xl/styles.xml")
+    ],
     "compressed twice, by zstd inside; decompress it first": [gzip.compress(b"\x28\xb5\x2f\xfd\x24\x02\x11\0\0")],
     "compressed by xz; decompress": [b"\xfd7zXZ\0\0\x04"],
     "compressed by bzip2; decompress": [b"BZh91AY&SY\xd8"],

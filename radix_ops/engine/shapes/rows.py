@@ -106,17 +106,28 @@ def gold_of_index(record: Record, key: str, count: int, first: int = 0) -> int |
 
 
 def gold_of_answer(record: Record, key: str, choices: list[str]) -> int | None:
-    """Return the index of an answer: an index from 0, a letter, or the text of a choice; None where there is none."""
+    """Return the index of an answer: an index from 0, a letter, or the text of a choice; None where there is none.
+
+    A cell of CSV is a string, so an index may be in digits. UserError where these are the text of another choice.
+    """
     given = record.fields.get(key)
-    if _is_nothing(given) or whole_number(given) is not None:
+    is_text = isinstance(given, str)
+    is_unknown = is_text and given == "-1" and given not in choices
+    if _is_nothing(given) or is_unknown or whole_number(given) is not None:
         return gold_of_index(record, key, len(choices))
-    places = {place for place, choice in enumerate(choices) if isinstance(given, str) and choice == given}
-    if isinstance(given, str) and given in LETTERS[: len(choices)]:
+    places = {place for place, choice in enumerate(choices) if is_text and given in (choice, str(place))}
+    if is_text and given in LETTERS[: len(choices)]:
         places.add(LETTERS.index(given))
     if len(places) != 1:
+        message = (
+            f'{record.where}: "{key}" is {given!r:.80}, which is {"several" if places else "none"} of the '
+            f"{len(choices)} choices; it must be an index from 0, a letter or the text of a choice"
+        )
+        if not places or not str(given).isdecimal():
+            raise UserError(message)
         raise UserError(
-            f'{record.where}: "{key}" is {given!r}, which is {"several" if places else "none"} of the {len(choices)} '
-            "choices; it must be an index from 0, a letter or the text of a choice"
+            f'{message}; under "gold" a number is an index, and a string a text',
+            f"{message}; --column gold={key} takes a number, or digits in CSV, as the index, and a string as the text",
         )
     return places.pop()
 
