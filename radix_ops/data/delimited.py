@@ -63,8 +63,8 @@ def _row(number: int, where: str, columns: list[str], cells: list[str], values: 
     try:
         if len(cells) != len(columns):
             raise UserError(f"{where} has {len(cells)} cells and the header has {len(columns)}")
-        fields: dict = dict(zip(columns, cells, strict=True))
-        nested = {column: _value(fields[column], values[column]) for column in columns if column in values}
+        fields: dict = {column: cell for column, cell in zip(columns, cells, strict=True) if column}
+        nested = {column: _value(fields[column], values[column]) for column in fields if column in values}
         raw = dump_json(fields | nested)
         return Row(number, raw, parse_json(raw, where) if nested else fields)
     except UserError as error:
@@ -73,7 +73,7 @@ def _row(number: int, where: str, columns: list[str], cells: list[str], values: 
 
 def _checked(columns: list[str], delimiter: str) -> list[str]:
     for index, column in enumerate(columns):
-        if not column:
+        if not column and (index or len(columns) == 1):  # a first one holds rows' numbers, which have no name
             raise StreamError(f", header: column {index + 1} has no name")
         if columns.index(column) < index:
             raise StreamError(f", header: two columns have the name {column!r}")

@@ -174,6 +174,17 @@ def test_cells_of_csv_are_strings_and_arrays_where_a_task_needs_them(tmp_path):
     )
 
 
+def test_numbers_of_rows_that_pandas_writes_are_left_out(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(",text,id\n0,the sea,7\n1,the river,8\n")
+    assert [record.fields for record in Records(path)] == [
+        {"text": "the sea", "id": "7"},
+        {"text": "the river", "id": "8"},
+    ]
+    path.write_text(",text,\n0,the sea,7\n")
+    assert "header: column 3 has no name" in refusal(path)
+
+
 def test_a_table_without_a_header_has_the_names_that_are_given(tmp_path):
     path = tmp_path / "t.tsv"
     path.write_bytes(b"7\tthe sea\n8\tthe river\n")

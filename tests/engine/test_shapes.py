@@ -218,6 +218,9 @@ def test_other_keys_stay():
         (PIQA | {"label": -1}, None),
         (WINOGRANDE | {"answer": ""}, None),
         (BOOLQ | {"label": None, "answer": True}, 1),
+        (BOOLQ | {"label": None, "answer": "False"}, 0),
+        (BOOLQ | {"label": None, "answer": "true"}, 1),
+        (BOOLQ | {"label": "1"}, 1),
         (COMMONSENSE, 0),
     ],
 )

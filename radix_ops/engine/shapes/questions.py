@@ -146,7 +146,8 @@ def _winogrande(record: Record) -> dict:
 def _boolq(record: Record) -> dict:
     key = "label" if record.fields.get("label") is not None else "answer"
     answer = record.fields.get(key)
-    gold = int(answer) if isinstance(answer, bool) else gold_of_index(record, key, 2)
+    truth = _truth(answer)
+    gold = gold_of_index(record, key, 2) if truth is None else int(truth)
     return replaced(
         record,
         ("passage", "question", "answer", "label"),
@@ -182,9 +183,17 @@ def _has_labels(fields: dict) -> bool:
     return bool(entries) and all(isinstance(entry, dict) and {"text", "label"} <= entry.keys() for entry in entries)
 
 
+def _truth(value: object) -> bool | None:
+    """Return a boolean, or one that a cell of CSV holds as Python or JSON writes it; None for anything else."""
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.lower())
+    return value if isinstance(value, bool) else None
+
+
 def _is_truth(fields: dict) -> bool:
     answer, label = fields.get("answer"), fields.get("label")
-    return isinstance(answer, bool) or whole_number(label) in (-1, 0, 1)
+    is_label = label in ("-1", "0", "1") if isinstance(label, str) else whole_number(label) in (-1, 0, 1)
+    return is_label or _truth(answer) is not None
 
 
 QUESTIONS = (
