@@ -78,17 +78,21 @@ def add_input_arguments(parser: argparse.ArgumentParser, what: str, writes_resul
     )
 
 
-def add_shape_arguments(parser: argparse.ArgumentParser, command: str) -> None:
-    """Add what says how a row is read; `command` is one that knows rows of the hub."""
+def add_column_argument(parser: argparse.ArgumentParser, example: str) -> None:
+    """Add what says where keys stand in a row; `example` is a value of it."""
     parser.add_argument(
         "--column",
         type=columns,
         action="append",
         default=[],
         metavar="KEY=COLUMN,...",
-        help="column that stands for a key, as in query=question,documents=passages.text; dots go into objects, and "
-        "over those of an array",
+        help=f"column that stands for a key, as in {example}; dots go into objects, and over those of an array",
     )
+
+
+def add_shape_arguments(parser: argparse.ArgumentParser, command: str) -> None:
+    """Add what says how a row is read; `command` is one that knows rows of the hub."""
+    add_column_argument(parser, "query=question,documents=passages.text")
     parser.add_argument(
         "--shape",
         choices=SHAPES[command],

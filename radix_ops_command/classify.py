@@ -8,6 +8,7 @@ from .arguments import (
     FILE_HELP,
     MODEL_HELP,
     RESUME_HELP,
+    add_column_argument,
     add_command,
     add_input_arguments,
     add_length_arguments,
@@ -75,6 +76,7 @@ def add_parser(commands) -> None:
         commands, "classify", "label texts by a model's head or by a prompt", HELP, "radix_ops.cli.classify"
     )
     add_input_arguments(command, "the texts, or what the template reads")
+    add_column_argument(command, "text=review,gold=stars")
     add_model_arguments(
         command, "file for the results, by its ending lines or a table (default: lines on standard output)"
     )

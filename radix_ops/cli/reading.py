@@ -40,11 +40,11 @@ def read_records(
     """Read and check all files (see `Records`), with a progress bar where that takes long.
 
     writes_results: whether rows' other keys go to results, so that none may be one that results hold themselves.
-    task: the command whose rows of the hub are known, and which --column and --shape say how to read.
+    task: the command, whose rows of the hub are known, where it has some, and --column and --shape say how to read.
     """
     columns = _columns(args) if task else {}
     if task:
-        adapt = adapter(task, columns, args.shape, getattr(args, "text_key", "text"))
+        adapt = adapter(task, columns, getattr(args, "shape", None), getattr(args, "text_key", "text"))
         read: Callable[[Record], T] = lambda record: parse(adapt(record))  # noqa: E731
     else:
         read = parse

@@ -184,6 +184,21 @@ def test_tables_hold_labels_by_name_and_index(head, tmp_path, capsys):
     assert json.loads(path.read_text())["rows_with_gold"] == 4
 
 
+def test_named_columns_are_read(head, language_model, template, tmp_path, capsys):
+    rows = [(row["text"], n % 3) for n, row in enumerate(ROWS)]
+    (tmp_path / "r.csv").write_text("body,stars\n" + "".join(f'"{text}",{stars}\n' for text, stars in rows))
+    write_jsonl(tmp_path / "r.jsonl", [{"review": {"body": text}, "stars": "abc"[stars]} for text, stars in rows])
+    for model, options in ((head, {}), (language_model, {"template": template})):
+        expected = Classifier(model, device="cpu", **options).classify({"text": row["text"]} for row in ROWS)
+        for name, column in (("r.csv", "text=body"), ("r.jsonl", "text=review.body")):
+            arguments = ["--template", template] if options else ["--column", "gold=stars"]
+            assert classify(model, "--column", column, *arguments, tmp_path / name) == 0
+            found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+            assert [row["best"] for row in found] == [row["best"] for row in expected]
+            assert options or [row["gold"] for row in found] == ["a", "b", "c"] * 2
+    assert "r.csv, row 1 has no column 'text'" in failing(capsys, head, "--column", "text=text", tmp_path / "r.csv")
+
+
 def test_a_text_file_holds_one_text_a_line(head, tmp_path, capsys):
     (tmp_path / "texts.txt").write_text("".join(row["text"] + "\n" for row in ROWS))
     assert classify(head, tmp_path / "texts.txt") == 0
