@@ -79,11 +79,15 @@ def add_parser(commands) -> None:
     command.add_argument(
         "--pooling", choices=POOLINGS, help="pooling of hidden states (default: as the model's folder says, else last)"
     )
-    command.add_argument(
+    prompts = command.add_mutually_exclusive_group()
+    prompts.add_argument(
         "--prompt",
         type=utf8_text,
         metavar="TEXT",
         help='text before each text; "" for none (default: as the model\'s folder says)',
+    )
+    prompts.add_argument(
+        "--prompt-name", type=utf8_text, metavar="NAME", help="prompt that the model's folder has under this name"
     )
     command.add_argument(
         "--dim", type=positive_int, metavar="N", help="numbers that are kept, the first N (default: all)"

@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> None:
             args.model,
             pooling=args.pooling,
             prompt=args.prompt,
+            prompt_name=args.prompt_name,
             dim=args.dim,
             normalize=False if args.no_normalize else None,
             max_length=args.max_length,

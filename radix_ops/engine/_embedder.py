@@ -45,6 +45,7 @@ class Embedder(Engine[Text]):
             sentence-transformers computes them.
         prompt: stands before each text, or is the system's message where the folder has a chat template render texts;
             "" for none. By default the folder's own.
+        prompt_name: the folder's prompt of this name, in place of its default one.
         dim: keep the first numbers of a Matryoshka model, and normalise after that.
         normalize: whether embeddings have length 1.
         max_length: tokens of a text at most, special tokens included. By default as the model and its tokenizer say.
@@ -70,6 +71,7 @@ class Embedder(Engine[Text]):
         *,
         pooling: Pooling | None = None,
         prompt: str | None = None,
+        prompt_name: str | None = None,
         dim: int | None = None,
         normalize: bool | None = None,
         max_length: int | None = None,
@@ -103,6 +105,10 @@ class Embedder(Engine[Text]):
                 layout=layout, plain=plain, trust_remote_code=trust_remote_code,
             )  # fmt: skip
             self.truncate_right = truncate_right
+            if prompt_name is not None:
+                if prompt is not None:
+                    raise UserError("--prompt and --prompt-name can't both be given")
+                prompt = _named(recipe, prompt_name)
             given: dict[str, Any] = {
                 "poolings": pooling and (pooling,),
                 "dim": dim,
@@ -269,10 +275,7 @@ class Embedder(Engine[Text]):
             return None if prompt is None else self._with_prompt(prompt)
         if prompt is not None:
             raise UserError("prompt and prompt_name can't both be given")
-        if not isinstance(name, str) or name not in self._pooling.prompts:
-            known = ", ".join(map(repr, self._pooling.prompts)) or "none"
-            raise UserError(f"prompt_name {name!r} is not one of the model's prompts, which are {known}")
-        return self._with_prompt(self._pooling.prompts[name])
+        return self._with_prompt(_named(self._pooling, name))
 
     def _rows(self, encoded: Texts, first: int, on_progress: OnProgress | None) -> npt.NDArray[np.float32]:
         """Return the embeddings of encoded texts, of which the first is texts[first]."""
@@ -320,6 +323,14 @@ class Embedder(Engine[Text]):
         (rows,) = numbers
         embedding.check_finite(rows, lambda row: item.where)
         return embedding.result(item, self.convert(rows, lambda row: item.where))
+
+
+def _named(recipe: Recipe, name: object) -> str:
+    """Return the folder's prompt of this name. UserError where it has none."""
+    if isinstance(name, str) and name in recipe.prompts:
+        return recipe.prompts[name]
+    lack = f"{name!r} is not one of the model's prompts, which are {', '.join(map(repr, recipe.prompts)) or 'none'}"
+    raise UserError(f"prompt_name {lack}", f"--prompt-name {lack}")
 
 
 def _names_from(first: int) -> Callable[[int], str]:

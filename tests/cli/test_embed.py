@@ -11,7 +11,7 @@ from helpers.commands import TEXTS, failing_command, read_jsonl, write_jsonl
 from helpers.language_models import TEXT, embedding_tokenizer, needs_hf, tiny_model, tiny_tokenizer
 from radix_ops import cli
 from radix_ops.data.matrix import MatrixFile
-from radix_ops.engine import _engine, embedding
+from radix_ops.engine import Embedder, UserError, _engine, embedding
 from radix_ops.engine.items import shortest_decimals
 from radix_ops.engine.recipes import Recipe
 from radix_ops.engine.runners import Qwen3Runner
@@ -110,9 +110,21 @@ def test_embed_equals_sentence_transformers(tmp_path, texts, qwen3, pooling, nor
     check(np.load(tmp_path / "e.npy"), library.encode(TEXTS))
     assert embed(folder, "--output", tmp_path / "p.npy", "--prompt", "", texts) == 0
     check(np.load(tmp_path / "p.npy"), library.encode(TEXTS, prompt=""))
+    assert embed(folder, "--output", tmp_path / "n.npy", "--prompt-name", "document", texts) == 0
+    check(np.load(tmp_path / "n.npy"), library.encode(TEXTS, prompt_name="document"))
     assert embed(folder, "--output", tmp_path / "d.npy", "--dim", 8, texts) == 0
     expected = library.encode(TEXTS, truncate_dim=8, normalize_embeddings=normalize)
     check(np.load(tmp_path / "d.npy"), expected)
+
+
+def test_a_prompt_that_the_folder_lacks_is_refused(tmp_path, texts, qwen3, capsys):
+    folder, _ = sentence_folder(tmp_path / "st", qwen3, "mean", True, prompts={"query": "find: ", "document": ""})
+    message = failing(capsys, folder, "--prompt-name", "queries", texts)
+    assert "--prompt-name 'queries' is not one of the model's prompts, which are 'query', 'document'" in message
+    with pytest.raises(SystemExit):
+        embed(folder, "--prompt-name", "query", "--prompt", "find", texts)
+    with pytest.raises(UserError, match="^prompt and prompt_name can't both be given"):
+        Embedder(folder, prompt="find", prompt_name="query")
 
 
 @pytest.mark.parametrize("normalize", [False, True])
