@@ -125,13 +125,16 @@ def workplace(models, tmp_path, monkeypatch) -> Path:
 
 
 def local(text: str, models: dict[str, str]) -> str:
-    """Put a folder in place of each name of the hub."""
+    """Put a folder in place of each name of the hub, and ids of its vocabulary in place of token ids."""
 
     def folder(match: re.Match) -> str:
         name = match.group().lower()
         return models["base" if "embedding" in name else "cross" if "seq-cls" in name else "causal"]
 
-    return HUB_ID.sub(folder, text)
+    def ids(match: re.Match) -> str:
+        return re.sub(r"\d+", lambda number: str(int(number.group()) % 256), match.group())
+
+    return re.sub(r'(?<=_ids": )\[[\d, \[\]]+\]', ids, HUB_ID.sub(folder, text))
 
 
 def anchors(page: Path) -> set[str]:
