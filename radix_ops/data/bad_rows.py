@@ -50,7 +50,9 @@ class BadRows:
             raise self._listed[0]
         if self.count:
             summary = self.summary.replace(" of ", " of the first ") if self.is_full else self.summary
-            raise BadRowsError(f"{summary}; --on-error skip leaves them out", self.lines)
+            # Where no row that was read can be used, leaving them out is no remedy.
+            remedy = "; --on-error skip leaves them out" if self.count < self.num_rows else ""
+            raise BadRowsError(summary + remedy, self.lines)
 
     def check_all_are_not(self, num_records: int, path: str) -> None:
         """UserError where no record is left."""

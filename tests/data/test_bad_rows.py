@@ -163,3 +163,14 @@ def test_keys_that_results_hold_themselves_are_refused_by_row(tmp_path):
     assert len(Records(other, Text, reserved=("key",))) == 1
     with pytest.raises(UserError, match='row 1 has the key "file", which the output uses itself'):
         Records([other, write(tmp_path / "u.jsonl", 2)], Text, reserved=("key",))
+
+
+def test_rows_of_which_none_can_be_used_are_not_to_be_left_out(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"body": "a"}\n' * 3)
+    with pytest.raises(BadRowsError) as caught:
+        Records(path, Text)
+    assert caught.value.summary == "3 of 3 rows can't be used"
+    path.write_text('{"body": "a"}\n' * 3 + '{"text": "a"}\n')
+    with pytest.raises(BadRowsError, match="^3 of 4 rows can't be used; --on-error skip leaves them out"):
+        Records(path, Text)
