@@ -36,8 +36,9 @@ class _Part:
 class LabelWords:
     """The words of labels, by a tokenizer. UserError for a word that can't be told from another's or isn't there.
 
-    Words that start alike share what they start with: their steps, from a token to the next, make a trie. A model reads
-    the trie's leaves alone, each behind the prompt and without its last token.
+    A text that starts with a word starts with all that this word starts with, so that words that start with another
+    one of their label don't count. Words that start alike share what they start with: their steps, from a token to the
+    next, make a trie. A model reads the trie's leaves alone, each behind the prompt and without its last token.
     """
 
     def __init__(self, tokenizer: Any, words: Mapping[str, tuple[str | Ids, ...]]):
@@ -45,8 +46,8 @@ class LabelWords:
         found: dict[Ids, tuple[str, Any]] = {}
         self.ids: list[list[Ids]] = []
         for label, given in words.items():
-            self.ids.append([_ids_of(tokenizer, label, word) for word in given])
-            for word, ids in zip(given, self.ids[-1], strict=True):
+            listed = [_ids_of(tokenizer, label, word) for word in given]
+            for word, ids in zip(given, listed, strict=True):
                 if ids in found:
                     other, name = found[ids][1], found[ids][0]
                     raise UserError(
@@ -54,11 +55,13 @@ class LabelWords:
                         f"{list(ids)}"
                     )
                 found[ids] = (label, word)
-        starts = list(dict.fromkeys(ids[:-1] for ids in found))
+            self.ids.append([ids for ids in listed if not any(ids[:end] in listed for end in range(len(ids)))])
+        counted = [ids for listed in self.ids for ids in listed]
+        starts = list(dict.fromkeys(ids[:-1] for ids in counted))
         inner = {start[:end] for start in starts for end in range(len(start))}
         self.suffixes: list[Ids] = [start for start in starts if start not in inner]
         self._steps: dict[tuple[Ids, int], int] = {}
-        for ids in found:
+        for ids in counted:
             for end in range(len(ids)):
                 self._steps.setdefault((ids[:end], ids[end]), len(self._steps))
         self._parts = self._split()

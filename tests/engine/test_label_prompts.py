@@ -84,6 +84,15 @@ def test_scores_are_the_probabilities_of_the_words(kind, score, options):
     assert (found["gold"], found["label"], found["note"]) == ("sea", 1, "b")
 
 
+def test_a_word_that_starts_with_another_of_its_label_adds_nothing():
+    model, tokenizer = tiny_model(max_position_embeddings=256), tiny_tokenizer(adds_bos=True)
+    labels = {"a": [[5, 6], [5], [5, 6, 7], [8, 9]], "b": [[8]]}
+    classifier = Classifier(model, tokenizer, template=LabelPrompt(labels, "{{ text }}", score="probability"))
+    prompts = [tokenizer(row["text"])["input_ids"] for row in ROWS]
+    # Of all texts, those that start with 5 or with 8 9.
+    check(classifier.classify(ROWS), model, prompts, [[[5], [8, 9]], [[8]]], ["a", "b"], score="probability")
+
+
 def test_prompts_may_be_token_ids():
     model, tokenizer = tiny_model(max_position_embeddings=256), tiny_tokenizer(adds_bos=True)
     classifier = Classifier(model, tokenizer, template=LabelPrompt(LABELS, TEMPLATE))
