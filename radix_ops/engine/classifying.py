@@ -42,8 +42,9 @@ def gold_of(where: str, fields: dict, labels: Sequence[str], problem: str) -> st
     A label is named by a string, or by its index; where several may hold at once, by an array of them, and where there
     is one label, 0 and 1 say whether it holds. UserError for what is none of the labels.
     """
-    key = next((key for key in _GOLD_KEYS if key in fields), None)
-    if key is None or fields[key] in (None, -1, "", "-1"):  # cells of tables are strings
+    # Cells of tables are strings; one that is empty says no more than null.
+    key = next((key for key in _GOLD_KEYS if fields.get(key) is not None and fields[key] != ""), None)
+    if key is None or fields[key] in (-1, "-1"):
         return None
     given = fields[key]
     if problem != "multi_label_classification":

@@ -164,6 +164,8 @@ def test_a_problem_that_the_config_does_not_say_may_be_said(tmp_path):
         (None, 3, {"label": -1}, None),
         (None, 3, {"label": ""}, None),
         (None, 3, {"gold": None}, None),
+        (None, 3, {"gold": None, "label": "b"}, "b"),
+        (None, 3, {"gold": "", "label": "b"}, "b"),
         (None, 3, {}, None),
         (MULTI, 3, {"label": ["c", 0, "c"]}, ["a", "c"]),
         (MULTI, 3, {"gold": []}, []),

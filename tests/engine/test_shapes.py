@@ -222,10 +222,25 @@ def test_other_keys_stay():
         (BOOLQ | {"label": None, "answer": "true"}, 1),
         (BOOLQ | {"label": "1"}, 1),
         (COMMONSENSE, 0),
+        (ARC | {"gold": ""}, 2),
+        (MMLU | {"gold": "", "label": ""}, 1),
     ],
 )
 def test_the_right_choice_is_an_index_and_test_sets_have_none(row, gold):
     assert fields_of("score", row).get("gold") == gold
+
+
+@pytest.mark.parametrize("row", [ARC, COMMONSENSE, OPENBOOK, HELLASWAG, PIQA, WINOGRANDE, BOOLQ, MMLU], ids=str)
+def test_gold_goes_before_what_a_shape_says_of_the_right_choice(row):
+    answer = fields_of("score", row)["gold"]
+    assert fields_of("score", row | {"gold": 1 - min(answer, 1)})["gold"] == 1 - min(answer, 1)
+    unanswered = {key: value for key, value in row.items() if key not in ("answer", "answerKey")}
+    unanswered |= {"label": -1} if "label" in row else {}
+    assert fields_of("score", unanswered | {"gold": 1})["gold"] == 1
+
+
+def test_relevance_goes_before_what_a_shape_says_of_documents():
+    assert fields_of("rerank", MTEB | {"relevance": [2, 1, 0]})["relevance"] == [2, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -247,6 +262,10 @@ def test_the_right_choice_is_an_index_and_test_sets_have_none(row, gold):
         (MMLU | {"answer": np.array([1, 2])}, "which is none of the 4 choices"),
         (ARC | {"answerKey": np.array(["A", "B"])}, "which must be one of the labels"),
         (HELLASWAG | {"label": "4"}, "\"label\" is '4'; it must be a whole number from 0 to 3"),
+        (
+            COMMONSENSE | {"choices": {"text": ["a"] * 27, "label": list(map(str, range(27)))}, "answerKey": "1"},
+            "has 27 choices, and 26 letters name them",
+        ),
         (WINOGRANDE | {"sentence": "no blank"}, '"sentence" must hold a blank, "_"'),
         (PIQA | {"sol2": 3}, '"sol2" is a number; it must be a string'),
     ],

@@ -17,6 +17,7 @@ from .rows import (
     gold_of_answer,
     gold_of_index,
     gold_of_label,
+    is_nothing,
     is_string,
     is_strings,
     replaced,
@@ -29,9 +30,9 @@ _ANSWERS = ("answer", "answerKey", "label")
 def _question(record: Record) -> dict:
     """Return a question whose right choice may stand under "gold", "answer", "answerKey" or "label"."""
     choices = record.texts("choices")
-    if record.fields.get("gold") is not None:
+    if not is_nothing(record.fields.get("gold")):
         return replaced(record, ("context",))
-    keys = [key for key in _ANSWERS if record.fields.get(key) is not None]
+    keys = [key for key in _ANSWERS if not is_nothing(record.fields.get(key))]
     if len(keys) > 1:
         words = " and ".join(f'"{key}"' for key in keys)
         raise UserError(
@@ -60,6 +61,8 @@ def _arc(record: Record) -> dict:
 def _commonsense_qa(record: Record) -> dict:
     """Return a row of CommonsenseQA, which the harness asks by letters."""
     choices, gold = _labelled(record, "choices")
+    if len(choices) > len(LETTERS):
+        raise UserError(f"{record.where} has {len(choices)} choices, and {len(LETTERS)} letters name them, A to Z")
     letters = LETTERS[: len(choices)]
     listed = "".join(f"{letter}. {choice}\n" for letter, choice in zip(letters, choices, strict=True))
     return replaced(

@@ -11,6 +11,8 @@ from ..errors import UserError
 from ..inputs import Record, kind_of
 from ..prompts import LETTERS
 
+_OF_TASKS = ("gold", "relevance")
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -39,7 +41,12 @@ def is_strings(value: object) -> bool:
 
 
 def replaced(record: Record, used: tuple[str, ...], **fields: Any) -> dict:
-    """Return `fields` that are not None behind the record's other keys; `used` are those that they were made of."""
+    """Return `fields` that are not None behind the record's other keys; `used` are those that they were made of.
+
+    What the record itself says of right answers, under the tasks' own keys, goes before what its shape says.
+    """
+    own = {key: record.fields[key] for key in _OF_TASKS if key in fields and not is_nothing(record.fields.get(key))}
+    fields |= own
     others = {key: value for key, value in record.fields.items() if key not in used and key not in fields}
     return others | {key: value for key, value in fields.items() if value is not None}
 
@@ -77,7 +84,7 @@ def columns_of(record: Record, key: str, names: tuple[str, ...]) -> list[list]:
 def gold_of_label(record: Record, key: str, labels: list) -> int | None:
     """Return the index of the label under `key`; None where that is null or empty, as in a test set without answers."""
     given = record.fields.get(key)
-    if _is_nothing(given):
+    if is_nothing(given):
         return None
     given = given.strip() if isinstance(given, str) else given
     places = [place for place, label in enumerate(labels) if str(label) == str(given)]
@@ -91,7 +98,7 @@ def gold_of_index(record: Record, key: str, count: int, first: int = 0) -> int |
     """Return the index from 0 of a number, or its digits, under `key`, counted from `first` there; None where it is
     null, empty or -1, as in a test set without answers."""
     given = record.fields.get(key)
-    if _is_nothing(given):
+    if is_nothing(given):
         return None
     number = whole_number(given)
     if number is None and isinstance(given, str) and re.fullmatch(r"-?[0-9]{1,9}", given.strip()):
@@ -113,7 +120,7 @@ def gold_of_answer(record: Record, key: str, choices: list[str]) -> int | None:
     given = record.fields.get(key)
     is_text = isinstance(given, str)
     is_unknown = is_text and given == "-1" and given not in choices
-    if _is_nothing(given) or is_unknown or whole_number(given) is not None:
+    if is_nothing(given) or is_unknown or whole_number(given) is not None:
         return gold_of_index(record, key, len(choices))
     places = {place for place, choice in enumerate(choices) if is_text and given in (choice, str(place))}
     if is_text and given in LETTERS[: len(choices)]:
@@ -132,7 +139,8 @@ def gold_of_answer(record: Record, key: str, choices: list[str]) -> int | None:
     return places.pop()
 
 
-def _is_nothing(value: object) -> bool:
+def is_nothing(value: object) -> bool:
+    """Return whether a value says nothing: null, or a text of white space alone, as an empty cell of a table is."""
     return value is None or (isinstance(value, str) and not value.strip())
 
 
