@@ -23,6 +23,7 @@ LONGEST_LINE = 64 * 2**20  # bytes
 MOST_BLANK = 2**20  # bytes of blank lines in a row
 BOM = b"\xef\xbb\xbf"
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_ZSTD_SKIPPED = tuple(bytes([0x50 + index]) + b"\x2a\x4d\x18" for index in range(16))  # a frame that pzstd writes first
 _HEAD_SIZE = 512
 _UTF16, _UTF32 = "is text in UTF-16", "is text in UTF-32"
 _UNPACK = "decompress it first (of compressed files gzip and zstd are read)"
@@ -87,7 +88,7 @@ class ByteFile:
         if head.startswith(_GZIP):
             self._packing = "gzip"
             head = self._unpack(io.BufferedReader(gzip.GzipFile(fileobj=self.stream), 2**16))
-        elif head.startswith(_ZSTD):
+        elif head.startswith((_ZSTD, *_ZSTD_SKIPPED)):
             self._packing = "zstd"
             found = pyarrow(f"{path} is compressed by zstd, whose reader")
             native = found.CompressedInputStream(found.PythonFile(self.stream, "r"), "zstd")

@@ -102,6 +102,13 @@ def test_zstd_that_is_cut_or_changed_ends_in_a_sentence(tmp_path):
     assert "is damaged: of its zstd, " in refusal(path)
 
 
+def test_zstd_may_start_with_a_frame_that_readers_skip(tmp_path):
+    path = data_files.write(tmp_path, "rows.jsonl", ".zst", ROWS)
+    for start in (0x50, 0x5F):  # pzstd puts the size of its next frame there
+        path.write_bytes(bytes([start]) + b"\x2a\x4d\x18\x04\0\0\0abcd" + path.read_bytes())
+        assert [record.fields for record in Records(path)] == ROWS
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
