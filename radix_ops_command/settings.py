@@ -74,7 +74,8 @@ def _as_texts(value: Any) -> list[str]:
 
 def of_environment(command: Parser, commands: Mapping[str, Parser], environment: Mapping[str, str]) -> Source:
     """Return the command's options among variables like RADIX_OPS_MODEL. UsageError for one of no command."""
-    own, every = names_of(command), {name for parser in commands.values() for name in names_of(parser)}
+    own = names_of(command)
+    every = {name for each in commands.values() for name, action in names_of(each).items() if action.option_strings}
     values: dict[str, Any] = {}
     for variable in sorted(environment):
         if not variable.startswith(PREFIX):
@@ -83,7 +84,7 @@ def of_environment(command: Parser, commands: Mapping[str, Parser], environment:
         if name not in every:
             known = [PREFIX + each.upper().replace("-", "_") for each in every]
             command.error(f"the environment has {variable}, and no option has that name{meant(variable, known)}")
-        if name in own and own[name].option_strings:
+        if name in own:
             is_flag = own[name].nargs == 0
             values[name] = _FLAGS.get(value.lower(), value) if is_flag else value
     return Source("the environment", values)
@@ -102,7 +103,7 @@ def of_file(command: Parser, name: str, commands: Mapping[str, Parser], path: st
     own = names_of(command)
     for key in values:
         if key not in own or key == "config":
-            others = [other for other, parser in commands.items() if key in names_of(parser)]
+            others = [other for other, parser in commands.items() if key in names_of(parser) and key != "config"]
             hint = f"; {others[0]} has: it may stand under [{others[0]}]" if others else meant(key, own)
             command.error(f"{path}: {name} has no option {key}{hint}")
     return Source(path, values)

@@ -99,6 +99,11 @@ def test_what_a_file_may_not_hold_is_refused_by_name(config, capsys, text, messa
     assert message in refused_usage(capsys, "score", *config(text), "q.jsonl")
 
 
+def test_a_file_is_named_by_no_other_file(config, capsys):
+    message = refused_usage(capsys, "score", *config('config = "other.toml"'), "q.jsonl")
+    assert "may stand under" not in message
+
+
 def test_a_file_that_is_not_there_is_refused(capsys):
     message = refused_usage(capsys, "score", "-m", "m", "--config", "no.toml", "q.jsonl")
     assert message.endswith("--config no.toml can't be read: No such file or directory")
@@ -108,6 +113,7 @@ def test_a_file_that_is_not_there_is_refused(capsys):
     ("variable", "value", "message"),
     [
         ("RADIX_OPS_MODLE", "m", "RADIX_OPS_MODLE, and no option has that name (did you mean RADIX_OPS_MODEL?)"),
+        ("RADIX_OPS_FILES", "t.jsonl", "RADIX_OPS_FILES, and no option has that name"),
         ("RADIX_OPS_PLAIN", "maybe", "the environment: plain is 'maybe'; it must be true or false"),
         ("RADIX_OPS_DTYPE", "float8", "the environment: argument --dtype: invalid choice: 'float8'"),
     ],
