@@ -196,8 +196,8 @@ def report(name: str, rows: list[dict[str, object]], save: bool, measured: dict[
     """
     for label, value in (measured or {}).items():
         print(f"{label}: {_text(value)}")
-    columns = list(rows[0])
-    table = [[_text(row[column]) for column in columns] for row in rows]
+    columns = list(dict.fromkeys(itertools.chain(*rows)))
+    table = [[_text(row.get(column)) for column in columns] for row in rows]
     widths = [max(map(len, cells)) for cells in zip(columns, *table, strict=True)]
     for cells in [columns, ["-" * width for width in widths], *table]:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |")
@@ -212,9 +212,13 @@ def report(name: str, rows: list[dict[str, object]], save: bool, measured: dict[
 
 
 def report_cases(cases: dict[str, list[Case]], args: argparse.Namespace) -> None:
-    """Measure the cases of each table and report them."""
-    for name, rows in cases.items():
-        report(name, [row(args.rounds) for row in rows], args.save)
+    """Measure the cases of each table and report them; each is printed as soon as it is measured."""
+    for name, cases_of_table in cases.items():
+        rows = []
+        for case in cases_of_table:
+            rows.append(case(args.rounds))
+            print(json.dumps(rows[-1]), flush=True)
+        report(name, rows, args.save)
 
 
 def _text(value: object) -> str:
