@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
@@ -38,6 +39,7 @@ _BINARY: dict[bytes, Kind] = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff
 _GUESSES = {
     "json": "looks like a JSON array: name it .json, or read it with --format json",
     "jsonl": "looks like JSON lines: name it .jsonl, or read it with --format jsonl",
+    "objects": "looks like JSON lines: --format jsonl reads its objects, and --format text its lines as they are",
     "lines": "looks like JSON over several lines: write one object a line, or an array of them",
     "text": f"is not JSON, and its name does not say what else it is: --format {{{','.join(KINDS)}}} does",
 }
@@ -97,6 +99,8 @@ def open_source(path: str, reading: Reading) -> Source:
         header = None if reading.header is None else list(reading.header)
         rows = read_delimited(name, file, delimiter, header, _values(reading))
         return CopiedSource(name, file, rows, HINTS)
+    if kind == "text" and reading.format is None and _starts_an_object(file.head):
+        raise StreamError(f" {_GUESSES['objects']}")
     return LineSource(name, file, kind == "text", None if reading.format else _guess(named, start, file.head))
 
 
@@ -104,6 +108,11 @@ def _values(reading: Reading) -> dict[str, tuple[type, ...]]:
     """Return the types that cells of a column may hold as JSON."""
     names = {*reading.arrays, *reading.numbers}
     return {name: (list, dict) * (name in reading.arrays) + (int,) * (name in reading.numbers) for name in names}
+
+
+def _starts_an_object(head: bytes) -> bool:
+    """Return whether the first line starts as a JSON object does."""
+    return re.match(rb'\{\s*"[^"\n]*"\s*:', head.removeprefix(BOM)) is not None
 
 
 def _guess(named: Kind | None, start: bytes, head: bytes) -> str | None:

@@ -44,7 +44,8 @@ def decode(raw: bytes, where: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}") from error
+        what = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
+        raise UserError(f"{where} is not UTF-8: {what}; save it as UTF-8") from error
 
 
 def _may_be_deep(raw: bytes) -> bool:

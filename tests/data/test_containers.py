@@ -127,6 +127,8 @@ def test_zstd_may_start_with_a_frame_that_readers_skip(tmp_path):
         ("t.csv", b"", "is empty; it must hold"),
         ("t.csv", b"a,b\n\n", "is empty; it must hold"),
         ("t.json", b'{\n "a": 1\n}\n', "looks like JSON over several lines: write one object a line, or an array"),
+        ("t.txt", b'{"a": "' + b"long " * 200 + b'"}', "looks like JSON lines: --format jsonl reads its objects"),
+        ("t.txt", b'\xef\xbb\xbf{ "a" : 1}\nb\n', "looks like JSON lines: --format jsonl reads its objects"),
         ("t.json", b'[{"a": 1}, 2]', ", row 2 holds a number; it must hold an object"),
         ("t.json", b'[{"a": 1}, {"a": 1, "a": 2}]', ", row 2 is not JSON: the key 'a' stands twice"),
         ("t.json", b'[{"a": 1}, {"a": 1e999}]', ", row 2 is not JSON: 1e999 is not a finite number"),
@@ -144,6 +146,14 @@ def test_what_is_wrong_is_named_with_its_row(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
     assert f"{path}{'' if message.startswith(',') else ' '}{message}" in refusal(path, shape="one object")
+
+
+def test_lines_of_json_are_texts_where_they_are_called_so(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text('{"a": 1}\nb\n')
+    assert [record.text("text") for record in Records(path, format="text")] == ['{"a": 1}', "b"]
+    path.write_text("{a: 1}\nb\n")
+    assert Records(path)[0].text("text") == "{a: 1}"
 
 
 def test_a_json_array_is_read_as_json_reads_it(tmp_path):

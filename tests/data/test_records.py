@@ -37,7 +37,9 @@ def test_the_format_is_that_of_the_suffix_unless_given(tmp_path):
     line = b'{"text": "a"}\n'
     for name in ("t.txt", "t.jsonl", "t", "t.TXT.json"):
         (tmp_path / name).write_bytes(line)
-    assert texts(tmp_path / "t.txt") == ['{"text": "a"}']
+    with pytest.raises(UserError, match="t.txt looks like JSON lines: --format jsonl reads its objects"):
+        texts(tmp_path / "t.txt")
+    assert texts(tmp_path / "t.txt", format="text") == ['{"text": "a"}']
     assert texts(tmp_path / "t") == texts(tmp_path / "t.jsonl") == texts(tmp_path / "t.TXT.json") == ["a"]
     assert texts(tmp_path / "t.txt", format="jsonl") == ["a"]
     assert texts(tmp_path / "t.jsonl", format="text") == ['{"text": "a"}']
