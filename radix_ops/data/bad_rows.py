@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from ..engine.errors import UserError
 
 _MOST_LISTED = 20
+_DIGITS = re.compile(r"\d+")
 MOST_READ = 1000  # before a run that is to stop gives up
 
 
@@ -36,9 +39,15 @@ class BadRows:
 
     @property
     def lines(self) -> list[str]:
-        """The messages of the first, then how many more there are."""
-        more = self.count - len(self._listed)
-        return [error.as_option for error in self._listed] + ([f"and {more:,} more"] if more else [])
+        """The messages of the first, or where no row can be used one of each kind; then how many more there are."""
+        listed = [error.as_option for error in self._listed]
+        if self.count == self.num_rows:  # by one cause most likely, and which rows they are says nothing
+            kinds: dict[str, str] = {}
+            for message in listed:
+                kinds.setdefault(_DIGITS.sub("", message), message)
+            listed = list(kinds.values())
+        more = self.count - len(listed)
+        return listed + ([f"and {more:,} more"] if more else [])
 
     @property
     def summary(self) -> str:
