@@ -175,11 +175,9 @@ def test_rows_of_which_none_can_be_used_are_not_to_be_left_out(tmp_path):
     path.write_text('{"body": "a"}\n{"text": 7}\n{"body": "a"}\n')
     with pytest.raises(BadRowsError) as caught:
         Records(path, Text, on_error="skip")
-    assert [row.removeprefix(f"{path}, ")[:16] for row in caught.value.rows] == [
-        'line 1 has no "t',
-        'line 2: "text" ',
-        "and 1 more",
-    ]
+    first, second, rest = caught.value.rows
+    assert (first[: len(f"{path}, line 1")], second[: len(f"{path}, line 2")]) == (f"{path}, line 1", f"{path}, line 2")
+    assert rest == "and 1 more"
     path.write_text('{"body": "a"}\n' * 3 + '{"text": "a"}\n')
     with pytest.raises(BadRowsError, match="^3 of 4 rows can't be used; --on-error skip leaves them out"):
         Records(path, Text)
