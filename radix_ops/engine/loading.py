@@ -86,7 +86,13 @@ def load_runner(
             from ..models.qwen3 import Qwen3ForCausalLM, Qwen3Model
 
             kind: Any = Qwen3Model if auto_class == "AutoModel" else Qwen3ForCausalLM
-            model = kind.from_pretrained(name, dtype=dtype or own)
+            try:
+                model = kind.from_pretrained(name, dtype=dtype or own)
+            except ValueError as error:
+                saved = (getattr(config, "architectures", None) or [kind.__name__])[0]
+                if saved == kind.__name__:
+                    raise
+                raise ValueError(f"{error}; its config is of a {saved}") from error
         return Qwen3Runner(_on_device(model, device, dtype), config, layout)
     source, options = _source(name, "--model")
     with loading("weights", source):

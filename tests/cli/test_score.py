@@ -14,7 +14,7 @@ from expecttest import assert_expected_inline
 
 from helpers import processes
 from helpers.commands import QUESTIONS, failing_command, read_jsonl, score, write_jsonl
-from helpers.language_models import checked_scores, needs_hf, tiny_model, tiny_tokenizer
+from helpers.language_models import checked_scores, needs_hf, tiny_classifier, tiny_model, tiny_tokenizer
 
 pytest.importorskip("transformers")
 
@@ -235,6 +235,14 @@ def test_score_names_a_model_that_cannot_be_loaded(questions, tmp_path, capsys, 
     assert "a .gguf file needs gguf, which is not installed; in a checkout of radix_ops: " in (
         failing(capsys, tmp_path / "m.gguf", questions)
     )
+
+
+def test_a_model_of_another_task_is_named(questions, tmp_path, capsys):
+    tiny_classifier("Qwen3").save_pretrained(tmp_path / "head")
+    tiny_model("Qwen3").model.save_pretrained(tmp_path / "base")
+    for name, kind in (("head", "Qwen3ForSequenceClassification"), ("base", "Qwen3Model")):
+        tiny_tokenizer(adds_bos=True).save_pretrained(tmp_path / name)
+        assert failing(capsys, tmp_path / name, questions).endswith(f"; its config is of a {kind}")
 
 
 @pytest.mark.parametrize("options", [["--plain", "--compare"], ["--token-budget", "0"], ["--dtype", "int8"]])
