@@ -25,9 +25,9 @@ FILE holds one text a line, or JSON objects like {{"text": "..."}}, whose other 
 that is too long for the model is an error, unless --truncate-right.
 
 --output PATH.npy gets a matrix [lines, dim] in the input's order, made as a memory map; PATH.ids.jsonl beside it says
-which line each row is of, where lines have an "id" or "_id" or there are several files. Any other --output, and
-standard output, get objects: line (from 1), the input's other keys, embedding, and key, a hash of input line, tokens,
-model, dtype and options.
+which line each row is of, where lines have an "id" or "_id" or were left out, or there are several files. Any other
+--output, and standard output, get objects: line (from 1), the input's other keys, embedding, and key, a hash of input
+line, tokens, model, dtype and options.
 
 --output-dtype float16 halves the numbers, and int8 makes each one of 256 steps between the least and the largest of its
 column, as sentence-transformers' quantize_embeddings does. These ranges, float32 [2, dim], are those of --ranges; or

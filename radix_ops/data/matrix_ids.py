@@ -48,13 +48,13 @@ def named(origin: Origin, extra: Mapping[str, Any]) -> Origin:
 
 
 def put_ids(output: str, rows: Iterable[Origin]) -> None:
-    """Put the ids of all rows beside the matrix where a row has one or there are several files; elsewhere take away
-    those of an earlier matrix."""
+    """Put the ids of all rows beside the matrix where a row has one, there are several files, or numbers of rows are
+    not those of lines, some of which were left out or blank; elsewhere take away those of an earlier matrix."""
     path, part = ids_path(output), beside(output, ".ids.part")
     told = False
     with open_helper(part, os.O_CREAT | os.O_TRUNC) as file:
-        for fields in rows:
-            told = told or "id" in fields or "file" in fields
+        for number, fields in enumerate(rows, 1):
+            told = told or "id" in fields or "file" in fields or fields.get("line", fields.get("row")) != number
             file.write(json.dumps(fields).encode() + b"\n")
         if told:
             put_in_place(file, part, path)

@@ -176,6 +176,15 @@ def test_ids_stand_beside_a_matrix_and_go_with_it(tmp_path, run, capsys):
     assert f"{ids} exists, and the ids of {output} go there; --overwrite replaces it" in capsys.readouterr().err
 
 
+def test_rows_of_a_matrix_are_told_apart_where_lines_were_left_out(tmp_path, run):
+    (tmp_path / "t.jsonl").write_text('{"text": "the sea"}\n{"body": 1}\n{"text": "the river"}\n')
+    run("embed", tmp_path / "o.npy", "--on-error", "skip", file=tmp_path / "t.jsonl")
+    assert read_jsonl(tmp_path / "o.ids.jsonl") == [{"line": 1}, {"line": 3}]
+    (tmp_path / "t.txt").write_text("the sea\nthe river\n")
+    run("embed", tmp_path / "p.npy", file=tmp_path / "t.txt")
+    assert not (tmp_path / "p.ids.jsonl").exists()
+
+
 @pytest.mark.parametrize("name", ["o.parquet", "o.csv.zst"])
 def test_a_library_that_is_missing_is_named_before_anything_is_read(tmp_path, capsys, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
