@@ -118,13 +118,15 @@ def gold_of_answer(record: Record, key: str, choices: list[str]) -> int | None:
     A cell of CSV is a string, so an index may be in digits. UserError where these are the text of another choice.
     """
     given = record.fields.get(key)
-    is_text = isinstance(given, str)
-    is_unknown = is_text and given == "-1" and given not in choices
-    if is_nothing(given) or is_unknown or whole_number(given) is not None:
+    if is_nothing(given) or whole_number(given) is not None:
         return gold_of_index(record, key, len(choices))
-    places = {place for place, choice in enumerate(choices) if is_text and given in (choice, str(place))}
-    if is_text and given in LETTERS[: len(choices)]:
-        places.add(LETTERS.index(given))
+    places = set()
+    if isinstance(given, str):
+        if given == "-1" and given not in choices:
+            return None
+        places = {place for place, choice in enumerate(choices) if given in (choice, str(place))}
+        if given in LETTERS[: len(choices)]:
+            places.add(LETTERS.index(given))
     if len(places) != 1:
         message = (
             f'{record.where}: "{key}" is {given!r:.80}, which is {"several" if places else "none"} of the '
