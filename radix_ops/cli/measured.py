@@ -12,14 +12,15 @@ import numpy as np
 from ..data.measured import write_metrics
 from ..data.records import Records
 from ..engine.label_measures import LabelMeasures
-from ..engine.measures import ACCURACIES, Measures
+from ..engine.measures import ACCURACIES, Measures, is_of_text
 from .compare import Agreement, Comparison
 from .job import Job, Numbers
 from .progress import say
 
 _NAMES = dict(zip(ACCURACIES, ("by sum (acc)", "per token", "per character (acc_norm)"), strict=True))
 # The fields of results that count, which a table may hold as JSON.
-_FIELDS = ("logprobs", "tokens", "best", "best_per_char", "gold", "logprob", "words", "bytes")
+_OF_QUESTION = ("logprobs", "tokens", "best", "best_per_char", "gold")
+_OF_TEXT = ("logprob", "tokens", "words", "bytes")
 
 
 class Measured:
@@ -62,9 +63,12 @@ class Measured:
 
 def fields_of(result: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return what counts of a result of score, as it stands in a line or a table; None of a row with an error."""
-    fields = {name: _value(result[name]) for name in _FIELDS if name in result}
-    fields = {name: value for name, value in fields.items() if value is not None}
-    return fields if "tokens" in fields else None
+    tokens = _value(result.get("tokens"))
+    if tokens is None:
+        return None
+    names = _OF_TEXT if is_of_text({"tokens": tokens}) else _OF_QUESTION
+    fields = {name: _value(result[name]) for name in names if name in result}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _value(value: Any) -> Any:
@@ -81,7 +85,7 @@ class Differences(Comparison):
     def add(self, job: Job, item: int, plain: Numbers, folded: Numbers) -> None:
         found = job.fields_of(item, folded)
         self._measured.add(found)
-        self._is_of_texts = "logprob" in found
+        self._is_of_texts = is_of_text(found)
         if self._is_of_texts:
             difference = np.subtract(job.fields_of(item, plain)["logprob"], found["logprob"])
             self._largest = max(self._largest, float(np.abs(difference)))

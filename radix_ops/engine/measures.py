@@ -54,6 +54,12 @@ def metrics(results: Iterable[Mapping[str, Any]], *, calibration: bool = False) 
     return measures.found()
 
 
+def is_of_text(result: Mapping[str, Any]) -> bool:
+    """Return whether a Scorer's result is of a text, and not of a question. A row may have had keys of its own that
+    results of the other kind have, but not "tokens", of which a question has an array."""
+    return not isinstance(result["tokens"], (list, tuple))
+
+
 class Measures:
     """Counts over results that come one by one, in any order. Memory holds 8 bytes a text, and those of Calibration."""
 
@@ -66,7 +72,7 @@ class Measures:
 
     def add(self, result: Mapping[str, Any]) -> None:
         """Add a result, of a question or of a text like those before."""
-        is_text = "logprob" in result
+        is_text = is_of_text(result)
         if self.num_rows and is_text != bool(self._logprobs):
             raise ValueError("questions and texts")
         if is_text:

@@ -332,6 +332,31 @@ def test_options_that_do_not_fit_are_refused_before_the_model_runs(
     assert message in failing(capsys, model_folder, *options, write_jsonl(tmp_path / "q.jsonl", [row]))
 
 
+@pytest.mark.parametrize("to", [None, "o.jsonl", "o.csv", "o.parquet", "--compare"])
+@pytest.mark.parametrize(
+    ("rows", "keys"),
+    [
+        (QUESTIONS, {"words": "sea", "bytes": 5, "logprob": -3.5, "perplexity": None}),
+        ([{"text": "the sea"}, {"text": "a"}], {"gold": "yes", "best": "sea", "logprobs": [1], "best_per_char": ""}),
+    ],
+    ids=["questions", "texts"],
+)
+def test_keys_that_results_of_the_other_kind_have_count_for_nothing(model_folder, tmp_path, rows, keys, to):
+    if to == "o.parquet":
+        pytest.importorskip("pyarrow")
+    found = []
+    for name, added in (("bare", {}), ("more", keys)):
+        file, told = write_jsonl(tmp_path / f"{name}.jsonl", [row | added for row in rows]), tmp_path / f"{name}.json"
+        options = {None: [], "--compare": ["--compare"]}.get(to, ["--output", tmp_path / f"{name}-{to}"])
+        assert score(model_folder, *options, "--metrics", told, file) == 0
+        found.append(json.loads(told.read_text()))
+    bare, more = found
+    assert list(bare) == list(more)
+    for name in ("rows", "rows_with_gold", "accuracy", "tokens", "words", "bytes"):
+        assert bare.get(name) == more.get(name)
+    assert bare.get("logprob") == pytest.approx(more.get("logprob"))
+
+
 def test_questions_and_texts_are_scored_apart(model_folder, tmp_path, capsys):
     path = write_jsonl(tmp_path / "q.jsonl", [QUESTIONS[0], {"text": "a"}])
     message = failing(capsys, model_folder, path)
