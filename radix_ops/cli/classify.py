@@ -20,14 +20,14 @@ from ..engine.label_measures import LabelMeasures
 from .compare import Comparison
 from .job import Job, Numbers, prepared
 from .measured import Measured
-from .reading import read_records
+from .reading import files_read, read_records
 
 _ARRAYS = ("labels", "predicted")  # which a table may hold as JSON
 
 
 def run(args: argparse.Namespace) -> None:
     if args.metrics:
-        check_metrics(args.metrics, args.overwrite, *args.files, *([args.output] if args.output else []))
+        check_metrics(args.metrics, args.overwrite, *files_read(args), *([args.output] if args.output else []))
     with prepared(args) as options:
         engine = Classifier(
             args.model,

@@ -27,7 +27,7 @@ from ..plan.sharing import LEAST_SPEED_UP, Sharing
 from .compare import Comparison, compare_runs
 from .finished import Memory
 from .progress import progress_bar, say
-from .reading import encode, say_what_is_bad
+from .reading import encode, files_read, say_what_is_bad
 from .writing import Results, check_records, finds_ranges, results_of
 
 Numbers = list[np.ndarray]  # an item's: an array of each kind
@@ -42,7 +42,7 @@ def prepared(args: argparse.Namespace, *kinds: str) -> Iterator[dict]:
         contextlib.closing(memory),
         checked_output(
             args.output,
-            *args.files,
+            *files_read(args),
             kinds=kinds,
             has_ranges=finds_ranges(args),
             overwrite=args.overwrite,

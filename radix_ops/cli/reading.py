@@ -30,6 +30,12 @@ ARRAYS = (
 NUMBERS = ("gold", "answer_index")
 
 
+def files_read(args: argparse.Namespace) -> list[str]:
+    """Return all files and folders that options name and a run reads, but for the model's."""
+    options = (getattr(args, name, None) for name in ("template", "ranges", "qrels", "candidates", "config"))
+    return [*args.files, *(name for name in options if name is not None and os.path.isfile(name))]
+
+
 def read_records(
     args: argparse.Namespace,
     parse: Callable[[Record], T],

@@ -11,13 +11,12 @@ from ..data.result_formats import TREC
 from ..engine import Reranker, reranking
 from .job import Job, prepared
 from .judged import Judged, Orders
-from .reading import read_records
+from .reading import files_read, read_records
 
 
 def run(args: argparse.Namespace) -> None:
     if args.metrics:
-        others = [*args.files, *filter(None, (args.output, args.qrels))]
-        check_metrics(args.metrics, args.overwrite, *others)
+        check_metrics(args.metrics, args.overwrite, *files_read(args), *([args.output] if args.output else []))
     judgements = read_qrels(args.qrels) if args.qrels else None
     if judgements is None and len(args.files) == 1 and is_beir(args.files[0]):
         judgements = judgements_of(args.files[0], args.split) or None

@@ -14,12 +14,12 @@ from ..engine.scoring import Item
 from .job import Job, prepared
 from .measured import Differences, Measured, fields_of, report
 from .progress import say
-from .reading import read_records
+from .reading import files_read, read_records
 
 
 def run(args: argparse.Namespace) -> None:
     if args.metrics:
-        check_metrics(args.metrics, args.overwrite, *args.files, *([args.output] if args.output else []))
+        check_metrics(args.metrics, args.overwrite, *files_read(args), *([args.output] if args.output else []))
     with prepared(args) as options:
         engine = Scorer(
             args.model,

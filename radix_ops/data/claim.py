@@ -66,7 +66,7 @@ def check_path(output: str, *inputs: str) -> None:
         if os.path.isdir(name) and Path(os.path.realpath(name)) in path.parents:
             raise UserError(f"--output {output} stands in the input folder {name}, whose files are read")
         if path.exists() and path.samefile(name):
-            raise UserError(f"--output {output} is the input file itself")
+            raise UserError(f"--output {output} is the input file itself, or another one that the run reads")
         for helper in (*(beside(output, suffix) for suffix in HELPER_SUFFIXES), *companions(output)):
             if helper.exists() and helper.samefile(name):
                 raise UserError(f"--output {output} is made by way of {helper}, which is the input file")

@@ -220,6 +220,13 @@ def test_compare_reports_both_runs(head, rows, tmp_path, capsys):
     assert "accuracy of the 4 rows with gold, of 6" in capsys.readouterr().err
 
 
+def test_the_template_is_not_overwritten_by_metrics(language_model, rows, template, tmp_path, capsys):
+    held = template.read_bytes()
+    options = ["--template", template, "--metrics", template, "--overwrite"]
+    assert "which the run reads or writes itself" in failing(capsys, language_model, *options, rows)
+    assert template.read_bytes() == held
+
+
 def test_regressions_have_numbers_alone(tmp_path, capsys):
     folder = save(tmp_path / "one", tiny_classifier("Llama", 1, problem_type="regression"))
     file = write_jsonl(tmp_path / "rows.jsonl", [{"text": row["text"], "label": 3.5} for row in ROWS])

@@ -357,6 +357,14 @@ def test_bad_input_and_options_are_refused_before_a_model_is_loaded(tmp_path, te
         assert message in failing(capsys, qwen3, *options, texts)
 
 
+def test_ranges_are_not_overwritten(tmp_path, texts, qwen3, capsys):
+    path = tmp_path / "ranges.npy"
+    np.save(path, np.array([[-1.0] * 32, [1.0] * 32], np.float32))
+    options = ["--output-dtype", "int8", "--ranges", path, "--output", path, "--overwrite"]
+    assert "is the input file itself, or another one that the run reads" in failing(capsys, qwen3, *options, texts)
+    assert np.load(path).dtype == np.float32
+
+
 def test_texts_of_no_tokens_are_refused(tmp_path, qwen3, capsys):
     folder = tmp_path / "model"
     shutil.copytree(qwen3, folder)
