@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 
 from ..engine.errors import UserError
-from .lines import decode, dump_json, parse_json
+from .lines import TwiceError, decode, dump_json, parse_json, unique_keys
 from .sources import Row, place
 from .streams import LONGEST_LINE, ByteFile, LineFile, StreamError
 
@@ -64,7 +64,7 @@ def _row(number: int, where: str, columns: list[str], cells: list[str], values: 
         if len(cells) != len(columns):
             raise UserError(f"{where} has {len(cells)} cells and the header has {len(columns)}")
         fields: dict = {column: cell for column, cell in zip(columns, cells, strict=True) if column}
-        nested = {column: _value(fields[column], values[column]) for column in fields if column in values}
+        nested = {name: _value(fields[name], values[name], where, name) for name in fields if name in values}
         raw = dump_json(fields | nested)
         return Row(number, raw, parse_json(raw, where) if nested else fields)
     except UserError as error:
@@ -87,11 +87,13 @@ def _checked(columns: list[str], delimiter: str) -> list[str]:
     return columns
 
 
-def _value(cell: str, types: tuple[type, ...]) -> object:
+def _value(cell: str, types: tuple[type, ...], where: str, column: str) -> object:
     """Return the value of one of these types that a cell holds as JSON, else the cell."""
     try:
-        value = json.loads(cell, parse_constant=float)
+        value = json.loads(cell, parse_constant=float, object_pairs_hook=unique_keys)
         json.dumps(value, allow_nan=False)
+    except TwiceError as error:
+        raise UserError(f'{where}: "{column}" holds JSON that can\'t be used: {error}') from error
     except (ValueError, RecursionError):
         return cell
     return value if type(value) in types else cell

@@ -21,7 +21,7 @@ def parse_json(raw: bytes, where: str) -> dict:
     and objects that are too deep."""
     text = decode(raw, where)
     try:
-        fields = json.loads(text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_unique_keys)
+        fields = json.loads(text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {str(error).partition('; use sys.')[0]}") from error
     if not isinstance(fields, dict):
@@ -69,13 +69,18 @@ def _check_depth(fields: dict, where: str) -> None:
         raise UserError(f"{where} holds arrays or objects within more than {_DEEPEST} others")
 
 
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+class TwiceError(ValueError):
+    """An object of JSON has a key twice."""
+
+
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    """Return an object of JSON. TwiceError for a key that stands twice."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise ValueError(f"the key {name!r} stands twice")
+                raise TwiceError(f"the key {name!r} stands twice")
             seen.add(name)
     return fields
 

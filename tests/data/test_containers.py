@@ -173,6 +173,14 @@ def test_a_json_array_is_read_as_json_reads_it(tmp_path):
     assert [record.fields for record in Records(path)] == large
 
 
+def test_a_cell_of_json_has_each_key_once(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text('a,b\n"[{""x"": 1, ""x"": 2}]","{""x"": 1, ""x"": 2}"\n')
+    assert [record.fields["b"] for record in Records(path)] == ['{"x": 1, "x": 2}']
+    with pytest.raises(UserError, match="t.csv, row 1: \"a\" holds JSON that can't be used: the key 'x' stands twice"):
+        Records(path, arrays=("a",))
+
+
 def test_cells_of_csv_are_strings_and_arrays_where_a_task_needs_them(tmp_path):
     path = tmp_path / "t.csv"
     path.write_bytes(b'\xef\xbb\xbfa,b,gold\r\n"1\r\n2",[1],007\r\n\r\n,"[""x"", NaN]",2\r\n')
