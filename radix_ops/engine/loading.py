@@ -102,12 +102,24 @@ def load_runner(
         if Path(source).is_dir() and not options:
             check_weights(Path(source), is_quantised)
         load = getattr(transformers, auto_class).from_pretrained
-        options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+        # What does not fit is named below, in place of a report that transformers prints.
+        options |= {
+            "trust_remote_code": trust_remote_code,
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,
+        }
         model, report = load(source, dtype=dtype or own or "auto", **options)
         if not Path(source).is_dir() and (cached := hub_file(source, "config.json")) is not None:
             check_weights(cached.parent, is_quantised)  # the hub's files stand there once they are loaded
-    # transformers draws at random what a checkpoint lacks.
-    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    # transformers draws at random what a checkpoint lacks, or has in other sizes.
+    if report["mismatched_keys"]:
+        name, *sizes = sorted(report["mismatched_keys"])[0]
+        held, wanted = (list(size) for size in sizes)
+        raise UserError(
+            f"the weights of {source} hold {name} of the shape {held}, and its config says {wanted}; config.json and "
+            "the weights must be of one model"
+        )
+    absent = sorted(report["missing_keys"])
     if absent:
         raise UserError(
             f"the weights of {source} lack {', '.join(absent[:3])}{' and more' if len(absent) > 3 else ''} for "

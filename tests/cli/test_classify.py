@@ -227,6 +227,16 @@ def test_the_template_is_not_overwritten_by_metrics(language_model, rows, templa
     assert template.read_bytes() == held
 
 
+def test_a_head_of_fewer_labels_than_the_config_names_is_refused(rows, tmp_path, capsys):
+    folder = save(tmp_path / "head", tiny_classifier())
+    config = json.loads((folder / "config.json").read_text())
+    names = {str(index): label for index, label in enumerate("abcd")}
+    changed = {"id2label": names, "label2id": {label: int(index) for index, label in names.items()}}
+    (folder / "config.json").write_text(json.dumps(config | changed))
+    message = failing(capsys, folder, rows)
+    assert "hold score.weight of the shape [3, 32], and its config says [4, 32]" in message
+
+
 def test_regressions_have_numbers_alone(tmp_path, capsys):
     folder = save(tmp_path / "one", tiny_classifier("Llama", 1, problem_type="regression"))
     file = write_jsonl(tmp_path / "rows.jsonl", [{"text": row["text"], "label": 3.5} for row in ROWS])
