@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 import torch
 
@@ -5,6 +7,8 @@ from helpers.processes import NUM_THREADS
 from radix_ops.data import finished
 
 torch.set_num_threads(NUM_THREADS)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts jobs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
