@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -40,20 +41,11 @@ def check_no_adapter(folder: Path) -> None:
 
 def read_json(path: Path) -> Any:
     """Return the value of a JSON file. ValueError for anything else, FileNotFoundError where nothing is there."""
-    check_regular(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path} is not JSON that can be read: it is nested too deeply") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    return _read(path, "JSON", json.loads)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the table of a TOML file. ValueError for anything else, FileNotFoundError where nothing is there."""
-    check_regular(path)
     try:
         import tomllib
     except ImportError:  # Python 3.10
@@ -61,14 +53,20 @@ def read_toml(path: Path) -> dict[str, Any]:
             import tomli as tomllib  # type: ignore[no-redef,import-not-found]
         except ImportError as error:
             raise ValueError(f"{path} is TOML, which takes Python 3.11 or tomli: pip install tomli") from error
+    return _read(path, "TOML", tomllib.loads)
+
+
+def _read(path: Path, kind: str, parse: Callable[[str], Any]) -> Any:
+    """Return what `parse` makes of the text of a file of this kind; see `read_json`."""
+    check_regular(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}") from error
     except RecursionError as error:
-        raise ValueError(f"{path} is not TOML that can be read: it is nested too deeply") from error
+        raise ValueError(f"{path} is not {kind} that can be read: it is nested too deeply") from error
     except ValueError as error:
-        raise ValueError(f"{path} is not TOML: {error}") from error
+        raise ValueError(f"{path} is not {kind}: {error}") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
