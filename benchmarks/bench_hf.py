@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 import bench_qwen3
 import harness
 import radix_ops.hf
-from bench_qwen3 import Batch, real_batches
+from batches import Batch, add_data_options, real_batches
 
 WORKLOADS = ("gsm8k_8shot_cot", "msmarco_rerank_top8", "mmlu_4shot_4choice")
 # (count, shared tokens, own tokens), from shapes where folding can't pay to shapes where it does.
@@ -43,17 +43,6 @@ def make_packed_attention():
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)[None], None
 
     return packed_attention
-
-
-def packed_flops(config, batch: Batch) -> float:
-    """Return the FLOPs of the same forward with nothing folded."""
-    lengths = batch.mask.sum(1).double()
-    depths = float((lengths * (lengths + 1) / 2).sum())
-    rows, batch_depths = batch.rows, batch.depths
-    batch.rows, batch.depths = batch.tokens, depths
-    flops = batch.flops(config)
-    batch.rows, batch.depths = rows, batch_depths
-    return flops
 
 
 def make_models(name: str, device: str, dtype: torch.dtype) -> tuple[dict, object]:
@@ -99,7 +88,7 @@ def row_of(name: str, models: dict, config, batch: Batch, args, names) -> dict[s
     row |= {f"{key} ms": value[0] * 1e3 for key, value in seconds.items()}
     row |= {f"plain / {key}": seconds["plain"][0] / seconds[key][0] for key in seconds if key != "plain"}
     if "packed" in seconds:
-        ratio = packed_flops(config, batch) / batch.flops(config)
+        ratio = batch.flop_ratio(config)
         row |= {"packed / enabled": seconds["packed"][0] / seconds["enabled"][0], "FLOP ratio": ratio}
         row["of FLOP ratio"] = row["packed / enabled"] / ratio
     return row | {"folds": models["enabled"].radix_stats.folded > before}
@@ -108,9 +97,7 @@ def row_of(name: str, models: dict, config, batch: Batch, args, names) -> dict[s
 def main() -> None:
     parser = harness.make_parser(__doc__, rounds=5, devices=harness.DEVICES)
     parser.add_argument("--models", nargs="+", choices=list(bench_qwen3.SHAPES), help="default: 0.6B and 8B, or small")
-    parser.add_argument("--data", help="a .npz of packed prompts: NAME.ids and NAME.cu for each NAME")
-    parser.add_argument("--workloads", nargs="+", default=WORKLOADS, metavar="NAME", help="of --data")
-    parser.add_argument("--sequences", type=int, default=128, help="of each real batch, at most (default: 128)")
+    add_data_options(parser, WORKLOADS)
     parser.add_argument("--budget", type=float, default=10.0, help="seconds after which a line has rounds enough")
     args = harness.parse(parser)
     device = args.device

@@ -19,6 +19,7 @@ import torch
 import bench_qwen3
 import harness
 import radix_ops
+from batches import VOCABULARY, layers_flops
 from radix_ops.losses import token_logprobs
 
 LAYOUTS = ("compact", "trie")
@@ -47,7 +48,7 @@ class Groups:
     def __init__(self, groups: int, count: int, prompt: int, answer: int, device: str):
         generator = torch.Generator().manual_seed(prompt + answer)
         length, sequences = prompt + answer, groups * count
-        ids = torch.randint(bench_qwen3.VOCABULARY, (groups, count, length), generator=generator)
+        ids = torch.randint(VOCABULARY, (groups, count, length), generator=generator)
         ids[:, :, :prompt] = ids[:, :1, :prompt]
         labels = ids.clone()
         labels[:, :, :prompt] = -100
@@ -63,13 +64,8 @@ class Groups:
         self.head_rows, self.packed_head_rows = groups + sequences * (answer - 1), sequences * answer
 
     def flop_ratio(self, config) -> float:
-        heads, dim = config.num_attention_heads, config.head_dim
-        weights = config.hidden_size * (2 * heads + 2 * config.num_key_value_heads) * dim
-        weights += 3 * config.hidden_size * config.intermediate_size
-
         def flops(rows, depths, head_rows):
-            layer = 2 * weights * rows + 4 * heads * dim * depths
-            return config.num_hidden_layers * layer + 2 * config.hidden_size * config.vocab_size * head_rows
+            return layers_flops(config, rows, depths) + 2 * config.hidden_size * config.vocab_size * head_rows
 
         packed = flops(self.tokens, self.packed_depths, self.packed_head_rows)
         return packed / flops(self.rows, self.depths, self.head_rows)
@@ -149,7 +145,7 @@ def main() -> None:
     for name in args.models or (["small"] if device == "cpu" else ["0.6B", "4B"]):
         model, rows = bench_qwen3.make_model(name, device, dtype), []
         weight = torch.nn.Parameter(
-            torch.randn(bench_qwen3.VOCABULARY, model.config.hidden_size, device=device, dtype=dtype) * 0.02
+            torch.randn(VOCABULARY, model.config.hidden_size, device=device, dtype=dtype) * 0.02
         )
         zero_gradients([*model.parameters(), weight])
         for shape in GRID[name]:

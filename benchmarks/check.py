@@ -22,6 +22,7 @@ import bench_gather
 import bench_qwen3
 import bench_scatter_add
 import harness
+from batches import Batch
 
 LEAST = 0.8
 ROUNDS, MEASUREMENTS = 3, 3
@@ -50,8 +51,10 @@ def cases() -> dict[str, list[harness.Case]]:
 
 @torch.no_grad()
 def qwen3_row(model, theirs, shape: tuple[int, int, int], rounds: int) -> dict[str, object]:
-    batch = bench_qwen3.Batch.synthetic(*shape, "cpu")
-    return bench_qwen3.forward_row("small", model, theirs, batch, types.SimpleNamespace(rounds=rounds, budget=10), 0.0)
+    batch = Batch.synthetic(*shape, "cpu")
+    return bench_qwen3.forward_row(
+        "small", model, theirs, batch, types.SimpleNamespace(rounds=rounds, budget=10, least_rounds=3), 0.0
+    )
 
 
 def saved_table(name: str) -> dict:

@@ -202,13 +202,19 @@ def report(name: str, rows: list[dict[str, object]], save: bool, measured: dict[
     for cells in [columns, ["-" * width for width in widths], *table]:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |")
     if save:
-        RESULTS.mkdir(exist_ok=True)
-        content = {"benchmark": name, "environment": environment()}
-        content |= {"measured": measured} if measured else {}
-        content["rows"] = rows
-        path = RESULTS / f"{name}.json"
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        path = write(name, rows, measured)
         print(f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+
+
+def write(name: str, rows: list[dict[str, object]], measured: dict[str, float] | None = None) -> Path:
+    """Write the rows with the environment as JSON."""
+    RESULTS.mkdir(exist_ok=True)
+    content = {"benchmark": name, "environment": environment()}
+    content |= {"measured": measured} if measured else {}
+    content["rows"] = rows
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
 
 
 def report_cases(cases: dict[str, list[Case]], args: argparse.Namespace) -> None:

@@ -1,0 +1,141 @@
+"""Batches of token ids that the benchmarks of models run, made ones and real prompts, and what they cost.
+
+The FLOP ratio is the floating-point operations of the packed batch over those of the folded one, products and attention
+alike: what folding can save where both run equally well. N/M, the tokens over the rows, is not: attention shares more
+than rows do, or less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import radix_ops
+
+VOCABULARY = 151_936
+WORKLOADS = (
+    "msmarco_rerank_top8",
+    "xquad_rerank_top8",
+    "gsm8k_8shot_cot",
+    "mmlu_4shot_4choice",
+    "xquad_article_qa",
+    "gsm8k_group5",
+)
+
+
+def layers_flops(config: Any, rows: int, depths: int) -> float:
+    """Count those of a forward over rows: products with weights, and of each row with the rows on its path.
+
+    depths: the rows on the paths of all rows, each on its own.
+    """
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    weights = config.hidden_size * (2 * heads + 2 * kv_heads) * dim
+    weights += 3 * config.hidden_size * config.intermediate_size
+    return config.num_hidden_layers * (2 * weights * rows + 4 * heads * dim * depths)
+
+
+class Batch:
+    """Packed ids, with all numbers that are known before anything is timed."""
+
+    def __init__(self, name: str, ids: Tensor, cu_seqlens: Tensor, device: str):
+        self.name, self.ids, self.cu_seqlens = name, ids.to(device), cu_seqlens.to(device)
+        folded = radix_ops.fold(ids.cpu(), cu_seqlens.cpu())
+        self.tokens, self.rows = folded.num_tokens, folded.num_nodes
+        self.depths = int((folded.position_ids.long() + 1).sum())
+        self.lengths = folded.lengths.long()
+        self.packed_depths = int((self.lengths * (self.lengths + 1) // 2).sum())
+
+    @classmethod
+    def from_sequences(cls, name: str, sequences: list[Tensor], device: str) -> Batch:
+        ends = torch.tensor([0, *map(len, sequences)]).cumsum(0)
+        return cls(name, torch.cat(sequences), ends, device)
+
+    @classmethod
+    def synthetic(cls, count: int, prefix: int, own: int, device: str) -> Batch:
+        """Make sequences that share `prefix` tokens and have `own` more each."""
+        ids = torch.randint(VOCABULARY, (count, prefix + own), generator=torch.Generator().manual_seed(prefix + own))
+        ids[:, :prefix] = ids[0, :prefix]
+        return cls.from_sequences(f"{count} x ({prefix} + {own})", list(ids), device)
+
+    @classmethod
+    def agentic(cls, episodes: int, turns: int, device: str, root: int = 1500, step: int = 256, own: int = 128):
+        """Make episodes that share a root: each turn adds `step` tokens, and a sequence ends there with `own` more."""
+        draw = functools.partial(torch.randint, VOCABULARY, generator=torch.Generator().manual_seed(turns))
+        start, sequences = draw((root,)), []
+        for _ in range(episodes):
+            so_far = start
+            for _ in range(turns):
+                so_far = torch.cat([so_far, draw((step,))])
+                sequences.append(torch.cat([so_far, draw((own,))]))
+        return cls.from_sequences(f"agentic, {episodes} x {turns} turns", sequences, device)
+
+    @functools.cached_property
+    def mask(self) -> Tensor:
+        """1 for tokens and 0 for padding, int64 [B, longest]."""
+        return (torch.arange(int(self.lengths.max())) < self.lengths[:, None]).long().to(self.ids.device)
+
+    @functools.cached_property
+    def padded(self) -> Tensor:
+        """The ids, padded with 0, int64 [B, longest]."""
+        return torch.zeros_like(self.mask).masked_scatter_(self.mask.bool(), self.ids.long())
+
+    def flops(self, config: Any) -> float:
+        """Count those of a forward over the folded batch."""
+        return layers_flops(config, self.rows, self.depths)
+
+    def flop_ratio(self, config: Any) -> float:
+        return layers_flops(config, self.tokens, self.packed_depths) / self.flops(config)
+
+
+def long_batches(device: str) -> list[Batch]:
+    """Make long contexts with short tails, and the tries of agents; on the CPU of a sixteenth of the lengths."""
+    part = 1 if device == "cuda" else 16
+    shapes = ((8, 16384, 256), (4, 32768, 512), (16, 8192, 128))
+    batches = [Batch.synthetic(count, prefix // part, own // part, device) for count, prefix, own in shapes]
+    return batches + agentic_batches(device)
+
+
+def agentic_batches(device: str) -> list[Batch]:
+    part = 1 if device == "cuda" else 16
+    return [
+        Batch.agentic(episodes, turns, device, 1500 // part, 256 // part, 128 // part)
+        for episodes, turns in ((4, 8), (2, 12))
+    ]
+
+
+def add_data_options(parser: argparse.ArgumentParser, workloads: tuple[str, ...] = WORKLOADS) -> None:
+    parser.add_argument("--data", type=Path, help="a .npz of real prompts, as tools/make_prompts.py makes it")
+    parser.add_argument(
+        "--workloads", nargs="+", metavar="NAME", help=f"of --data (default: those it has of {', '.join(workloads)})"
+    )
+    parser.add_argument("--sequences", type=int, default=128, help="of each real batch, at most (default: 128)")
+    parser.set_defaults(known_workloads=workloads)
+
+
+def real_batches(args: argparse.Namespace, device: str) -> list[Batch]:
+    """Read the first sequences of the workloads of --data, whose format tools/make_prompts.py describes.
+
+    SystemExit where the file lacks what is asked for.
+    """
+    if args.data is None:
+        print("real prompts: skipped without --data FILE.npz, which tools/make_prompts.py makes")
+        return []
+    if not args.data.is_file():
+        raise SystemExit(f"--data {args.data} is no file; tools/make_prompts.py makes one")
+    with np.load(args.data) as data:
+        held = sorted(key.removesuffix(".ids") for key in data.files if key.endswith(".ids"))
+        names = args.workloads or [name for name in args.known_workloads if name in held]
+        if not names or not set(names) <= set(held):
+            raise SystemExit(f"--data {args.data} holds {', '.join(held)}; --workloads must name some of these")
+        batches = []
+        for name in names:
+            ends = torch.from_numpy(data[f"{name}.cu"])[: args.sequences + 1]
+            ids = torch.from_numpy(data[f"{name}.ids"])[: int(ends[-1])]
+            batches.append(Batch(f"{name} ({len(ends) - 1})", ids, ends, device))
+        return batches
