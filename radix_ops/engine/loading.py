@@ -98,9 +98,13 @@ def load_runner(
     with loading("weights", source):
         import transformers
 
+        from ..hf.guards import has_own_attention
+
         is_quantised = bool(getattr(config, "quantization_config", None))
         if Path(source).is_dir() and not options:
             check_weights(Path(source), is_quantised)
+        if has_own_attention(config):  # transformers before 5.24 may take sdpa, which leaves out caps on scores
+            options["attn_implementation"] = "eager"
         load = getattr(transformers, auto_class).from_pretrained
         # What does not fit is named below, in place of a report that transformers prints.
         options |= {

@@ -57,6 +57,11 @@ def why_unfoldable(stack: PreTrainedModel) -> str | None:
             f"its attention implementation is {config._attn_implementation!r}; supported are "
             f"{', '.join(_KNOWN_ATTENTION)} (set_attn_implementation)"
         )
+    if config._attn_implementation == "sdpa" and has_own_attention(config):
+        return (
+            "its attention implementation is 'sdpa', which leaves out the cap or the sinks that its scores have; "
+            'set_attn_implementation("eager") computes them'
+        )
     reason = _replaced_attention(config._attn_implementation) or _misplaced_layers(stack)
     if reason is not None:
         return reason

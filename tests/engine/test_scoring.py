@@ -9,9 +9,17 @@ import pytest
 import torch
 
 from helpers.batches import trie_size
-from helpers.language_models import Sequence, needs_hf, oracle, sequences_of, tiny_model, tiny_tokenizer
+from helpers.language_models import (
+    Sequence,
+    checked_scores,
+    needs_hf,
+    oracle,
+    sequences_of,
+    tiny_model,
+    tiny_tokenizer,
+)
 from radix_ops.data.records import Records, UserError
-from radix_ops.engine import scoring
+from radix_ops.engine import Scorer, scoring
 from radix_ops.engine.batches import Pass, plan_batches
 from radix_ops.engine.runners import TransformersRunner
 from radix_ops.plan.budget import Budget
@@ -329,6 +337,23 @@ def test_logits_are_scaled_and_capped_as_the_model_does_it(kind, changes, folded
     assert [logprobs[index] for index in range(len(sequences))] == pytest.approx(expected, abs=1e-4)
     bare = torch.nn.functional.linear(torch.eye(32), model.get_output_embeddings().weight)
     assert not torch.allclose(runner.head(torch.eye(32)), bare, rtol=0.1)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_caps_on_attention_scores_are_computed_whatever_transformers_takes_by_default(tmp_path, plain):
+    needs_hf()
+    tokenizer = tiny_tokenizer(adds_bos=True)
+    tokenizer.save_pretrained(tmp_path)
+    # Scores far above the cap, so that leaving it out is seen.
+    model = tiny_model("Gemma2", attn_logit_softcapping=0.2, query_pre_attn_scalar=1, attn_implementation="eager")
+    model.save_pretrained(tmp_path)
+    questions = [{"context": "the sea and the river", "choices": [" is", " river", " the sea"]}]
+    results = Scorer(str(tmp_path), plain=plain).score(questions)
+    assert len(list(checked_scores(results, questions, model, tokenizer))) == 1
+    uncapped = tiny_model("Gemma2", attn_logit_softcapping=None, query_pre_attn_scalar=1)
+    uncapped.load_state_dict(model.state_dict())
+    sequence = sequences_of(scoring.encode(items_of((questions[0]["context"], questions[0]["choices"])), tokenizer))[0]
+    assert abs(oracle(uncapped, sequence)[0] - oracle(model, sequence)[0]) > 1e-3
 
 
 def test_check_refuses_logits_that_are_made_of_more_than_hidden_states():

@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers import AttentionInterface
 
-from helpers.hf_models import SIZES, TREE, Witness, build, pad
+from helpers.hf_models import SIZES, TREE, Witness, build, build_from, pad
 from radix_ops import hf
 
 IDS, MASK = pad(TREE, "left")
@@ -97,6 +97,23 @@ def test_attention_registered_by_others():
         check_same(plain, model, f"'sdpa' is registered by {__name__}")
     finally:
         AttentionInterface.register("sdpa", own)
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "VaultGemma"])
+def test_sdpa_that_leaves_out_a_cap_is_refused(name):
+    """transformers before 5.24 takes it by default for these types; set_attn_implementation is how a user goes on."""
+    config_class = getattr(transformers, f"{name}Config")
+    plain, model = (build_from(config_class(**SIZES, attn_logit_softcapping=0.5)) for _ in range(2))
+    plain.set_attn_implementation("eager")
+    model.config._attn_implementation_internal = "sdpa"
+    with pytest.raises(ValueError, match=r"'sdpa', which leaves out the cap or the sinks .* set_attn_implementation"):
+        hf.enable(model)
+    model.set_attn_implementation("eager")
+    hf.enable(model, threshold=1.0, verify="never")
+    with torch.no_grad():
+        got, want = model(IDS, MASK).logits[REAL], plain(IDS, MASK).logits[REAL]
+    torch.testing.assert_close(got, want)
+    assert model.radix_stats.folded == 1
 
 
 @torch.no_grad()
