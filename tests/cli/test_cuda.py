@@ -84,7 +84,7 @@ def test_classify_on_cuda_agrees_with_the_cpu(tmp_path, kind, has_head):
         assert 0 < np.abs(found - expected).max() < BFLOAT16 * np.abs(expected).max()
 
 
-def test_a_model_of_bfloat16_stays_one(tmp_path, capsys):
+def test_a_model_in_half_precision_says_nothing_of_its_dtype(tmp_path, capsys):
     model = tiny_model("Qwen3", hidden_size=64, head_dim=64).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
     embedding_tokenizer().save_pretrained(tmp_path / "model")
