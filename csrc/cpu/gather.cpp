@@ -8,11 +8,18 @@
 namespace radix {
 namespace {
 
-// Rows may stand at any byte, so they are moved as bytes; the compiler makes one load and store of each.
+// Rows may stand at any byte, so they are moved as bytes; the compiler makes one load and store of each. Rows side by
+// side, as of ids, need no product of an index and a stride.
 template <int64_t kRowBytes, typename Index>
 void copy_fixed_rows(const Rows& x, const Index* wanted, int64_t count, char* out) {
   const char* data = x.data;
   const int64_t stride_bytes = x.stride_bytes;
+  if (stride_bytes == kRowBytes) {
+    for (int64_t i = 0; i < count; ++i) {
+      std::memcpy(out + i * kRowBytes, data + static_cast<int64_t>(wanted[i]) * kRowBytes, kRowBytes);
+    }
+    return;
+  }
   for (int64_t i = 0; i < count; ++i) {
     std::memcpy(out + i * kRowBytes, data + static_cast<int64_t>(wanted[i]) * stride_bytes, kRowBytes);
   }
