@@ -24,7 +24,8 @@ Exit status: 0 where all went well, 1 for an error that one sentence on standard
 where Ctrl-C stopped the command.
 
 Options may come from the environment, as RADIX_OPS_MODEL and so on, or from a TOML file that --config names. The
-command line goes before the environment, and that before the file.
+command line goes before the environment, and that before the file. --no-plain and its like take back a flag that stands
+there.
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from .names import KINDS, LONGEST_LINE, LONGEST_TEXT, SHAPES
 
@@ -40,9 +41,7 @@ def add_command(commands, name: str, summary: str, description: str, run: str) -
     )
     parser.set_defaults(run=run)
     if run.startswith("radix_ops."):
-        parser.add_argument(
-            "-q", "--quiet", action="store_true", help="no progress, summary or measures on standard error"
-        )
+        add_flag(parser, "-q", "--quiet", help="no progress, summary or measures on standard error")
         parser.add_argument(
             "--config",
             metavar="TOML",
@@ -128,10 +127,19 @@ def columns(text: str) -> dict[str, str]:
     return found
 
 
+def add_flag(parser: argparse.ArgumentParser, *names: str, help: str, group: Any = None) -> None:
+    """Add a flag, to `group` where one is given, and the option that takes it back where the environment or a file sets
+    it: --no-plain for --plain, --normalize for --no-normalize. Help and usage leave that out."""
+    flag = (group or parser).add_argument(*names, action="store_true", help=help)
+    name = names[-1].removeprefix("--")
+    back = name.removeprefix("no-") if name.startswith("no-") else f"no-{name}"
+    parser.add_argument(f"--{back}", dest=flag.dest, action="store_false", default=flag.default, help=argparse.SUPPRESS)
+
+
 def add_trust_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add_flag(
+        parser,
         "--trust-remote-code",
-        action="store_true",
         help="permission to run Python code that the model's folder or repository brings along; without it none runs",
     )
 
@@ -181,13 +189,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, results: str) -> None:
     """Add the arguments of every command that runs a model; `results` says what goes to --output."""
     parser.add_argument("-m", "--model", required=True, metavar="M", help="a local folder, a hub id or a .gguf file")
     parser.add_argument("-o", "--output", metavar="PATH", help=results)
-    parser.add_argument("--overwrite", action="store_true", help="replacement of what --output holds")
+    add_flag(parser, "--overwrite", help="replacement of what --output holds")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--plain", action="store_true", help="batches sorted by length and not folded")
-    mode.add_argument(
+    add_flag(parser, "--plain", help="batches sorted by length and not folded", group=mode)
+    add_flag(
+        parser,
         "--compare",
-        action="store_true",
         help="a plain run and a folded one by turns, and both times; results (the folded run's) go to --output only",
+        group=mode,
     )
     parser.add_argument(
         "--token-budget",
@@ -214,4 +223,4 @@ def add_length_arguments(parser: argparse.ArgumentParser, what: str, cut: str) -
         metavar="N",
         help=f"tokens of a {what} at most, special tokens included (default: as the model and its tokenizer say)",
     )
-    parser.add_argument("--truncate-right", action="store_true", help=f"a cut at the end of {cut} that are too long")
+    add_flag(parser, "--truncate-right", help=f"a cut at the end of {cut} that are too long")

@@ -7,6 +7,7 @@ from .arguments import (
     MODEL_HELP,
     RESUME_HELP,
     add_command,
+    add_flag,
     add_input_arguments,
     add_length_arguments,
     add_model_arguments,
@@ -104,5 +105,5 @@ def add_parser(commands) -> None:
         help="ranges of int8 numbers, as PATH.ranges.npy of a run holds them (default: those of this run's texts)",
     )
     command.add_argument("--pairs", type=positive_int, metavar="K", help="a look at the K nearest pairs of texts")
-    command.add_argument("--no-normalize", action="store_true", help="embeddings at the length that they have")
+    add_flag(command, "--no-normalize", help="embeddings at the length that they have")
     add_length_arguments(command, "text", "texts")

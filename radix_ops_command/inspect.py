@@ -6,6 +6,7 @@ from .arguments import (
     FILE_HELP,
     add_beir_arguments,
     add_command,
+    add_flag,
     add_input_arguments,
     add_shape_arguments,
     add_trust_argument,
@@ -141,7 +142,7 @@ def add_parser(commands) -> None:
         help=f"template for queries with documents: {' or '.join(TEMPLATES)}, a JSON file as for `radix-ops rerank`, "
         f"or {PAIRS} as a cross-encoder reads them",
     )
-    command.add_argument("--letters", action="store_true", help="questions that list their choices, answered by letter")
+    add_flag(command, "--letters", help="questions that list their choices, answered by letter")
     command.add_argument(
         "--batch-sizes",
         type=_sizes,
@@ -159,4 +160,4 @@ def add_parser(commands) -> None:
     )
     add_trust_argument(command)
     command.add_argument("--plot", metavar="FILE", help="file for a picture: .png, .svg or .pdf")
-    command.add_argument("--json", action="store_true", help="one JSON object in place of the report")
+    add_flag(command, "--json", help="one JSON object in place of the report")

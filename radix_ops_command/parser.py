@@ -57,8 +57,9 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def arguments(self) -> Iterator[argparse.Action]:
-        """Yield the arguments that set something."""
-        return (action for action in self._actions if action.dest not in ("help", "version", argparse.SUPPRESS))
+        """Yield the arguments that set something, but for those that help leaves out."""
+        apart = ("help", "version", argparse.SUPPRESS)
+        return (action for action in self._actions if action.dest not in apart and action.help != argparse.SUPPRESS)
 
     def take_rest(self, given: argparse.Namespace, unknown: list[str]) -> None:
         """Give what stands behind options to the place that takes several values, as FILE does. UsageError for

@@ -8,6 +8,7 @@ from .arguments import (
     RESUME_HELP,
     add_beir_arguments,
     add_command,
+    add_flag,
     add_input_arguments,
     add_length_arguments,
     add_model_arguments,
@@ -103,7 +104,7 @@ def add_parser(commands) -> None:
     command.add_argument(
         "--top-k", type=positive_int, metavar="N", help="order of the N best documents alone (default: of all)"
     )
-    command.add_argument("--texts", action="store_true", help="texts of the documents in their order")
+    add_flag(command, "--texts", help="texts of the documents in their order")
     command.add_argument(
         "--qrels", metavar="FILE", help="relevance of documents to queries, TREC's qrels or BEIR's .tsv"
     )

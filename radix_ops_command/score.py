@@ -7,6 +7,7 @@ from .arguments import (
     MODEL_HELP,
     RESUME_HELP,
     add_command,
+    add_flag,
     add_input_arguments,
     add_model_arguments,
     add_shape_arguments,
@@ -95,10 +96,10 @@ def add_parser(commands) -> None:
     add_model_arguments(
         command, "file for the results, by its ending lines or a table (default: lines on standard output)"
     )
-    command.add_argument("--letters", action="store_true", help="questions that list their choices, answered by letter")
-    command.add_argument(
+    add_flag(command, "--letters", help="questions that list their choices, answered by letter")
+    add_flag(
+        command,
         "--chat",
-        action="store_true",
         help="contexts as the user's messages in the tokenizer's chat template, choices as the assistant's answers",
     )
     command.add_argument("--system", type=utf8_text, metavar="TEXT", help="system's message of each chat")
@@ -108,9 +109,7 @@ def add_parser(commands) -> None:
         metavar="N",
         help="tokens that the model reads at a time at most (default: as the model and its tokenizer say)",
     )
-    command.add_argument(
-        "--truncate-left", action="store_true", help="a cut at the start of contexts that are too long"
-    )
+    add_flag(command, "--truncate-left", help="a cut at the start of contexts that are too long")
     command.add_argument(
         "--stride",
         type=positive_int,
@@ -118,8 +117,8 @@ def add_parser(commands) -> None:
         help="windows for texts that are too long, each of which asks for N tokens more",
     )
     command.add_argument("--metrics", metavar="PATH.json", help="file for what all results say together")
-    command.add_argument(
+    add_flag(
+        command,
         "--calibration",
-        action="store_true",
         help="table of the answers by the model's confidence, and how many of them are right",
     )

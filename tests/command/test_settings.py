@@ -3,6 +3,7 @@
 import pytest
 
 from helpers.commands import parsed, refused_usage
+from radix_ops_command._main import make_parser
 
 
 @pytest.fixture
@@ -126,3 +127,57 @@ def test_variables_that_cannot_be_used_are_refused_by_name(capsys, monkeypatch, 
 def test_a_variable_of_another_command_is_left_aside(monkeypatch):
     monkeypatch.setenv("RADIX_OPS_POOLING", "mean")
     assert not hasattr(parsed("score", "-m", "m", "q.jsonl"), "pooling")
+
+
+FLAGS = {
+    "score": (
+        "quiet",
+        "overwrite",
+        "plain",
+        "compare",
+        "trust-remote-code",
+        "letters",
+        "chat",
+        "truncate-left",
+        "calibration",
+    ),
+    "embed": ("truncate-right", "no-normalize"),
+    "rerank": ("texts", "truncate-right"),
+    "classify": ("plain", "truncate-right"),
+    "inspect": ("letters", "json", "trust-remote-code"),
+}
+
+
+@pytest.mark.parametrize(("command", "flag"), [(command, flag) for command, flags in FLAGS.items() for flag in flags])
+def test_the_command_line_takes_back_a_flag_from_elsewhere(config, monkeypatch, command, flag):
+    given, dest = (command, "-m", "m", "q.jsonl"), flag.replace("-", "_")
+    back = f"--{flag.removeprefix('no-')}" if flag.startswith("no-") else f"--no-{flag}"
+    monkeypatch.setenv(f"RADIX_OPS_{dest.upper()}", "1")
+    assert getattr(parsed(*given), dest) is True
+    assert getattr(parsed(*given, back), dest) is False
+    monkeypatch.delenv(f"RADIX_OPS_{dest.upper()}")
+    options = config(f"{flag} = true\n")
+    assert getattr(parsed(*given, *options), dest) is True
+    assert getattr(parsed(*given, *options, back), dest) is False
+    assert getattr(parsed(*given, back, f"--{flag}"), dest) is True
+    assert getattr(parsed(*given), dest) is False
+
+
+def test_all_flags_can_be_taken_back_and_help_does_not_show_how(capsys):
+    for name, command in make_parser()[1].items():
+        flags = [action for action in command.arguments if action.nargs == 0]
+        for action in flags:
+            back = f"--no-{action.option_strings[-1][2:]}".replace("--no-no-", "--")
+            assert back in command._option_string_actions, (name, action.dest)
+            assert back not in command.format_help().replace(action.option_strings[-1], "")
+        assert {action.dest for action in flags} >= {flag.replace("-", "_") for flag in FLAGS.get(name, ())}
+
+
+def test_a_flag_that_is_taken_back_leaves_its_rival_free(config):
+    options = config("plain = true\n")
+    args = parsed("score", *options, "-m", "m", "--no-plain", "--compare", "q.jsonl")
+    assert (args.plain, args.compare) == (False, True)
+
+
+def test_a_file_says_false_and_knows_no_negative_names(config, capsys):
+    assert "score has no option no-plain" in refused_usage(capsys, "score", *config("no-plain = true"), "q.jsonl")
