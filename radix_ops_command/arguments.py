@@ -24,9 +24,10 @@ The ending of --output decides its format: .jsonl or .ndjson, .csv or .tsv (nest
 lists); those of text may end in .gz or .zst behind that. An interrupted run leaves complete lines in --output, in the
 order in which they were finished; those of a format other than plain .jsonl stand in --output.lines until it is made of
 them. The same command then continues behind them: a torn last line is dropped, and a line whose key is not that of this
-input, model, dtype and mode (folded or --plain) is an error. The finished file is put into the input's order, by way of
---output.part. One run at a time can write to an --output, which it holds by --output.lock. A finished job that is asked
-for again answers without a model, by a note in ~/.cache/radix_ops that any change of its files makes void.
+input, model, dtype and mode (folded or --plain) is an error. So is one that was changed, which a checksum at the end of
+its key tells until the file is finished. The finished file is put into the input's order, by way of --output.part. One
+run at a time can write to an --output, which it holds by --output.lock. A finished job that is asked for again answers
+without a model, by a note in ~/.cache/radix_ops that any change of its files makes void.
 """
 MOST_THREADS = 1024
 

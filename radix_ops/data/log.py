@@ -5,6 +5,8 @@ from __future__ import annotations
 import array
 import json
 import os
+import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +20,8 @@ Origin = dict[str, Any]  # the fields that say where in the input a result's rec
 REPLACE = "--overwrite replaces it"
 _STARTS = tuple(f'{{"{key}": '.encode() for key in ("line", "row", "file"))
 LONGEST_START = max(map(len, _STARTS))
+# The key of a line under way ends in a checksum of what stands before it, which goes when the file is finished.
+_SEAL = re.compile(rb'(, "key": "[^"\\]*):([0-9a-f]{8})"\}\n\Z')
 
 
 def check_first_line(path: str | Path, remedy: str = REPLACE, name: str = "--output ") -> None:
@@ -70,11 +74,27 @@ def line_of_item(origin: Origin) -> int | None:
     return origin["line"] - 1 if "line" in origin else None
 
 
+def sealed(fields: dict, key: str) -> bytes:
+    """Return the line of a result under way."""
+    text = json.dumps(fields).removesuffix("}").encode()
+    return text + f', "key": "{key}:{zlib.crc32(text):08x}"}}\n'.encode()
+
+
+def unsealed(line: bytes) -> tuple[bytes, bool]:
+    """Return the line as a finished file has it, and whether it is as it was written; a line of a finished file says
+    nothing of that."""
+    seal = _SEAL.search(line)
+    if seal is None:
+        return line, True
+    return line[: seal.end(1)] + b'"}\n', zlib.crc32(line[: seal.start()]) == int(seal[2], 16)
+
+
 class ResultLog:
     """Lines that are appended to an open file. Memory holds a byte an item and 16 a line.
 
     `key_of(i)` identifies the result of item i, and `item_of(origin)` is the item of a record, None where there is
-    none. Lines that an earlier run left are kept if their keys fit, a torn last line is dropped.
+    none. Lines that an earlier run left are kept if their keys fit, a torn last line is dropped. UserError for one that
+    was changed.
     """
 
     def __init__(
@@ -90,6 +110,7 @@ class ResultLog:
         self.done = np.zeros(num_items, bool)
         self._items = array.array("q")  # of each line
         self._ends = array.array("q")  # of each line, in bytes
+        self._has_seals = False
         try:
             self._keep_finished_lines()
         except BaseException:
@@ -110,14 +131,20 @@ class ResultLog:
         self.file.truncate()
 
     def _index_of(self, line: bytes) -> int:
-        fields = fields_of(line)
+        where = f"{self.path}, line {len(self._ends) + 1}"
+        plain, is_whole = unsealed(line)
+        fields = fields_of(plain)
         if fields is not None:
             index = self._item_of(origin_of(fields))
             if index is not None and 0 <= index < len(self.done) and self.key_of(index) == fields["key"]:
+                if not is_whole:
+                    raise UserError(
+                        f"{where} was changed since the run wrote it: without that line the same command computes its "
+                        "result again, and --overwrite starts anew"
+                    )
+                self._has_seals |= plain is not line
                 return index
-        raise UserError(
-            f"{self.path}, line {len(self._ends) + 1} is no result of this input, model, dtype and mode; {REPLACE}"
-        )
+        raise UserError(f"{where} is no result of this input, model, dtype and mode; {REPLACE}")
 
     @property
     def _size(self) -> int:
@@ -130,22 +157,23 @@ class ResultLog:
 
     def add(self, index: int, fields: dict) -> None:
         """Add the result of item `index`, with its key."""
-        line = json.dumps({**fields, "key": self.key_of(index)}).encode() + b"\n"
+        line = sealed(fields, self.key_of(index))
         self.file.write(line)
+        self._has_seals = True
         self._note(index, len(line))
 
     def flush(self) -> None:
         self.file.flush()
 
     @property
-    def is_in_order(self) -> bool:
-        """Whether the lines stand in the input's order."""
-        return bool((np.diff(np.frombuffer(self._items, np.int64)) >= 0).all())
+    def is_as_finished(self) -> bool:
+        """Whether the lines stand as a finished file has them: in the input's order, and none under way."""
+        return not self._has_seals and bool((np.diff(np.frombuffer(self._items, np.int64)) >= 0).all())
 
     def in_order(self) -> Iterator[bytes]:
-        """Yield the lines in the input's order, each with its newline."""
+        """Yield the lines as a finished file has them, each with its newline."""
         items, ends = np.frombuffer(self._items, np.int64), np.frombuffer(self._ends, np.int64)
         starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
         for line in np.argsort(items):
             self.file.seek(starts[line])
-            yield self.file.read(ends[line] - starts[line])
+            yield unsealed(self.file.read(ends[line] - starts[line]))[0]

@@ -37,7 +37,7 @@ class ResultFile:
         file = open(self.path, "r+b" if keeps else "w+b")  # noqa: SIM115
         self._log = ResultLog(file, self.path, num_items, key_of, item_of)
         self.done, self.add, self.flush = self._log.done, self._log.add, self._log.flush
-        self.is_finished = bool(self.done.all()) and self._log.is_in_order
+        self.is_finished = bool(self.done.all()) and self._log.is_as_finished
 
     def finish(self) -> None:
         """Close the file, its lines in the input's order; a kill leaves either the old file or the sorted one.
@@ -47,7 +47,7 @@ class ResultFile:
         self.flush()
         file = self._log.file
         is_there = stands_at(file, self.path)
-        if is_there and self._log.is_in_order:
+        if is_there and self._log.is_as_finished:
             os.fsync(file.fileno())
             self._part.unlink(missing_ok=True)
         else:
