@@ -87,10 +87,12 @@ class Job:
     folded: bool = field(init=False)  # how results are computed; a comparison runs plain and folded
     base: object = field(init=False)  # the hash that keys start from
 
-    def run(self) -> None:
-        """Check and tokenise all input, load the model, then compute what is missing, or compare."""
-        engine = self.engine
+    def __post_init__(self) -> None:
         check_records(self)
+
+    def run(self) -> None:
+        """Tokenise all input, load the model, then compute what is missing, or compare."""
+        engine = self.engine
         self.items = encode(self.records, engine.encode)
         self.folded = not self.args.plain and self._may_pay()
         engine.load()

@@ -40,7 +40,8 @@ class Judged:
         return parse_and_look
 
     def start(self, records: Records[Query]) -> None:
-        """Check all queries. UserError where measures were asked for, and nothing says what is relevant."""
+        """Check all queries, and refuse those that can't be judged, as --on-error says. UserError where measures were
+        asked for, and nothing says what is relevant."""
         self._records, self._scores = records, FieldOfResults("scores", self._output, records, self.count)
         if self._judgements is None and not self._has_relevance:
             if self._path:
@@ -53,8 +54,13 @@ class Judged:
                 raise
             say(f"nDCG@10 is not computed: {error}")
             return
+        reasons = {}
         for item in self._usable:
-            relevance.check(records[item])
+            try:
+                relevance.check(records[item])
+            except UserError as error:
+                reasons[item] = error
+        records.refuse(reasons)
         if relevance.num_judged == relevance.num_absent:
             raise UserError("--qrels judges none of the queries: it has none of their query_id")
         self._relevance = relevance

@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> None:
         )
         judged = Judged(args, judgements)
         records = read_records(args, judged.parser(engine.parse), reranking.SHAPE, task="rerank")
-        judged.start(records)
-        Job(args, engine, records, "rerank", "reranked", Orders(judged), judged.add).run()
+        job = Job(args, engine, records, "rerank", "reranked", Orders(judged), judged.add)
+        judged.start(records)  # those that the job can write
+        job.run()
         judged.finish()

@@ -18,6 +18,7 @@ from ..data.result_writers import writer_of
 from ..data.results import ResultFile, ResultStream, key_of_parts
 from ..data.trec import TrecIds
 from ..engine.embedding import check_finite
+from ..engine.errors import UserError
 
 if TYPE_CHECKING:
     from .job import Job, Numbers
@@ -49,15 +50,19 @@ def finds_ranges(args: argparse.Namespace) -> bool:
 
 
 def check_records(job: Job) -> None:
-    """UserError for records that --output can't hold: a query or document that a TREC run can't name, or one text alone
-    where ranges are those of all."""
+    """Refuse records that --output can't hold, as --on-error says: those that a TREC run can't name. UserError for one
+    text alone where ranges are those of all."""
     form, records = format_of_job(job), job.records
     if form is not None and form.is_matrix and finds_ranges(job.args):
         check_count(job.args.output, len(records))
     if form is not None and form.kind == TREC:
-        ids = TrecIds()
+        ids, reasons = TrecIds(), {}
         for item, query in enumerate(records):
-            ids.check(query.where, query.extra.get("query_id"), records.origin(item), query.ids or ())
+            try:
+                ids.check(query.where, query.extra.get("query_id"), records.origin(item), query.ids or ())
+            except UserError as error:
+                reasons[item] = error
+        records.refuse(reasons)
 
 
 def results_of(job: Job) -> Results:

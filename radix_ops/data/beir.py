@@ -94,15 +94,16 @@ class BeirSource(Source):
 
     def _rows(self, judged: dict | None) -> Iterator[Row]:
         seen: set[str] = set()
-        has_candidates = self._candidates is None
+        has_candidates, has_bad = self._candidates is None, False
         for line, row in enumerate(self._queries):
             try:
                 name, query = self._query(row.number, row.fields)
-            except UserError as error:
-                fields: Any = error
-            else:
                 if name in seen:
                     raise UserError(f"{self.where_of(row.number)} has the id {name!r} of a query before it")
+            except UserError as error:
+                fields: Any = error
+                has_bad = True
+            else:
                 seen.add(name)
                 if judged is not None and name not in judged:
                     continue
@@ -111,7 +112,8 @@ class BeirSource(Source):
             self._lines.append(line)
             self.numbers.append(row.number)
             yield Row(row.number, row.raw if isinstance(fields, UserError) else dump_json(fields), fields)
-        if judged is not None and (missing := judged.keys() - seen):
+        # A query that can't be used may be the one that is missing.
+        if judged is not None and not has_bad and (missing := judged.keys() - seen):
             raise UserError(f"{self._qrels} judges the query {min(missing)!r}, which {self.name} doesn't have")
         if not has_candidates and len(self):
             raise UserError(f"{self._run} names no document for any of the {len(self):,} queries")

@@ -172,3 +172,24 @@ def test_a_beir_folder_is_ranked_and_measured(reranker, tmp_path, capsys):
         assert metrics[name] == pytest.approx(np.mean([of[key] for of in found.values()]), abs=1e-9)
     assert 0.1 < metrics["nDCG@10"] < 0.9
     assert metrics["judged_queries"] == metrics["rows"] == 5
+
+
+def test_queries_that_can_not_be_judged_are_left_out_where_asked_for(reranker, tmp_path, capsys):
+    pytest.importorskip("pytrec_eval")
+    lines = objects()
+    rows = [*lines, {**lines[0], "query": "the sea"}, {key: lines[2][key] for key in ("query", "documents")}]
+    qrels = tmp_path / "qrels"
+    qrels.write_text(
+        "".join(f"{query} 0 {document} {n}\n" for query, of in QRELS.items() for document, n in of.items())
+    )
+    path = write_jsonl(tmp_path / "q.jsonl", rows)
+    assert "2 of 6 rows can't be used; --on-error skip" in failing(capsys, reranker, "--qrels", qrels, path)
+    for output in ("r.jsonl", "r.trec"):
+        arguments = ["--on-error", "skip", "--metrics", tmp_path / "m.json", "--output", tmp_path / output]
+        assert rerank(reranker, *arguments, "--qrels", qrels, path) == 0
+        err = capsys.readouterr().err
+        assert "2 of 6 rows can't be used and were left out" in err
+        assert 'has the "query_id" of' in err or "has the query_id 'q0' of" in err
+        found = json.loads((tmp_path / "m.json").read_text())
+        assert (found.pop("rows"), found.pop("judged_queries")) == (4, 4)
+        assert found == pytest.approx(measured(read_jsonl(tmp_path / "r.jsonl")), abs=1e-6)

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 import sys
 
 import numpy as np
@@ -211,3 +212,72 @@ def test_a_trec_run_names_documents_by_their_ids_and_holds_the_best(tmp_path, ru
         ["7", "Q0", name, str(rank), str(result["scores"][int(name[1])])] for rank, name in enumerate(result["ids"], 1)
     ]
     assert len(lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "batches"), [("score", "o.jsonl", 4), ("rerank", "o.csv", 4), ("embed", "o.jsonl.gz", 2)]
+)
+def test_a_number_that_was_changed_in_a_stopped_run_is_named(
+    tmp_path, run, monkeypatch, capsys, command, name, batches
+):
+    whole = run(command, tmp_path / f"whole-{name}", "--token-budget", 1).read_bytes()
+    output, count, inner = tmp_path / name, 0, Qwen3Runner.states
+
+    def stopping(self, *given):
+        nonlocal count
+        count += 1
+        if count > batches:
+            raise KeyboardInterrupt
+        return inner(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Qwen3Runner, "states", stopping)
+        run(command, output, "--token-budget", 1, status=130)
+    capsys.readouterr()
+    under_way = output if name == "o.jsonl" else tmp_path / f"{name}.lines"
+    lines = under_way.read_text().splitlines(keepends=True)
+    place = len(lines) - 1
+    changed = re.sub(r"(\d\.\d*)(\d)", lambda number: number[1] + str((int(number[2]) + 1) % 10), lines[place], count=1)
+    assert changed != lines[place]
+    assert json.loads(changed)
+    under_way.write_text("".join([*lines[:place], changed, *lines[place + 1 :]]))
+    run(command, output, "--token-budget", 1, status=1)
+    assert (
+        f"{under_way}, line {place + 1} was changed since the run wrote it: without that line"
+        in capsys.readouterr().err
+    )
+    under_way.write_text("".join(lines[:place] + lines[place + 1 :]))
+    run(command, output, "--token-budget", 1)
+    assert output.read_bytes() == whole
+
+
+TWICE = [
+    {"query": "river", "query_id": "a", "documents": ["the sea", "the Rhine"]},
+    {"query": "sea", "query_id": "b", "documents": ["the sea"]},
+    {"query": "hill", "query_id": "a", "documents": ["the Rhine"]},
+    {"query": "rain", "query_id": "c d", "documents": ["yes"]},
+    {"query": "salt", "query_id": "e", "documents": [{"id": "x y", "text": "no"}]},
+    {"query": "salt", "query_id": "e", "documents": ["no", "yes"]},
+]
+
+
+def test_queries_that_a_run_can_not_name_are_left_out_and_listed_where_asked_for(tmp_path, run, capsys):
+    file = write_jsonl(tmp_path / "q.jsonl", TWICE)
+    run("rerank", tmp_path / "o.trec", file=file, status=1)
+    err = capsys.readouterr().err
+    assert "3 of 6 rows can't be used; --on-error skip leaves them out" in err
+    output = run("rerank", tmp_path / "o.trec", "--on-error", "skip", file=file)
+    err = capsys.readouterr().err
+    assert "3 of 6 rows can't be used and were left out:" in err
+    assert f"q.jsonl, line 3 has the query_id 'a' of {file}, line 1; a TREC run has each query once" in err
+    assert "line 4: \"query_id\" is 'c d'" in err
+    assert 'line 5: documents[0]: "id" is' in err
+    kept = write_jsonl(tmp_path / "kept.jsonl", [TWICE[index] for index in (0, 1, 5)])
+    expected = run("rerank", tmp_path / "kept.trec", file=kept).read_text()
+    assert [line.split()[:5] for line in output.read_text().splitlines()] == [
+        line.split()[:5] for line in expected.splitlines()
+    ]
+    held = output.read_bytes()
+    run("rerank", output, "--on-error", "skip", file=file)  # a finished run finds the same rows again
+    assert output.read_bytes() == held
+    assert len(read_jsonl(run("rerank", tmp_path / "o.jsonl", file=file))) == len(TWICE)

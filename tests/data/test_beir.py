@@ -172,3 +172,23 @@ def test_a_query_that_cannot_be_used_is_left_out_where_asked_for(folder):
 def test_queries_of_trecs_four_columns_are_read(folder):
     (folder / "qrels" / "test.tsv").write_text("q1 0 d1 2\nq3 0 d4 1\n")
     assert judgements_of(str(folder), None) == {"q1": {"d1": 2}, "q3": {"d4": 1}}
+
+
+def test_a_query_whose_id_comes_twice_is_left_out_where_asked_for(folder):
+    first = [record.fields for record in Records(folder)]
+    with open(folder / "queries.jsonl", "a") as file:
+        file.write('{"_id": "q1", "text": "another query"}\n')
+    with pytest.raises(UserError, match="queries.jsonl, line 4 has the id 'q1' of a query before it"):
+        Records(folder)
+    records = Records(folder, on_error="skip")
+    assert [record.fields for record in records] == first
+    assert records.bad.count == 1
+    assert "line 4 has the id 'q1'" in records.bad.lines[0]
+
+
+def test_a_judged_query_that_can_not_be_used_is_named_and_left_out_where_asked_for(folder):
+    text = (folder / "queries.jsonl").read_text()
+    (folder / "queries.jsonl").write_text(text.replace('"q3"', "3.5"))
+    with pytest.raises(UserError, match='queries.jsonl, line 3: "_id" is a number; it must be a string'):
+        Records(folder)
+    assert [record.fields["query_id"] for record in Records(folder, on_error="skip")] == ["q1"]
