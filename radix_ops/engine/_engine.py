@@ -17,7 +17,7 @@ import itertools
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView, Set
 from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
@@ -28,7 +28,7 @@ from .._attention import LAYOUTS, Layout
 from ..plan.budget import Budget, find_budget
 from . import ids
 from .batches import Compute, OnBatch, Pass, RunStats
-from .errors import UserError, options_as_arguments
+from .errors import UserError, WrongType, options_as_arguments
 from .inputs import Record, kind_of
 from .items import Collector, Items
 from .loading import (
@@ -299,15 +299,23 @@ class Engine(ABC, Generic[I]):
 
 def numbered(inputs: Iterable, name: str, what: str) -> Iterator[tuple[str, object]]:
     """Yield (where, input) of an argument's inputs. UserError for an argument that is no iterable of several."""
-    iterator = iterator_of(inputs)
+    iterator = iterator_of(inputs, name)
     if iterator is None:
         raise UserError(f"{name} is {kind_of(inputs)}; it must be a list, or another iterable, of {what}")
     for index, given in enumerate(iterator):
         yield f"{name}[{index}]", given
 
 
-def iterator_of(inputs: object) -> Iterator | None:
-    """Return an iterator over an argument's inputs; None where it is one input, or an array of no dimensions."""
+def iterator_of(inputs: object, name: str) -> Iterator | None:
+    """Return an iterator over an argument's inputs; None where it is one input, or an array of no dimensions.
+
+    WrongType for a set or a view of a dict: results come in the inputs' order, and a set has none that holds.
+    """
+    if isinstance(inputs, (Set, MappingView)):
+        raise WrongType(
+            f"{name} is a {type(inputs).__name__}, and results come in the order of their inputs; it must be a list, "
+            "or another iterable with an order of its own: sorted(...) or list(...) makes one"
+        )
     if isinstance(inputs, (str, bytes, Mapping)) or not isinstance(inputs, Iterable):
         return None
     try:

@@ -158,7 +158,7 @@ class Reranker(Engine[Query]):
         with options_as_arguments():
             check_count("top_k", top_k)
             check_flags(return_documents=return_documents)
-            listed = iterator_of(documents)
+            listed = iterator_of(documents, "documents")
             if listed is None:
                 raise UserError(f"documents must be a list of strings, got {type(documents).__name__}")
             fields = {"query": query, "documents": list(listed)}

@@ -22,6 +22,10 @@ class UserError(ValueError):
         self.as_option = message if as_option is None else as_option
 
 
+class WrongType(UserError, TypeError):
+    """An argument of a type that can't be used, as Python's own functions raise TypeError for."""
+
+
 class OutOfMemory(UserError, torch.OutOfMemoryError):
     """One sequence alone does not fit into the device's memory."""
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.language_models import embedding_tokenizer, needs_hf, reranking_tokenizer, tiny_model, tiny_tokenizer
-from radix_ops.engine import Embedder, Reranker, Scorer, Template, UserError
+from radix_ops.engine import Classifier, Embedder, LabelPrompt, Reranker, Scorer, Template, UserError
 from radix_ops.engine.templates import find_template
 
 needs_hf()
@@ -126,3 +126,37 @@ def test_a_template_of_fields_of_another_kind_is_refused(fields, message):
 def test_a_templates_ids_may_be_integers_of_numpy():
     assert Template(TEXT, np.int64(4), np.int32(5)) == Template(TEXT, 4, 5)
     assert find_template("qwen3-reranker").instruction is not None
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [{"a", "b"}, frozenset("ab"), {"a": 1, "b": 2}.keys(), {1: "a", 2: "b"}.values(), {"a": 1}.items()],
+    ids=lambda texts: type(texts).__name__,
+)
+def test_inputs_without_an_order_of_their_own_are_type_errors(model, scorer, embedder, texts, monkeypatch):
+    for engine in (scorer, embedder):
+        monkeypatch.setattr(engine.runner, "states", lambda *arguments: pytest.fail("the model ran"))
+    reranker = Reranker(model, reranking_tokenizer(), template=Template(TEXT, 5, 6))
+    labels = Classifier(model, tiny_tokenizer(True), template=LabelPrompt({"a": 5, "b": 6}, "{{ text }}:"))
+    kind = type(texts).__name__
+    for name, call in (
+        ("texts", embedder.embed),
+        ("texts", embedder.find_ranges),
+        ("texts", embedder.pairs),
+        ("texts", lambda given: list(embedder.stream(given))),
+        ("texts", scorer.perplexity),
+        ("items", scorer.score),
+        ("items", lambda given: list(scorer.stream(given))),
+        ("queries", reranker.score),
+        ("queries", reranker.evaluate),
+        ("documents", lambda given: reranker.rank("a", given)),
+        ("items", labels.classify),
+    ):
+        with pytest.raises(
+            TypeError, match=f"^{name} is a {kind}, and results come in the order of their inputs; it must"
+        ):
+            call(texts)
+        with pytest.raises(UserError):
+            call(texts)
+    monkeypatch.undo()
+    assert len(embedder.embed(sorted({"a", "b"}))) == 2
