@@ -10,6 +10,10 @@ LINES, CSV, TSV, PARQUET, MATRIX, TREC = "jsonl", "csv", "tsv", "parquet", "npy"
 _TEXTS = {".jsonl": LINES, ".ndjson": LINES, ".csv": CSV, ".tsv": TSV, ".trec": TREC, ".run": TREC}
 _BINARIES = {".parquet": PARQUET, ".npy": MATRIX}
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_OF_ONE_COMMAND = {
+    MATRIX: "a .npy file holds a matrix of embeddings, which embed alone writes; here the ending decides the format",
+    TREC: "a TREC run holds ranked documents, which rerank alone writes; here the ending decides the format",
+}
 _EVERYWHERE = (LINES, CSV, TSV, PARQUET)  # whatever the command
 
 
@@ -47,13 +51,10 @@ def format_of(output: str, *further: str) -> ResultFormat:
     kind = next((kind for ending, kind in endings.items() if name.endswith(ending)), None)
     if kind in (*_EVERYWHERE, *further):
         return ResultFormat(kind, compression)
-    if kind == MATRIX:
-        raise UserError(f"--output {output}: results are JSON lines, and a .npy file holds a matrix")
-    if kind == TREC:
-        raise UserError(f"--output {output}: a TREC run holds ranked documents, which rerank alone has")
     known = [ending for ending, kind in (_TEXTS | _BINARIES).items() if kind in (*_EVERYWHERE, *further)]
     texts = [ending for ending in known if ending in _TEXTS]
+    reason = _OF_ONE_COMMAND.get(kind or "", "the name's ending decides the format")
     raise UserError(
-        f"--output {output}: the name's ending decides the format, and it must be {', '.join(known[:-1])} or "
-        f"{known[-1]}; behind {', '.join(texts[:-1])} or {texts[-1]}, also {' or '.join(_COMPRESSIONS)}"
+        f"--output {output}: {reason}, and it must be {', '.join(known[:-1])} or {known[-1]}; behind "
+        f"{', '.join(texts[:-1])} or {texts[-1]}, also {' or '.join(_COMPRESSIONS)}"
     )

@@ -241,10 +241,18 @@ def test_a_link_stays_and_files_beside_an_output_do_too(tmp_path):
     assert (tmp_path / "other.npy.part").read_text() == "mine"
 
 
-@pytest.mark.parametrize("command", ["score", "rerank"])
-def test_json_lines_in_a_npy_file_are_refused(tmp_path, capsys, command):
-    message = failing_command(capsys, command, "--model", "m", "--output", tmp_path / "o.npy", tmp_path / "in.jsonl")
-    assert "o.npy: results are JSON lines, and a .npy file holds a matrix" in message
+@pytest.mark.parametrize(
+    ("command", "name", "whose"),
+    [
+        *((command, "o.npy", "a matrix of embeddings, which embed") for command in ("score", "rerank", "classify")),
+        *((command, "o.trec", "ranked documents, which rerank") for command in ("score", "embed", "classify")),
+    ],
+)
+def test_a_format_of_another_command_is_refused_and_the_own_ones_are_named(tmp_path, capsys, command, name, whose):
+    message = failing_command(capsys, command, "--model", "m", "--output", tmp_path / name, tmp_path / "in.jsonl")
+    assert f"{whose} alone writes; here the ending decides the format, and it must be .jsonl, .ndjson, .csv," in message
+    own = {"embed": " or .npy;", "rerank": ".trec, .run, .parquet;"}.get(command, "or .parquet;")
+    assert own.replace(".run, .parquet", ".run or .parquet") in message
 
 
 def test_comparing_names_the_file_that_is_there(tmp_path, capsys):
