@@ -36,9 +36,10 @@ class _Part:
 class LabelWords:
     """The words of labels, by a tokenizer. UserError for a word that can't be told from another's or isn't there.
 
-    A text that starts with a word starts with all that this word starts with, so that words that start with another
-    one of their label don't count. Words that start alike share what they start with: their steps, from a token to the
-    next, make a trie. A model reads the trie's leaves alone, each behind the prompt and without its last token.
+    A text answers by the longest word that it starts with. So a word doesn't count where the longest other word that it
+    starts with is of its label; and where that is of another label, as the 1 of 10 may be, the word's texts are none of
+    the other's. Words that start alike share what they start with: their steps, from a token to the next, make a trie.
+    A model reads the trie's leaves alone, each behind the prompt and without its last token.
     """
 
     def __init__(self, tokenizer: Any, words: Mapping[str, tuple[str | Ids, ...]]):
@@ -55,7 +56,9 @@ class LabelWords:
                         f"{list(ids)}"
                     )
                 found[ids] = (label, word)
-            self.ids.append([ids for ids in listed if not any(ids[:end] in listed for end in range(len(ids)))])
+            self.ids.append(listed)
+        self._within = _counted({ids: label for ids, (label, _) in found.items()})
+        self.ids = [[ids for ids in listed if ids in self._within] for listed in self.ids]
         counted = [ids for listed in self.ids for ids in listed]
         starts = list(dict.fromkeys(ids[:-1] for ids in counted))
         inner = {start[:end] for start in starts for end in range(len(start))}
@@ -114,13 +117,35 @@ class LabelWords:
 
     def label_logprobs(self, numbers: np.ndarray) -> np.ndarray:
         """Return the log-probability of each label, float64 [labels], by the numbers of an item's sequences: that of
-        its words together, where a word's is the sum over its tokens."""
+        its words together, where a word's is the sum over its tokens, less those of other labels' words within it."""
         steps = numbers.sum(axis=0)
-        labels = []
-        for words in self.ids:
-            sums = [sum(steps[self._steps[ids[:end], ids[end]]] for end in range(len(ids))) for ids in words]
-            labels.append(np.logaddexp.reduce(sums))
-        return np.array(labels)
+        sums = {ids: sum(steps[self._steps[ids[:end], ids[end]]] for end in range(len(ids))) for ids in self._within}
+        alone = {ids: _less(sums[ids], [sums[inner] for inner in inside]) for ids, inside in self._within.items()}
+        return np.array([np.logaddexp.reduce([alone[ids] for ids in words]) for words in self.ids])
+
+
+def _counted(label_of: Mapping[Ids, str]) -> dict[Ids, list[Ids]]:
+    """Return the words that count, each with the next longer ones that start with it, which are of other labels."""
+    found: dict[Ids, list[Ids]] = {}
+    stand_in: dict[Ids, Ids] = {}  # of a word that doesn't count: the one whose texts hold all of its own
+    for ids in sorted(label_of, key=len):
+        outer = next((ids[:end] for end in range(len(ids) - 1, 0, -1) if ids[:end] in label_of), None)
+        outer = stand_in.get(outer, outer) if outer else None
+        if outer is not None and label_of[outer] == label_of[ids]:
+            stand_in[ids] = outer
+            continue
+        found[ids] = []
+        if outer is not None:
+            found[outer].append(ids)
+    return found
+
+
+def _less(logprob: float, others: list[float]) -> float:
+    """Return the log-probability of an event but for parts of it; rounding may leave nothing of it."""
+    if not others or logprob == -np.inf:
+        return logprob
+    rest = -np.expm1(np.logaddexp.reduce(others) - logprob)
+    return logprob + np.log(rest) if not rest <= 0 else -np.inf
 
 
 def _ids_of(tokenizer: Any, label: str, word: str | Ids) -> Ids:

@@ -89,8 +89,75 @@ def test_a_word_that_starts_with_another_of_its_label_adds_nothing():
     labels = {"a": [[5, 6], [5], [5, 6, 7], [8, 9]], "b": [[8]]}
     classifier = Classifier(model, tokenizer, template=LabelPrompt(labels, "{{ text }}", score="probability"))
     prompts = [tokenizer(row["text"])["input_ids"] for row in ROWS]
-    # Of all texts, those that start with 5 or with 8 9.
-    check(classifier.classify(ROWS), model, prompts, [[[5], [8, 9]], [[8]]], ["a", "b"], score="probability")
+    # Of all texts, those that start with 5 or with 8 9; and with 8 but not with 8 9, which answers for the other label.
+    for found, prompt_ids in zip(classifier.classify(ROWS), prompts, strict=True):
+        of_a, inner, outer = np.exp(by_hand(model, prompt_ids, [[[5], [8, 9]], [[8, 9]], [[8]]]))
+        got = dict(zip(found["labels"], found["scores"], strict=True))
+        assert [got["a"], got["b"]] == pytest.approx([of_a, outer - inner], rel=1e-4, abs=1e-7)
+
+
+def by_enumeration(model, prompt_ids, words, vocabulary):
+    """Return the probability of each label, by all texts of some tokens: each answers by the longest word that it
+    starts with. Tokens beyond the vocabulary start no word and end one."""
+    longest = max(len(word) for listed in words for word in listed)
+    label_of = {tuple(word): label for label, listed in enumerate(words) for word in listed}
+    found, level = np.zeros(len(words)), {(): (1.0, None)}  # by text: its probability, and the label so far
+    for _ in range(longest):
+        texts = list(level)
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt_ids, *text] for text in texts])).logits[:, -1].double()
+        following = {}
+        for text, row in zip(texts, logits.softmax(-1).numpy(), strict=True):
+            probability, label = level[text]
+            if label is not None:
+                found[label] += probability * (1 - row[vocabulary].sum())
+            for token in vocabulary:
+                longer = (*text, token)
+                following[longer] = (probability * row[token], label_of.get(longer, label))
+        level = following
+    for probability, label in level.values():
+        if label is not None:
+            found[label] += probability
+    return found
+
+
+WITHIN = {
+    "digits of ten": {"1": [[5]], "2": [[6]], "10": [[5, 7]]},
+    "the same start": {"a": [[5, 6, 7]], "b": [[5, 6, 8]], "c": [[5, 9]]},
+    "one within one within one": {"a": [[5]], "b": [[5, 6]], "c": [[5, 6, 7]]},
+    "back to the first label": {"a": [[5], [5, 6, 7], [8]], "b": [[5, 6]], "c": [[9, 9, 9]]},
+    "its own word between": {"a": [[5], [5, 6]], "b": [[5, 6, 7]], "c": [[6], [5, 9]]},
+    "several within one": {"a": [[5]], "b": [[5, 6], [5, 7, 8]], "c": [[5, 9], [5, 7, 5], [7]]},
+}
+
+
+@pytest.mark.parametrize("score", ["softmax", "probability"])
+@pytest.mark.parametrize("name", WITHIN)
+@pytest.mark.parametrize("kind", ["Qwen3", "Llama"])
+def test_a_text_answers_by_the_longest_word_that_it_starts_with(kind, name, score):
+    model, tokenizer = tiny_model(kind, max_position_embeddings=256), tiny_tokenizer(adds_bos=True)
+    with torch.no_grad():  # so that the words' tokens are likely
+        model.get_output_embeddings().weight[5:10] *= 3
+    labels = WITHIN[name]
+    classifier = Classifier(model, tokenizer, template=LabelPrompt(labels, "{{ text }}", score=score))
+    for row, found in zip(ROWS, classifier.classify(ROWS), strict=True):
+        expected = by_enumeration(model, tokenizer(row["text"])["input_ids"], list(labels.values()), [5, 6, 7, 8, 9])
+        expected /= expected.sum() if score == "softmax" else 1
+        got = dict(zip(found["labels"], found["scores"], strict=True))
+        assert [got[label] for label in labels] == pytest.approx(expected.tolist(), rel=1e-3, abs=2e-6)
+
+
+def test_nothing_may_be_left_of_a_word():
+    """Where the model goes on with another label's word for certain, rounding must not make more of it than nothing."""
+    words = LabelWords(tiny_tokenizer(False), {"a": ((5,),), "b": ((5, 6),), "c": ((7,),)})
+    steps = {(start, token): number for (start, token), number in words._steps.items()}
+    numbers = np.zeros((1, len(steps)))
+    numbers[0, steps[(), 5]], numbers[0, steps[(), 7]] = -0.5, -3.0
+    for certain in (0.0, 1e-12, -np.inf):
+        numbers[0, steps[(5,), 6]] = certain
+        assert words.label_logprobs(numbers).tolist() == [-0.5 if certain < 0 else -np.inf, -0.5 + certain, -3.0]
+    numbers[0, steps[(), 5]] = -np.inf
+    assert words.label_logprobs(numbers)[0] == -np.inf
 
 
 def test_prompts_may_be_token_ids():
