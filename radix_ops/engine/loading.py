@@ -24,6 +24,7 @@ from .runners import ClassifierRunner, Qwen3Runner, Runner, TransformersRunner
 
 # The names are safetensors' and torch's.
 _FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
+_OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _DEVICES = ("cpu", "cuda")
 _HUB_TIMEOUT = 10  # seconds
 _on_hub: set[str] = set()  # models that are known to be there
@@ -129,6 +130,9 @@ def load_runner(
             f"the weights of {source} lack {', '.join(absent[:3])}{' and more' if len(absent) > 3 else ''} for "
             f"{type(model).__name__}; the command needs a model that was trained for it"
         )
+    saved = (getattr(config, "architectures", None) or [""])[0]
+    if auto_class == "AutoModelForCausalLM" and saved.endswith(_OTHER_HEADS):  # whose embedding serves as the head
+        raise UserError(f"{source} is a {saved}; the command needs a language model")
     model = _on_device(model.eval(), device, dtype)
     model.config.use_cache = False
     return ClassifierRunner(model, pad_token_id, layout) if classifies else TransformersRunner(model, layout)

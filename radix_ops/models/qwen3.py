@@ -29,6 +29,7 @@ from .weights import DTYPES, DTypeName, find_folder, read_weights
 __all__ = ["Qwen3Config", "Qwen3ForCausalLM", "Qwen3Model"]
 
 _M = TypeVar("_M", "Qwen3ForCausalLM", "Qwen3Model")
+_HEADS = ("score", "qa_outputs")  # of transformers' Qwen3 for other tasks, which the decoder does without
 
 
 def _inverse_frequencies(config: Qwen3Config, device: torch.device) -> tuple[Tensor, float]:
@@ -339,6 +340,8 @@ def _from_pretrained(
         names[place] = name
         if base == "lm_head.weight" and (config.tie_word_embeddings or place not in wanted):
             head = tensor
+            continue
+        if cls is Qwen3Model and name.split(".")[0] in _HEADS:
             continue
         if place not in wanted:
             raise ValueError(f"{folder} holds {name}, which a Qwen3 does not have")

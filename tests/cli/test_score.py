@@ -244,6 +244,12 @@ def test_a_model_of_another_task_is_named(questions, tmp_path, capsys):
     for name, kind in (("head", "Qwen3ForSequenceClassification"), ("base", "Qwen3Model")):
         tiny_tokenizer(adds_bos=True).save_pretrained(tmp_path / name)
         assert failing(capsys, tmp_path / name, questions).endswith(f"; its config is of a {kind}")
+    # Where the embedding serves as the head nothing is missing, and yet it was not trained for this.
+    for kind, tied in (("Llama", True), ("Llama", False), ("Qwen3", True)):
+        folder = tmp_path / f"{kind}-{tied}"
+        tiny_classifier(kind, tie_word_embeddings=tied).save_pretrained(folder)
+        tiny_tokenizer(adds_bos=True).save_pretrained(folder)
+        assert f"{kind}ForSequenceClassification" in failing(capsys, folder, questions) or not tied
 
 
 @pytest.mark.parametrize("options", [["--plain", "--compare"], ["--token-budget", "0"], ["--dtype", "int8"]])

@@ -5,6 +5,7 @@ import concurrent.futures
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from helpers.language_models import embedding_tokenizer, needs_hf, tiny_model, transformers
 from radix_ops.engine import Embedder, UserError, embedding
@@ -179,3 +180,28 @@ def test_a_generator_of_texts_may_wait_for_another_thread(folders):
         yield from TEXTS
 
     close(embedder.embed(texts()), model.encode(TEXTS))
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification", "ForCausalLM", "Model"])
+@pytest.mark.parametrize("kind", ["Qwen3", "Llama"])
+def test_the_stack_below_any_head_makes_embeddings(tmp_path, kind, head):
+    made = getattr(transformers, kind + head)(tiny_model(kind, num_labels=3).config).eval()
+    made.save_pretrained(tmp_path)
+    embedding_tokenizer().save_pretrained(tmp_path)
+    model, tokenizer = transformers.AutoModel.from_pretrained(tmp_path).eval(), embedding_tokenizer()
+    expected = []
+    for text in TEXTS:
+        with torch.no_grad():
+            state = model(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0, -1]
+        expected.append(torch.nn.functional.normalize(state, dim=-1).numpy())
+    close(Embedder(tmp_path, device="cpu").embed(TEXTS), np.stack(expected))
+
+
+def test_weights_that_are_no_heads_are_refused(tmp_path):
+    made = transformers.Qwen3ForSequenceClassification(tiny_model("Qwen3").config).eval()
+    made.save_pretrained(tmp_path)
+    embedding_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file({**load_file(path), "scores.weight": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="holds scores.weight, which a Qwen3 does not have"):
+        Embedder(tmp_path, device="cpu")
