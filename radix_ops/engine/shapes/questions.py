@@ -13,6 +13,7 @@ from ..inputs import Record, check_text
 from ..prompts import LETTERS
 from .rows import (
     Shape,
+    agreed,
     columns_of,
     gold_of_answer,
     gold_of_index,
@@ -99,8 +100,15 @@ def _check_texts(record: Record, texts: list, key: str) -> None:
 
 
 def _mmlu_pro(record: Record) -> dict:
-    gold = gold_of_index(record, "answer_index", len(record.texts("options")))
-    return replaced(record, ("options", "answer", "answer_index"), choices=record.texts("options"), gold=gold)
+    options = record.texts("options")
+    answer = record.fields.get("answer")
+    letter = LETTERS.find(answer.strip()) if isinstance(answer, str) and len(answer.strip()) == 1 else -1
+    gold = agreed(
+        record,
+        answer_index=gold_of_index(record, "answer_index", len(options)),
+        answer=letter if 0 <= letter < len(options) else None,
+    )
+    return replaced(record, ("options", "answer", "answer_index"), choices=options, gold=gold)
 
 
 def _hellaswag(record: Record) -> dict:
@@ -147,17 +155,25 @@ def _winogrande(record: Record) -> dict:
 
 
 def _boolq(record: Record) -> dict:
-    key = "label" if record.fields.get("label") is not None else "answer"
-    answer = record.fields.get(key)
-    truth = _truth(answer)
-    gold = gold_of_index(record, key, 2) if truth is None else int(truth)
+    label, answer = (_yes_or_no(record.fields.get(key)) for key in ("label", "answer"))
+    key = "answer" if is_nothing(record.fields.get("label")) else "label"
+    if (label if key == "label" else answer) is None:
+        gold_of_index(record, key, 2)  # UserError but for what says nothing
     return replaced(
         record,
         ("passage", "question", "answer", "label"),
         context=f"{record.text('passage')}\nQuestion: {record.text('question')}?\nAnswer:",
         choices=[" no", " yes"],
-        gold=gold,
+        gold=agreed(record, label=label, answer=answer),
     )
+
+
+def _yes_or_no(value: object) -> int | None:
+    """Return 1 for yes and 0 for no, as a truth, a number or a word; None for anything else."""
+    if isinstance(value, str):
+        return {"yes": 1, "true": 1, "1": 1, "no": 0, "false": 0, "0": 0}.get(value.strip().lower())
+    number = int(value) if isinstance(value, bool) else whole_number(value)
+    return number if number in (0, 1) else None
 
 
 def _sciq(record: Record) -> dict:

@@ -141,6 +141,17 @@ def gold_of_answer(record: Record, key: str, choices: list[str]) -> int | None:
     return places.pop()
 
 
+def agreed(record: Record, **found: int | None) -> int | None:
+    """Return the index that keys of the record say, None where none says one. UserError for two that differ, unless the
+    record has a "gold" of its own, which goes before them."""
+    said = {key: index for key, index in found.items() if index is not None}
+    if len(set(said.values())) > 1 and is_nothing(record.fields.get("gold")):
+        words = " and ".join(f'"{key}" is {record.fields[key]!r:.80}' for key in said)
+        message = f"{record.where}: {words}, which name different choices as the right one"
+        raise UserError(f"{message}; leave out the wrong one", f"{message}; --drop {[*said][-1]} leaves that one out")
+    return next(iter(said.values()), None)
+
+
 def is_nothing(value: object) -> bool:
     """Return whether a value says nothing: null, or a text of white space alone, as an empty cell of a table is."""
     return value is None or (isinstance(value, str) and not value.strip())
