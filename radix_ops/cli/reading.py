@@ -16,6 +16,8 @@ from ..data.shapes import adapter
 from ..engine.errors import UserError
 from ..engine.inputs import Record
 from ..engine.items import Items
+from ..engine.shapes.questions import columns_without_header
+from ..engine.shapes.recognition import shapes_of
 from .progress import progress_bar, say
 
 _LONGEST_MESSAGE = 1000  # characters of a row's
@@ -73,6 +75,7 @@ def read_records(
             header=args.header,
             arrays=(*ARRAYS, *_roots(columns, ARRAYS)),
             numbers=(*NUMBERS, *_roots(columns, NUMBERS)),
+            headless=columns_without_header if task in ("score", "inspect") else lambda cells: None,
             split=getattr(args, "split", None),
             candidates=getattr(args, "candidates", None),
         )

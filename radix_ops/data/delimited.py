@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ..engine.errors import UserError
 from .lines import TwiceError, decode, dump_json, parse_json, unique_keys
@@ -12,6 +12,7 @@ from .sources import Row, place
 from .streams import LONGEST_LINE, ByteFile, LineFile, StreamError
 
 Values = Mapping[str, tuple[type, ...]]
+Headless = Callable[[Sequence[str]], Sequence[str] | None]  # the columns' names where a first row is no header
 _OTHER_DELIMITERS = ",;\t|"
 _NO_HEADER = "the first row gives the columns' names, unless --header does"
 # What goes behind errors of tasks, by what they hold.
@@ -23,12 +24,18 @@ HINTS = {
 
 
 def read_delimited(
-    name: str, file: ByteFile, delimiter: str, header: list[str] | None, values: Values
+    name: str,
+    file: ByteFile,
+    delimiter: str,
+    header: list[str] | None,
+    values: Values,
+    headless: Headless = lambda cells: None,
 ) -> Iterator[Row]:
     """Yield the rows. One with too few or too many cells, or a quote out of place, has its error.
 
     header: the columns' names, where no first row gives them.
     values: what cells of a column may hold as JSON, in place of a string.
+    headless: knows by its cells a first row that is no header, though nothing says so.
     """
     text = _Text(name, file)
     # The limit is the whole process's; it may grow, since _Text bounds what a row takes.
@@ -52,7 +59,9 @@ def read_delimited(
             continue
         if not cells or (len(cells) == 1 and not cells[0].strip() and len(columns or ()) != 1):  # a blank line
             continue
-        if columns is None:
+        if columns is None and (known := headless(cells)) is not None:
+            columns = list(known)
+        elif columns is None:
             columns = _checked(cells, delimiter)
             continue
         number += 1

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .beir import BeirSource, is_beir
-from .delimited import HINTS, read_delimited
+from .delimited import HINTS, Headless, read_delimited
 from .ids import IdSource
 from .json_arrays import read_array
 from .sources import CopiedSource, LineSource, Source
@@ -53,6 +53,7 @@ class Reading:
     delimiter: what parts the cells of CSV; a comma by default.
     header: the columns of CSV and TSV whose files have no header.
     arrays, numbers: the columns of CSV and TSV whose cells may hold arrays or objects, and whole numbers, as JSON.
+    headless: what knows a first row of CSV or TSV that is no header; see `read_delimited`.
     drop: the columns of tables that are not read.
     split, candidates: the judgements of a BEIR folder, and the run file of its candidates; see `BeirSource`.
     """
@@ -62,6 +63,7 @@ class Reading:
     header: tuple[str, ...] | None = None
     arrays: Collection[str] = ()
     numbers: Collection[str] = ()
+    headless: Headless = lambda cells: None
     drop: Collection[str] = ()
     split: str | None = None
     candidates: str | None = None
@@ -97,7 +99,7 @@ def open_source(path: str, reading: Reading) -> Source:
     if kind in ("csv", "tsv"):
         delimiter = reading.delimiter or ("," if kind == "csv" else "\t")
         header = None if reading.header is None else list(reading.header)
-        rows = read_delimited(name, file, delimiter, header, _values(reading))
+        rows = read_delimited(name, file, delimiter, header, _values(reading), reading.headless)
         return CopiedSource(name, file, rows, HINTS)
     if kind == "text" and reading.format is None and _starts_an_object(file.head):
         raise StreamError(f" {_GUESSES['objects']}")

@@ -15,6 +15,7 @@ from typing import Any, Generic, Literal, TypeVar
 from ..engine.errors import UserError
 from ..engine.inputs import Record
 from .bad_rows import BadRows
+from .delimited import Headless
 from .folders import data_files
 from .kinds import KINDS, Kind, Reading, open_source
 from .numbering import Numbering
@@ -47,7 +48,7 @@ class Records(Generic[T]):
         drop: columns, or keys, that are left out.
         marks: what else decides the keys of results, such as how `parse` reads a row.
         reserved: keys that no row may have, nor those of `origin`.
-        delimiter, header, arrays, numbers, split, candidates: see `Reading`.
+        delimiter, header, arrays, numbers, headless, split, candidates: see `Reading`.
 
     refused: the reason by index, of records that can't be used.
     bad: the rows that were left out or are in `refused`.
@@ -69,6 +70,7 @@ class Records(Generic[T]):
         header: Sequence[str] | None = None,
         arrays: Collection[str] = (),
         numbers: Collection[str] = (),
+        headless: Headless = lambda cells: None,
         split: str | None = None,
         candidates: str | None = None,
     ):
@@ -79,9 +81,8 @@ class Records(Generic[T]):
         self.parse, self.on_error = parse, on_error
         self._drop, self._reserved = tuple(drop), tuple(reserved)
         self._marks = json.dumps([*self._drop, *marks]).encode() if drop or marks else b""
-        reading = Reading(
-            format, delimiter, None if header is None else tuple(header), arrays, numbers, drop, split, candidates
-        )
+        columns = None if header is None else tuple(header)
+        reading = Reading(format, delimiter, columns, arrays, numbers, headless, drop, split, candidates)
         given = [path] if isinstance(path, (str, os.PathLike)) else path
         self.paths = data_files([os.fspath(name) for name in given])
         self.refused: dict[int, str] = {}

@@ -1,5 +1,6 @@
 """The command on a thousand rows of each of the hub's shapes, on named columns, on ids and on BEIR folders."""
 
+import csv
 import json
 
 import numpy as np
@@ -229,3 +230,70 @@ def test_errors_of_beir_folders(capsys, folder, beir, tmp_path):
     file = write_jsonl(tmp_path / "q.jsonl", [{"query": "q", "documents": ["a"]}])
     message = failing_command(capsys, *rerank, "--split", "test", file)
     assert "--split is for a BEIR folder, one with corpus.jsonl and queries.jsonl" in message
+
+
+MMLU = [
+    ['Which river, "they say", flows\nthrough Paris?', "the Seine", "the Rhine", "the sea", "A", "A"],
+    ["Is the sea salty?", "yes", "no", "yes, and deep", "no, never", "C"],
+    ["Which is a letter?", "B", "A", "D", "C", "D"],
+]
+
+
+def mmlu_csv(path, *before, rows=MMLU):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([*before, *rows])
+    return path
+
+
+@pytest.mark.parametrize("letters", [False, True])
+def test_mmlus_own_tables_are_scored_as_its_rows_on_the_hub(folder, tmp_path, capsys, letters):
+    rows = [
+        {"question": row[0], "choices": row[1:5], "answer": "ABCD".index(row[5]), "subject": "rivers"} for row in MMLU
+    ]
+    options = ["--letters"] * letters
+    expected = run("score", folder, write_jsonl(tmp_path / "hub.jsonl", rows), *options)
+    folder_of_csv = tmp_path / "test"
+    folder_of_csv.mkdir()
+    for file in (
+        mmlu_csv(tmp_path / "rivers_test.csv"),
+        mmlu_csv(tmp_path / "headed.csv", ["question", "A", "B", "C", "D", "answer"]),
+        mmlu_csv(
+            tmp_path / "mmmlu.csv", ["", "Question", *"ABCD", "Answer"], rows=[[n, *r] for n, r in enumerate(MMLU)]
+        ),
+        mmlu_csv(
+            tmp_path / "answer_first.csv", ["question", "answer", *"ABCD"], rows=[[r[0], r[5], *r[1:5]] for r in MMLU]
+        ),
+        mmlu_csv(folder_of_csv / "rivers_test.csv").parent,
+    ):
+        found = run("score", folder, file, *options)
+        assert [line["row"] for line in found] == [1, 2, 3]
+        assert [line["gold"] for line in found] == [0, 2, 3]
+        for line, wanted in zip(found, expected, strict=True):
+            assert line["logprobs"] == pytest.approx(wanted["logprobs"], abs=1e-5)
+            assert {key: line[key] for key in ("tokens", "best", "greedy")} == {
+                key: wanted[key] for key in ("tokens", "best", "greedy")
+            }
+    summary = inspect_json(capsys, tmp_path / "rivers_test.csv", "--tokenizer", folder, *options)
+    hub = inspect_json(capsys, tmp_path / "hub.jsonl", "--tokenizer", folder, *options)
+    assert (summary["sequences"], summary["tokens"]) == (hub["sequences"], hub["tokens"])
+
+
+def test_tables_that_are_not_mmlus_are_read_by_their_header(capsys, folder, tmp_path):
+    first = [["id", "question", *"ABCD"], [7, "Is the sea salty?", "yes", "no", "maybe", "never"]]
+    (line,) = run("score", folder, mmlu_csv(tmp_path / "unanswered.csv", rows=first))
+    assert (len(line["logprobs"]), line["id"], "gold" in line) == (4, "7", False)
+    bad = mmlu_csv(tmp_path / "bad.csv", rows=[*MMLU, ["What?", "a", "b", "c", "d", "E"], ["What?", "a", "A"]])
+    message = failing_command(capsys, "score", "--model", folder, bad)
+    assert "bad.csv, row 4: \"answer\" is 'E', which must be one of the labels, 'A', 'B', 'C', 'D'" in message
+    assert "bad.csv, row 5 has 3 cells and the header has 6" in message
+    # Other commands have no such questions; a file that starts otherwise is told of by --header.
+    message = failing_command(capsys, "embed", "--model", folder, mmlu_csv(tmp_path / "t.csv", rows=MMLU[1:]))
+    assert 't.csv, row 1 has no "text"' in message
+    found = run(
+        "score",
+        folder,
+        mmlu_csv(tmp_path / "u.csv", rows=[["What?", *"wxyz", ""], *MMLU]),
+        "--header",
+        "question,A,B,C,D,answer",
+    )
+    assert [line.get("gold") for line in found] == [None, 0, 2, 3]

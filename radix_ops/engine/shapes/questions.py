@@ -7,6 +7,7 @@ Contexts are the prompts of lm-evaluation-harness 0.4.13. A `question` leaves th
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 
 from ..errors import UserError
 from ..inputs import Record, check_text
@@ -25,6 +26,7 @@ from .rows import (
     whole_number,
 )
 
+MMLU_COLUMNS = ("question", "A", "B", "C", "D", "answer")  # of its own tables, some of which have no header
 _ANSWERS = ("answer", "answerKey", "label")
 
 
@@ -51,6 +53,27 @@ def _question(record: Record) -> dict:
 
 def _mmlu(record: Record) -> dict:
     return _question(record) | {"question": record.text("question").strip()}
+
+
+def _in_columns(question: str, answer: str) -> Callable[[Record], dict]:
+    """Return a reader of rows as MMLU's own tables have them: a column for each choice, named by its letter, and the
+    right letter under `answer`."""
+    letters = MMLU_COLUMNS[1:-1]
+
+    def read(record: Record) -> dict:
+        return replaced(
+            record,
+            (question, *letters, answer),
+            question=record.text(question).strip(),
+            choices=[record.text(letter) for letter in letters],
+            gold=gold_of_label(record, answer, list(letters)),
+        )
+
+    return read
+
+
+def _has_no_choices(fields: dict) -> bool:
+    return fields.get("choices") is None
 
 
 def _arc(record: Record) -> dict:
@@ -224,6 +247,10 @@ QUESTIONS = (
     Shape("contexts", ("contexts", "continuation"), _as_it_is),
     Shape("question", ("question", "choices"), _question, lambda fields: is_strings(fields["choices"])),
     Shape("mmlu", ("question", "choices", "subject"), _mmlu, lambda fields: is_strings(fields["choices"])),
+    *(
+        Shape("mmlu", (question, *MMLU_COLUMNS[1:-1]), _in_columns(question, answer), _has_no_choices)
+        for question, answer in (("question", "answer"), ("Question", "Answer"), ("input", "target"))
+    ),
     Shape("commonsense-qa", ("question", "choices", "question_concept"), _commonsense_qa, _has_labels),
     Shape("arc", ("question", "choices"), _arc, lambda fields: is_string(fields["question"]) and _has_labels(fields)),
     Shape("openbookqa", ("question_stem", "choices"), _openbookqa, _has_labels),
@@ -234,3 +261,11 @@ QUESTIONS = (
     Shape("boolq", ("question", "passage"), _boolq, _is_truth),
     Shape("sciq", ("question", "support", "correct_answer", "distractor1", "distractor2", "distractor3"), _sciq),
 )
+
+
+def columns_without_header(cells: Sequence[str]) -> tuple[str, ...] | None:
+    """Return the names of the columns where a table's first row is no header but a question, as in MMLU's own tables:
+    six cells, of which the last is the letter of the right choice; None for anything else."""
+    letters = MMLU_COLUMNS[1:-1]
+    is_question = len(cells) == len(MMLU_COLUMNS) and cells[-1].strip() in letters and (*cells[2:],) != letters
+    return MMLU_COLUMNS if is_question else None
