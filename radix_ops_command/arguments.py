@@ -90,9 +90,11 @@ def add_column_argument(parser: argparse.ArgumentParser, example: str) -> None:
     )
 
 
-def add_shape_arguments(parser: argparse.ArgumentParser, command: str) -> None:
-    """Add what says how a row is read; `command` is one that knows rows of the hub."""
-    add_column_argument(parser, "query=question,documents=passages.text")
+def add_shape_arguments(
+    parser: argparse.ArgumentParser, command: str, example: str = "query=question,documents=passages.text"
+) -> None:
+    """Add what says how a row is read; `command` is one that knows rows of the hub, `example` a value of --column."""
+    add_column_argument(parser, example)
     parser.add_argument(
         "--shape",
         choices=SHAPES[command],

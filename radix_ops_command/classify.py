@@ -8,11 +8,11 @@ from .arguments import (
     FILE_HELP,
     MODEL_HELP,
     RESUME_HELP,
-    add_column_argument,
     add_command,
     add_input_arguments,
     add_length_arguments,
     add_model_arguments,
+    add_shape_arguments,
     positive_int,
 )
 from .names import LABEL_PROMPTS, PROBLEMS
@@ -43,9 +43,10 @@ Other keys are copied to the output, which holds one object a line in the input'
   predicted  the labels of at least --threshold, where several may hold at once
   key        a hash of input line, tokens, model, dtype, mode and labels
 
-"gold", or else "label", says which label is right: its name or its index from 0, an array of them where several may
-hold at once; in the output "gold" is the name. -1 and null say nothing. Where lines have it, standard error ends with
-the accuracy, its 95% Wilson score interval, and each label's precision, recall and F1. --metrics writes these, too.
+"gold", or else "label", says which label is right: its name, in any case, or its index from 0 as the model counts; an
+array of them where several may hold at once; in the output "gold" is the name. -1 and null say nothing. Where lines
+have it, standard error ends with the accuracy, its 95% Wilson score interval, and each label's precision, recall and F1
+with their means over the labels (macro). --metrics writes these, too.
 
   radix-ops classify --model FOLDER_OR_HUB_ID --output labels.jsonl reviews.jsonl
   radix-ops classify --model Qwen/Qwen3Guard-Gen-0.6B --template qwen3guard --output safe.jsonl chats.jsonl
@@ -53,6 +54,9 @@ the accuracy, its 95% Wilson score interval, and each label's precision, recall 
 {RESUME_HELP}
 It does not pay where lines start differently: texts without a prompt before them, or a short one.
 `radix-ops inspect` says how much a file shares, --compare how much time that saves.
+
+To a head, rows of GLUE, SNLI, MNLI and such as the hub has them are known by their keys: "sentence", or pairs under
+"sentence1", "premise", "text_a", "text1", "question1" or "question" and the keys that go with these.
 
 {FILE_HELP}
 {MODEL_HELP}"""
@@ -76,7 +80,7 @@ def add_parser(commands) -> None:
         commands, "classify", "label texts by a model's head or by a prompt", HELP, "radix_ops.cli.classify"
     )
     add_input_arguments(command, "the texts, or what the template reads")
-    add_column_argument(command, "text=review,gold=stars")
+    add_shape_arguments(command, "classify", "text=review,gold=stars")
     add_model_arguments(
         command, "file for the results, by its ending lines or a table (default: lines on standard output)"
     )

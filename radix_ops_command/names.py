@@ -17,6 +17,7 @@ SHAPES = {  # of rows that each command knows
     ),
     "rerank": ("ids", "documents", "msmarco", "mteb", "bge", "tevatron"),
     "embed": ("ids", "text", "beir"),
+    "classify": ("ids", "text", "sentence", "sentences", "nli", "text-a-b", "text-1-2", "questions", "qnli"),
 }  # fmt: skip
-SHAPES["inspect"] = tuple(dict.fromkeys(SHAPES["score"] + SHAPES["rerank"] + SHAPES["embed"]))
+SHAPES["inspect"] = tuple(dict.fromkeys(SHAPES["score"] + SHAPES["rerank"] + SHAPES["embed"] + SHAPES["classify"]))
 SEED = 0  # of the shuffled order

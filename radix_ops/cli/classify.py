@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
             **options,
         )
         parser = _Parser(engine)
-        records = read_records(args, parser, engine.shape, task="classify")
+        records = read_records(args, parser, engine.shape, task=engine.rows_of)
         if args.metrics and not parser.has_gold:
             raise UserError('--metrics needs "gold" or "label", the right labels, and no row has one')
         measured = Measured(args, LabelMeasures(), fields_of, report)

@@ -28,6 +28,7 @@ ARRAYS = (
     *("documents", "relevance", "passages", "positive", "negative", "pos", "neg"),
     *("positive_passages", "negative_passages"),
     *("messages", "prompt", "chosen", "rejected", "completion", "tools"),
+    "labels",
 )
 NUMBERS = ("gold", "answer_index")
 
@@ -48,9 +49,12 @@ def read_records(
     """Read and check all files (see `Records`), with a progress bar where that takes long.
 
     writes_results: whether rows' other keys go to results, so that none may be one that results hold themselves.
-    task: the command, whose rows of the hub are known, where it has some, and --column and --shape say how to read.
+    task: the command, whose rows of the hub are known, where it has some, and --column and --shape say how to read; or
+        "prompt", where a template names the keys that it reads.
     """
     columns = _columns(args) if task else {}
+    if getattr(args, "shape", None) and not shapes_of(str(task)):
+        raise UserError("--shape says which keys of a row are read, and here the template says that")
     if task:
         adapt = adapter(task, columns, getattr(args, "shape", None), getattr(args, "text_key", "text"))
         read: Callable[[Record], T] = lambda record: parse(adapt(record))  # noqa: E731

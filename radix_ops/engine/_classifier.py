@@ -164,6 +164,10 @@ class Classifier(Engine[Row]):
         return f"one object with {' and '.join(sorted(self._prompt.fields))} a line"
 
     @property
+    def rows_of(self) -> str:
+        return "classify" if self._classifies else "prompt"  # a template names the keys that it reads itself
+
+    @property
     def auto_class(self) -> str:
         return "AutoModelForSequenceClassification" if self._classifies else "AutoModelForCausalLM"
 
@@ -177,10 +181,11 @@ class Classifier(Engine[Row]):
         """Label all items, planned together.
 
         Args:
-            items: an iterable of {"text": str}, perhaps with a "text_pair", for a head; for a language model of the
-                fields that the template reads; or of {"input_ids": [int, ...]}, which need no tokenizer. Other keys are
-                copied to the result. A "gold" or "label" must be one of the labels, by name or index; an array of them
-                where several may hold at once. Where there is one label alone, 0 and 1 say whether it holds.
+            items: an iterable of {"text": str}, perhaps with a "text_pair", for a head, or of rows of the hub with a
+                text or a pair (docs/data.md); for a language model of the fields that the template reads; or of
+                {"input_ids": [int, ...]}, which need no tokenizer. Other keys are copied to the result. A "gold" or
+                "label" must be one of the labels, by name or index; an array of them where several may hold at once.
+                Where there is one label alone, 0 and 1 say whether it holds.
             on_progress: called with (tokens that are done, all tokens) after each batch.
 
         Returns a dict for each item, in order: its other keys, then "labels", the best first, "scores" of these, and

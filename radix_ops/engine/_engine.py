@@ -131,6 +131,11 @@ class Engine(ABC, Generic[I]):
         assert self.tokenizer is not None
 
     @property
+    def rows_of(self) -> str:
+        """The task whose rows of the hub are known."""
+        return self.task
+
+    @property
     @abstractmethod
     def auto_class(self) -> str:
         """The class of transformers that loads the model."""
@@ -293,7 +298,7 @@ class Engine(ABC, Generic[I]):
             if not isinstance(given, Mapping):
                 raise UserError(f"{where} is {kind_of(given)}; it must be an object like {shape}")
             record = Record(where, {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()})
-            item: Any = self.parse(recognised(self.task, record))
+            item: Any = self.parse(recognised(self.rows_of, record))
             yield dataclasses.replace(item, extra=_copied(where, item.extra))
 
 

@@ -14,6 +14,7 @@ from .items import shortest_decimals
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 RESERVED_KEYS = ("labels", "scores", "best", "predicted")
 _GOLD_KEYS = ("gold", "label")
+_OF_NLI = ("entailment", "neutral", "contradiction")  # as SNLI, MNLI, ANLI and XNLI count them
 R = TypeVar("R", bound="Row")
 
 
@@ -47,6 +48,8 @@ def gold_of(where: str, fields: dict, labels: Sequence[str], problem: str) -> st
     if key is None or fields[key] in (-1, "-1"):
         return None
     given = fields[key]
+    if key == "label":
+        _check_counting(where, fields, labels)
     if problem != "multi_label_classification":
         return _label_of(f'{where}: "{key}"', given, labels)
     if len(labels) == 1 and given in (0, 1, "0", "1") and given not in labels:
@@ -57,17 +60,52 @@ def gold_of(where: str, fields: dict, labels: Sequence[str], problem: str) -> st
     return sorted(set(found), key=list(labels).index)
 
 
+def _check_counting(where: str, fields: dict, labels: Sequence[str]) -> None:
+    """UserError where "label" is an index, and it can be told that the data set counts labels as the model does not."""
+    index = _index_of(fields["label"], labels)
+    if index is None or (isinstance(fields["label"], str) and _named(fields["label"], labels)):
+        return
+    message = f'{where}: "label" is {fields["label"]!r}, and the label of that index is {labels[index]!r} to the model'
+    name = fields.get("label_text")
+    meant = _named(name, labels) if isinstance(name, str) else None
+    if meant not in (None, labels[index]):
+        raise UserError(
+            f'{message}, but "label_text" is {name!r}; a "gold", the name or an index as the model counts, goes first',
+            f'{message}, but "label_text" is {name!r}; --column gold=label_text takes the name',
+        )
+    names = [label.casefold() for label in labels]
+    if "entailment" in names[1:] or (set(names) == set(_OF_NLI) and names != list(_OF_NLI)):
+        message += "; data sets of entailment count that first, so give the label's name, or"
+        raise UserError(
+            f'{message} a "gold", an index as the model counts',
+            f"{message} --column gold=label if the index is as the model counts",
+        )
+
+
+def _named(name: str, labels: Sequence[str]) -> str | None:
+    """Return the label of this name, which may differ in case alone where one label is so; None where there is none."""
+    alike = [label for label in labels if label.casefold() == name.casefold()]
+    return name if name in labels else alike[0] if len(alike) == 1 else None
+
+
+def _index_of(given: Any, labels: Sequence[str]) -> int | None:
+    """Return the index that a value is, or that its digits say; None for anything else."""
+    index = int(given) if isinstance(given, str) and given.isdecimal() and len(given) < 10 else given
+    is_index = isinstance(index, (int, float)) and not isinstance(index, bool) and index in range(len(labels))
+    return int(index) if is_index else None
+
+
 def _label_of(where: str, given: Any, labels: Sequence[str]) -> str:
-    if isinstance(given, str) and given in labels:
-        return given
-    index = int(given) if isinstance(given, str) and given.isdecimal() else given
-    if isinstance(index, (int, float)) and not isinstance(index, bool) and index in range(len(labels)):
-        name = str(int(index))
+    if isinstance(given, str) and (found := _named(given, labels)) is not None:
+        return found
+    index = _index_of(given, labels)
+    if index is not None:
+        name = str(index)
         if name in labels and labels.index(name) != index:
             raise UserError(
                 f'{where} is {given!r}, and "{name}" is not the label of that index; write the name as a string'
             )
-        return labels[int(index)]
+        return labels[index]
     listed = ", ".join(map(repr, labels[:8])) + (" and more" if len(labels) > 8 else "")
     raise UserError(
         f"{where} is {given!r:.100}; it must be a label ({listed}) or its index, from 0 to {len(labels) - 1}; rename "

@@ -287,3 +287,79 @@ def test_wrong_usage_is_refused(head, rows, options, capsys):
         classify(head, *options, rows)
     assert stop.value.code == 2
     assert "radix-ops classify: error:" in capsys.readouterr().err
+
+
+HUB = {
+    "nli": ("premise", "hypothesis"),
+    "sentences": ("sentence1", "sentence2"),
+    "text-a-b": ("text_a", "text_b"),
+    "sentence": ("sentence",),
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_rows_of_the_hub_are_labelled_as_by_the_pipeline_and_measured_as_by_sklearn(
+    head, tmp_path, capsys, name, ending
+):
+    metrics_of = pytest.importorskip("sklearn.metrics")
+    texts = [TEXT[0] + " " + text for text in ("x", "the sea", TEXT[1], "the Rhine", "yes", "no, maybe")]
+    given = [0, "b", 2, "C", 1, -1]
+    if ending == "parquet":  # a column has one type
+        given = [0, 1, 2, 2, 1, -1]
+    rows = []
+    for index, (text, label) in enumerate(zip(texts, given, strict=True)):
+        rows.append({**dict(zip(HUB[name], (text, f"the river {index}"), strict=False)), "label": label, "idx": index})
+    file = tmp_path / f"rows.{ending}"
+    if ending == "jsonl":
+        write_jsonl(file, rows)
+    elif ending == "csv":
+        with open(file, "w", newline="") as table:
+            writer = csv.DictWriter(table, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    assert classify(head, "--metrics", tmp_path / "m.json", "--output", tmp_path / "o.jsonl", file) == 0
+    results, found = read_jsonl(tmp_path / "o.jsonl"), json.loads((tmp_path / "m.json").read_text())
+    call = transformers.pipeline("text-classification", str(head), device="cpu", top_k=None)
+    for row, result in zip(rows, results, strict=True):
+        pair = [row[key] for key in HUB[name]]
+        expected = call({"text": pair[0], "text_pair": pair[1]} if len(pair) > 1 else pair[0])
+        expected = expected if isinstance(expected[0], dict) else expected[0]
+        scores = {label["label"]: label["score"] for label in expected}
+        assert dict(zip(result["labels"], result["scores"], strict=True)) == pytest.approx(scores, abs=2e-5)
+        assert not set(HUB[name]) & set(result)
+    gold = ["a", "b", "c", "c", "b"]
+    assert [result.get("gold") for result in results] == [*gold, None]
+    best = [result["best"] for result in results][:5]
+    assert found["accuracy"]["value"] == pytest.approx(metrics_of.accuracy_score(gold, best))
+    assert found["macro"]["f1"] == pytest.approx(metrics_of.f1_score(gold, best, average="macro", zero_division=0))
+    assert "accuracy of the 5 rows with gold, of 6" in capsys.readouterr().err
+
+
+def test_rows_of_the_hub_whose_labels_do_not_fit_are_named(head, language_model, template, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    for row, message in [
+        (
+            {"label": "entailment"},
+            "\"label\" is 'entailment'; it must be a label ('a', 'b', 'c') or its index, from 0 to 2",
+        ),
+        ({"label": 3}, '"label" is 3; it must be a label'),
+        ({"label": 0, "label_text": "B"}, "\"label\" is 0, and the label of that index is 'a' to the model, but"),
+        ({"hypothesis": 7}, '"hypothesis" is a number; it must be a string'),
+        ({"text": "the sea"}, "--shape text or --shape nli says which"),
+    ]:
+        write_jsonl(file, [{"premise": "the sea", "hypothesis": "salt"}, {"premise": "a", "hypothesis": "b", **row}])
+        message_found = failing(capsys, head, file)
+        assert "rows.jsonl, line 2" in message_found
+        assert message in message_found
+    assert classify(head, "--shape", "nli", file) == 0
+    message = failing(capsys, language_model, "--template", template, "--shape", "nli", file)
+    assert "--shape says which keys of a row are read, and here the template says that" in message
+    message = failing(capsys, language_model, "--template", template, file)
+    assert "line 1: the template needs what isn't there: 'text' is undefined" in message
+    # A template reads the keys of the hub as they are.
+    (tmp_path / "nli.json").write_text(json.dumps({**PROMPT, "template": "{{ premise }} {{ hypothesis }}:"}))
+    assert classify(language_model, "--template", tmp_path / "nli.json", file) == 0

@@ -325,3 +325,56 @@ def test_batches_that_do_not_fit_run_in_halves(tmp_path, monkeypatch, caplog):
     check(classifier.classify(TEXTS), by_pipeline(folder, TEXTS))
     assert max(sizes) > 2
     assert "out of memory: going on with batches of half the size" in caplog.text
+
+
+def entailing(*names):
+    """Return a classifier whose labels have these names."""
+    model = tiny_classifier(num_labels=len(names))
+    model.config.id2label = dict(enumerate(names))
+    return Classifier(model, tiny_tokenizer(True))
+
+
+NLI = {"premise": "the sea is salty", "hypothesis": "the river is not"}
+
+
+def test_names_of_labels_may_differ_in_case():
+    classifier = entailing("ENTAILMENT", "NEUTRAL", "CONTRADICTION")
+    for given in ("contradiction", "Contradiction", "CONTRADICTION", 2, "2"):
+        (found,) = classifier.classify([{**NLI, "label": given}])
+        assert (found["gold"], found["label"]) == ("CONTRADICTION", given)
+    classifier = entailing("a", "A", "b")
+    assert [found["gold"] for found in classifier.classify([{"text": "x", "label": name} for name in "aAB"])] == [
+        *"aAb"
+    ]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("contradiction", "entailment", "neutral"),
+        ("CONTRADICTION", "NEUTRAL", "ENTAILMENT"),
+        ("entailment", "contradiction", "neutral"),
+        ("not_entailment", "entailment"),
+    ],
+    ids=str,
+)
+def test_an_index_of_a_data_set_that_counts_labels_otherwise_is_refused(names):
+    classifier = entailing(*names)
+    with pytest.raises(UserError) as caught:
+        classifier.classify([{**NLI, "label": 0}])
+    assert f'items[0]: "label" is 0, and the label of that index is {names[0]!r} to the model; data sets of' in str(
+        caught.value
+    )
+    assert "--column gold=label if the index is as the model counts" in caught.value.as_option
+    rows = [{**NLI, "label": names[1].lower()}, {**NLI, "gold": 0}, {**NLI, "label": -1}]
+    assert [found.get("gold") for found in classifier.classify(rows)] == [names[1], names[0], None]
+
+
+def test_a_name_beside_an_index_must_be_that_of_the_model():
+    classifier = entailing("negative", "positive")
+    rows = [{"text": "a", "label": 1, "label_text": name} for name in ("positive", "POSITIVE", "good", None, 3)]
+    assert [found["gold"] for found in classifier.classify(rows)] == ["positive"] * 5
+    with pytest.raises(
+        UserError, match="label of that index is 'negative' to the model, but \"label_text\" is 'Positive'"
+    ):
+        classifier.classify([{"text": "a", "label": 0, "label_text": "Positive"}])

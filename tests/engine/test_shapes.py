@@ -361,3 +361,113 @@ def test_a_row_of_a_beir_corpus_is_one_text():
     assert fields_of("embed", row) == {"_id": "MED-10", "text": "Statin Use Recent studies", "metadata": {}}
     assert fields_of("embed", {"_id": "PLAIN-2", "text": "a query"}) == {"_id": "PLAIN-2", "text": "a query"}
     assert fields_of("embed", row | {"title": ""})["text"] == "Recent studies"
+
+
+PRO = {
+    "question_id": 70,
+    "question": "Which river flows through Paris?",
+    "options": ["the Rhine", "the Seine", "the Thames"],
+    "answer": "B",
+    "answer_index": 1,
+    "category": "geography",
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (BOOLQ | {"label": 1, "answer": False}, '"label" is 1 and "answer" is False'),
+        (BOOLQ | {"label": "0", "answer": "True"}, "\"label\" is '0' and \"answer\" is 'True'"),
+        (BOOLQ | {"label": 0, "answer": "yes"}, '"label" is 0 and "answer" is \'yes\''),
+        (BOOLQ | {"label": 1, "answer": 0}, '"label" is 1 and "answer" is 0'),
+        (PRO | {"answer": "C"}, '"answer_index" is 1 and "answer" is \'C\''),
+        (PRO | {"answer_index": 0}, '"answer_index" is 0 and "answer" is \'B\''),
+    ],
+)
+def test_answers_that_contradict_each_other_are_named(row, said):
+    with pytest.raises(UserError) as caught:
+        fields_of("score", row)
+    assert str(caught.value).startswith(f"rows.jsonl, line 3: {said}, which name different choices as the right one")
+    assert caught.value.as_option.endswith("; --drop answer leaves that one out")
+    dropped = {key: value for key, value in row.items() if key != "answer"}
+    assert fields_of("score", dropped)["gold"] in (0, 1)
+    assert fields_of("score", row | {"gold": 1})["gold"] == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "gold"),
+    [
+        (BOOLQ | {"label": 1, "answer": True}, 1),
+        (BOOLQ | {"label": 1, "answer": "Ethanol takes more energy than it gives"}, 1),
+        (BOOLQ | {"label": -1, "answer": True}, 1),
+        (BOOLQ | {"label": "", "answer": "false"}, 0),
+        (BOOLQ | {"label": -1, "answer": "unknown"}, None),
+        (PRO, 1),
+        (PRO | {"answer": ""}, 1),
+        (PRO | {"answer": "the Seine"}, 1),
+    ],
+)
+def test_answers_that_agree_or_say_nothing_are_one(row, gold):
+    assert fields_of("score", row).get("gold") == gold
+
+
+COLUMNS = {"question": " Find the degree of the field. ", "A": "0", "B": "4", "C": "2", "D": "6", "answer": "B"}
+
+
+@pytest.mark.parametrize("names", [("question", "answer"), ("Question", "Answer"), ("input", "target")], ids=str)
+def test_mmlu_in_columns_is_asked_as_mmlu_with_choices(names):
+    row = {{"question": names[0], "answer": names[1]}.get(key, key): value for key, value in COLUMNS.items()}
+    choices = [COLUMNS[letter] for letter in "ABCD"]
+    expected = {"question": COLUMNS["question"], "choices": choices, "answer": 1, "subject": "algebra"}
+    for letters in (False, True):
+        found, whole = (
+            parse_item(recognised("score", Record("", row)), letters)
+            for row in (row | {"subject": "algebra"}, expected)
+        )
+        assert (found.context, found.choices, found.extra) == (whole.context, whole.choices, whole.extra)
+    unanswered = {key: value for key, value in row.items() if key != names[1]}
+    assert "gold" not in fields_of("score", unanswered)
+    # A letter is that of a column, whatever the choices are.
+    assert fields_of("score", row | {"A": "B", "B": "C", names[1]: "A"})["gold"] == 0
+    with pytest.raises(UserError, match=f"\"{names[1]}\" is 'E', which must be one of the labels, 'A', 'B', 'C', 'D'"):
+        fields_of("score", row | {names[1]: "E"})
+    with pytest.raises(UserError, match=f'"{names[1]}" is 2, which must be one of the labels'):
+        fields_of("score", row | {names[1]: 2})
+
+
+PAIRS = [
+    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("text_a", "text_b"), ("text1", "text2"),
+    ("question1", "question2"), ("question", "sentence"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_pairs_to_label_are_read(first, second):
+    row = {first: "the sea", second: "is salty", "label": 1, "idx": 7}
+    expected = {"text": "the sea", "text_pair": "is salty", "label": 1, "idx": 7}
+    for task in ("classify", "inspect"):
+        assert fields_of(task, row) == expected
+    with pytest.raises(UserError, match=f'"{second}" is a number; it must be a string'):
+        fields_of("classify", row | {second: 3})
+    half = {first: "the sea", "label": 1}
+    assert fields_of("classify", half) == half
+    with pytest.raises(UserError, match="can be read by"):
+        fields_of("classify", row | {"text": "a river"})
+    assert fields_of("inspect", row | {"text": "a river"}) == row | {"text": "a river"}
+    assert fields_of("prompt", row) == row
+
+
+def test_texts_to_label_are_read():
+    assert fields_of("classify", {"sentence": "the sea", "label": 1, "idx": 7}) == {
+        "text": "the sea",
+        "label": 1,
+        "idx": 7,
+    }
+    several = {"text": "the sea", "labels": [2, 0], "id": "x"}
+    assert fields_of("classify", several) == {"text": "the sea", "gold": [2, 0], "id": "x"}
+    assert fields_of("classify", several | {"gold": [1]}) == {"text": "the sea", "gold": [1], "id": "x"}
+    ids = {"input_ids": [3, 4], "labels": 1}
+    assert fields_of("classify", ids) == {"input_ids": [3, 4], "gold": 1}
+    with pytest.raises(UserError, match='has "label" and "labels", and each may say which label is right') as caught:
+        fields_of("classify", several | {"label": 1})
+    assert "--column gold=label or --column gold=labels says which" in caught.value.as_option

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from ..errors import UserError
 from ..inputs import Record
 from .questions import QUESTIONS
 from .rankings import RANKINGS
 from .rows import Shape, is_string
+from .texts import OTHER_TEXTS, TEXTS
 
 IDS = ("input_ids", "context_ids", "choices_ids")
 
@@ -30,11 +32,14 @@ def shapes_of(task: str, text_key: str = "text") -> tuple[Shape, ...]:
     own_text = Shape("text", (text_key,), lambda record: record.fields)
     document = Shape("beir", ("_id", "title", "text"), _document, lambda fields: is_string(fields["title"]))
     documents = (document,) if text_key == "text" else ()
+    # Where a row has a text, too, that is what the other commands read.
+    texts = [replace(shape, also=lambda fields: "text" not in fields) for shape in OTHER_TEXTS if text_key == "text"]
     return {
         "score": QUESTIONS,
         "rerank": RANKINGS,
+        "classify": TEXTS,
         "embed": (Shape("ids", ("input_ids",), lambda record: record.fields), own_text, *documents),
-        "inspect": (*QUESTIONS, *(shape for shape in RANKINGS if shape.name != "ids"), *documents),
+        "inspect": (*QUESTIONS, *(shape for shape in RANKINGS if shape.name != "ids"), *documents, *texts),
     }.get(task, ())
 
 
