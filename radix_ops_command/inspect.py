@@ -13,7 +13,7 @@ from .arguments import (
     positive_int,
     utf8_text,
 )
-from .names import PAIRS, SEED, TEMPLATES
+from .names import LABEL_PROMPTS, READINGS, SEED, TEMPLATES
 from .schema_parts import BOOLEAN, COUNT, NUMBER, TEXT, Schema, array, fields
 
 BATCH_SIZES = (8, 32, 128, 512)
@@ -26,13 +26,16 @@ model runs, and no weights are read.
 FILE holds one text a line (.txt), or one JSON object a line, of which the first line's keys tell the format:
   {{"text": ...}}                            texts; --text-key names another key, --prompt what stands before each
   {{"context": ..., "choices": [...]}}       questions as `radix-ops score` reads them
-  {{"query": ..., "documents": [...]}}       queries as `radix-ops rerank` reads them, in a --template
+  {{"query": ..., "documents": [...]}}       queries as `radix-ops rerank` reads them
+  {{"text": ..., "text_pair": ...}}          pairs as `radix-ops classify` reads them with a classification head
   {{"messages": [...]}}                      conversations, by the tokenizer's chat template
   {{"prompt": ..., "completion": ...}}       training data; strings, or arrays of messages
   {{"prompt": ..., "chosen": ..., "rejected": ...}}
   {{"input_ids": [...]}}                     token ids, which need no tokenizer
   {{"input_ids": [[...], ...]}}              the same of several prompts, as `radix-ops rerank` reads them
   {{"context_ids": [...], "choices_ids": [[...], ...]}}   the same of questions, as `radix-ops score` reads them
+Queries are read as the folder of --model says, or in a --template. With a --template of `radix-ops classify`, lines
+hold what that reads, and are counted with what must be read for its labels' words.
 Rows of the hub and folders of BEIR that the other commands know are read as they read them. A .npz file of two arrays,
 input_ids [N] end to end and cu_seqlens [B + 1], holds token ids, too.
 
@@ -140,7 +143,8 @@ def add_parser(commands) -> None:
         "--template",
         metavar="T",
         help=f"template for queries with documents: {' or '.join(TEMPLATES)}, a JSON file as for `radix-ops rerank`, "
-        f"or {PAIRS} as a cross-encoder reads them",
+        f"or {' or '.join(READINGS)} for a cross-encoder (default: as --model's folder says); or a prompt of "
+        f"`radix-ops classify`: {' or '.join(LABEL_PROMPTS)}, or its file",
     )
     add_flag(command, "--letters", help="questions that list their choices, answered by letter")
     command.add_argument(

@@ -8,7 +8,6 @@ TEMPLATES = ("qwen3-reranker",)
 LABEL_PROMPTS = ("qwen3guard", "shieldgemma")
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 READINGS = ("pairs", "chat")
-PAIRS = "pairs"
 KINDS = ("jsonl", "json", "text", "csv", "tsv", "parquet", "arrow", "npz")
 SHAPES = {  # of rows that each command knows
     "score": (

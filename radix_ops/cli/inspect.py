@@ -9,12 +9,13 @@ from collections.abc import Callable
 
 from radix_ops_command.errors import printable
 
-from ..data.formats import PAIRS, FormatParser, formats, packed_arrays
+from ..data.formats import FormatParser, formats, label_format, packed_arrays
 from ..engine.costs import forward_cost
-from ..engine.cross_encoders import find_cross_encoder
 from ..engine.errors import UserError
 from ..engine.items import Items
+from ..engine.label_prompts import find_label_prompt, is_label_prompt
 from ..engine.loading import load_config, load_tokenizer, runs_own_model
+from ..engine.query_reading import QueryReading
 from ..engine.recipes import find_recipe
 from ..plan.budget import Budget
 from ..plan.sharing import Sharing, sharing_from_end
@@ -65,9 +66,16 @@ def _pads_states(args: argparse.Namespace) -> bool:
     if not args.model:
         return True
     config = load_config(args.model, trust_remote_code=args.trust_remote_code)
-    classifies = (getattr(config, "architectures", None) or [""])[0].endswith("ForSequenceClassification")
-    auto_class = f"AutoModelFor{'SequenceClassification' if classifies else 'CausalLM'}"
+    auto_class = f"AutoModelFor{'SequenceClassification' if _classifies(args) else 'CausalLM'}"
     return not runs_own_model(args.model, config, auto_class, args.trust_remote_code)
+
+
+def _classifies(args: argparse.Namespace) -> bool:
+    """Return whether --model names one with a classification head."""
+    if not args.model:
+        return False
+    config = load_config(args.model, trust_remote_code=args.trust_remote_code)
+    return (getattr(config, "architectures", None) or [""])[0].endswith("ForSequenceClassification")
 
 
 def _read(args: argparse.Namespace, tokenizer) -> tuple[Items, str, object]:
@@ -77,17 +85,19 @@ def _read(args: argparse.Namespace, tokenizer) -> tuple[Items, str, object]:
         if not len(items.store):
             raise UserError(f"{args.files[0]} holds no sequences")
         return items, "packed token ids", tokenizer
-    prompt, pair_prompt = _prompts(args)
-    parser = FormatParser(formats(args.text_key, prompt, args.template, pair_prompt, args.letters))
-    records = read_records(args, parser, "one JSON object a line", writes_results=False, task="inspect")
+    if args.template is not None and is_label_prompt(args.template):
+        prompt = find_label_prompt(args.template)
+        tokenizer = tokenizer or _tokenizer_of_model(args, f"--template {args.template} makes prompts")
+        parser, task = FormatParser([], label_format(prompt, tokenizer)), "prompt"
+    else:
+        queries = QueryReading(args.template, args.model, args.trust_remote_code)
+        parser = FormatParser(formats(args.text_key, _prompt(args), queries, args.letters, _classifies(args)))
+        task = "inspect"
+    records = read_records(args, parser, "one JSON object a line", writes_results=False, task=task)
     form = parser.format
     assert form is not None  # a file without records is refused
     if tokenizer is None and form.needs_tokenizer:
-        if not args.model:
-            raise UserError(
-                f"{records.path} holds text: --tokenizer must name the tokenizer, a local folder or a hub id"
-            )
-        tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+        tokenizer = _tokenizer_of_model(args, f"{records.path} holds text")
     items = encode(records, lambda lines: form.encode(lines, tokenizer))
     say_what_is_bad(records)
     lines = f"{len(records):,} {'line' if records.has_lines else 'row'}{'s' * (len(records) != 1)}"
@@ -96,29 +106,25 @@ def _read(args: argparse.Namespace, tokenizer) -> tuple[Items, str, object]:
     return items, f"{lines} of {form.shape}\n{form.meaning}", tokenizer
 
 
-def _prompts(args: argparse.Namespace) -> tuple[str, str]:
-    """Return what stands before each text, by default as the model's folder says, and before each query of a pair."""
-    of_text, of_pair = args.prompt, ""
-    if args.model and args.template == PAIRS:
-        config = load_config(args.model, trust_remote_code=args.trust_remote_code)
-        encoder = find_cross_encoder(args.model, config)
-        if encoder is not None and encoder.messages is not None:
-            raise UserError(
-                f"--model {args.model} reads a query and a document by its chat template, whose sequences "
-                f"radix-ops inspect can't count; with --tokenizer in place of --model it counts --template {PAIRS}"
-            )
-        of_pair = "" if encoder is None else encoder.prompt
-    if args.model and of_text is None:
-        try:
-            recipe = find_recipe(args.model)
-        except UserError:  # it makes no embeddings of texts
-            return "", of_pair
-        of_text = recipe.prompt
-        if recipe.messages is not None:
-            _logger.warning(
-                f"{args.model} reads texts by its chat template; what that writes around each of them is not counted"
-            )
-    return of_text or "", of_pair
+def _tokenizer_of_model(args: argparse.Namespace, why: str):
+    if not args.model:
+        raise UserError(f"{why}: --tokenizer must name the tokenizer, a local folder or a hub id")
+    return load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    """Return what stands before each text, by default as the model's folder says."""
+    if not args.model or args.prompt is not None:
+        return args.prompt or ""
+    try:
+        recipe = find_recipe(args.model)
+    except UserError:  # it makes no embeddings of texts
+        return ""
+    if recipe.messages is not None:
+        _logger.warning(
+            f"{args.model} reads texts by its chat template; what that writes around each of them is not counted"
+        )
+    return recipe.prompt
 
 
 def _shower(items: Items, tokenizer) -> Callable[[int, int, int], str]:

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ..engine import blanks, ids, reranking, scoring
+from ..engine import blanks, ids, scoring
+from ..engine.classifying import Row
 from ..engine.errors import UserError
 from ..engine.inputs import Record, check_text, kind_of
 from ..engine.items import Items
-from ..engine.templates import TEMPLATES, find_template
+from ..engine.label_prompts import LabelPrompt
+from ..engine.label_readers import HeadReader, PromptReader, content_of
+from ..engine.query_reading import QueryReading
 from ..engine.tokenizing import in_turn
 from .ids import packed_ids
 
 _LINES_AT_ONCE = 128  # given to the tokenizer
-PAIRS = "pairs"
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,10 @@ class Format:
 
 
 class FormatParser:
-    """A parser for `Records` that takes the format from the first line; all others must have it."""
+    """A parser for `Records` that takes the format from the first line, unless it is given; all others must have it."""
 
-    def __init__(self, formats: list[Format]):
-        self.formats = formats
-        self.format: Format | None = None
+    def __init__(self, formats: list[Format], format: Format | None = None):
+        self.formats, self.format = formats, format
 
     def __call__(self, record: Record):
         if self.format is None:
@@ -66,29 +67,18 @@ class FormatParser:
 
 
 def formats(
-    text_key: str = "text", prompt: str = "", template: str | None = None, pair_prompt: str = "", letters: bool = False
+    text_key: str = "text",
+    prompt: str = "",
+    queries: QueryReading | None = None,
+    letters: bool = False,
+    classifies: bool = False,
 ) -> list[Format]:
     """Return all formats, the most telling keys first.
 
-    `prompt` stands before each text under `text_key`; `template` is a name or file of `find_template`, or PAIRS, where
-    `pair_prompt` stands before each query; `letters` asks questions by answer letters.
+    `prompt` stands before each text under `text_key`; `queries` says how queries are read; `letters` asks questions by
+    answer letters; `classifies` reads texts as classification heads do.
     """
-    pairs = template == PAIRS
-    found = None if template is None or pairs else find_template(template)
-
-    def parse_query(record: Record) -> reranking.Query:
-        query = reranking.parse_query(record)
-        if not pairs and found is None:
-            known = ", ".join(TEMPLATES)
-            raise UserError(
-                f"{record.where} holds a query and documents: --template must say how a model reads them, {known} or a "
-                f"JSON file, or {PAIRS} for the pairs of a cross-encoder"
-            )
-        return reranking.check_instruction(query, found)
-
-    def encode_queries(queries: Iterable[reranking.Query], tokenizer) -> Items:
-        return reranking.encode(queries, tokenizer, found, max_length=None, truncate_right=False, prompt=pair_prompt)
-
+    queries = queries or QueryReading()
     return [
         Format(
             ("input_ids",),
@@ -107,8 +97,8 @@ def formats(
         Format(
             ("query", "documents"),
             "queries as `radix-ops rerank` reads them: the query with each document",
-            parse_query,
-            encode_queries,
+            queries.parse,
+            queries.encode,
         ),
         Format(
             ("input_ids",),
@@ -149,6 +139,7 @@ def formats(
             _encode_lines,
         ),
         Format(("messages",), "conversations, by the tokenizer's chat template", _parse_messages, _encode_lines),
+        *(_of_head(keys) for keys in (("text", "text_pair"), *[("text",)] * classifies) if text_key == "text"),
         Format(
             (text_key,),
             "texts, each behind the prompt" if prompt else "texts",
@@ -156,6 +147,34 @@ def formats(
             _encode_lines,
         ),
     ]
+
+
+def _of_head(keys: tuple[str, ...]) -> Format:
+    """Return the format of texts as a classification head reads them, alone or in pairs."""
+    return Format(
+        keys,
+        "texts, or pairs of texts, as `radix-ops classify` reads them with a classification head",
+        lambda record: Row(record.where, content_of(record), {}),
+        lambda rows, tokenizer: HeadReader((), "", False, lambda: (tokenizer, None)).encode(rows),
+    )
+
+
+def label_format(prompt: LabelPrompt, tokenizer: Any) -> Format:
+    """Return the format of rows that a prompt reads, as `Classifier` does for a language model."""
+    reader = PromptReader(tokenizer, prompt, None)
+
+    def parse(record: Record) -> Row:
+        if not ids.holds_ids(record, "classify"):
+            return reader.parse(record)
+        row = ids.parse_row(record, ids.Limits())
+        return replace(row, sequences=reader.sequences(row.where, row.sequences[0]))
+
+    return Format(
+        tuple(sorted(prompt.fields)) or ("text",),
+        "prompts as `radix-ops classify` makes them, each with what must be read for the labels' words",
+        parse,
+        lambda rows, _: ids.encode_each(rows, reader.encode),
+    )
 
 
 def packed_arrays(path: str) -> Items:

@@ -15,7 +15,7 @@ from torch import nn
 from . import reranking
 from ._engine import DTypeName, Engine, Layout, OnProgress, check_count, check_flags, iterator_of
 from .batches import Compute
-from .cross_encoders import READINGS, CrossEncoder, chat_of, find_cross_encoder
+from .cross_encoders import READINGS, CrossEncoder, chat_of, check_head, find_cross_encoder, template_of
 from .errors import UserError, options_as_arguments
 from .inputs import Record
 from .items import Items
@@ -23,7 +23,7 @@ from .loading import has_tokenizer, max_length_of
 from .messages import Chat
 from .relevance import Judgements, Relevance
 from .reranking import Query
-from .templates import TEMPLATES, Template, find_template
+from .templates import Template
 
 _SHAPE = '{"query": "...", "documents": ["...", "..."]}'
 Document = str | Mapping[str, Any]
@@ -89,8 +89,8 @@ class Reranker(Engine[Query]):
             encoder = find_cross_encoder(self.name, self.config, loaded)
             self._classifies = encoder is not None and encoder.classifies
             if self._classifies:
-                _check_head(self.name, self.config)
-            self.template = _template_of(self.name, self.config, template, encoder)
+                check_head(self.name, self.config)
+            self.template = template_of(self.name, self.config, template, encoder)
             self.truncate_right = truncate_right
             self.top_k, self.return_documents = top_k and int(top_k), bool(return_documents)
             self._encoder = encoder or CrossEncoder(False)
@@ -259,37 +259,4 @@ class Reranker(Engine[Query]):
         return reranking.result(item, scores, self.top_k, self.return_documents)
 
     def _pad_token_id(self) -> int:
-        return _check_head(self.name, self.config) if self._classifies else 0
-
-
-def _template_of(name: str, config, given: str | Template | None, encoder: CrossEncoder | None) -> Template | None:
-    if isinstance(given, Template):
-        return given
-    if given is not None and given not in READINGS:
-        return find_template(given)
-    if encoder is not None:
-        return None
-    if given is not None:
-        raise UserError(f"--template {given} says how a cross-encoder reads, and --model {name} is none")
-    if config.model_type == "qwen3":
-        return TEMPLATES["qwen3-reranker"]
-    raise UserError(
-        f"--model {name} is a language model of type {config.model_type}, which has no template of its own: "
-        f"name one by --template, {' or '.join(TEMPLATES)} or a JSON file"
-    )
-
-
-def _check_head(name: str, config) -> int:
-    """Return the token that a cross-encoder's batches are padded with. UserError for a head that can't be used."""
-    if config.num_labels != 1:
-        raise UserError(
-            f"--model {name} has a classification head of {config.num_labels} labels; rerank needs one of 1, and "
-            "`radix-ops classify` gives each label's probability"
-        )
-    pad_token_id = config.get_text_config().pad_token_id
-    if pad_token_id is None:
-        raise UserError(
-            f"--model {name}: its config has no pad_token_id, by which the head finds the last token of each text of a "
-            "batch"
-        )
-    return pad_token_id
+        return check_head(self.name, self.config) if self._classifies else 0

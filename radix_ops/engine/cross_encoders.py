@@ -9,6 +9,7 @@ from packaging.version import InvalidVersion, Version
 from .errors import UserError
 from .messages import Chat, Messages
 from .sentence_folder import Module, Settings, find_model_settings, find_modules, find_transformer, kind_of_class
+from .templates import TEMPLATES, Template, find_template
 
 READINGS = ("pairs", "chat")  # a pair is read by the tokenizer, or by its chat template
 _ACTIVATIONS = {
@@ -122,6 +123,41 @@ def _activation(name: str, activation) -> str:
             f"{' and '.join(_ACTIVATIONS)}"
         )
     return _ACTIVATIONS[activation]
+
+
+def template_of(name: str, config, given: str | Template | None, encoder: CrossEncoder | None) -> Template | None:
+    """Return the template by which a model reads queries, None for a cross-encoder's pairs; `given` is what the user
+    names. UserError where there is none."""
+    if isinstance(given, Template):
+        return given
+    if given is not None and given not in READINGS:
+        return find_template(given)
+    if encoder is not None:
+        return None
+    if given is not None:
+        raise UserError(f"--template {given} says how a cross-encoder reads, and --model {name} is none")
+    if config.model_type == "qwen3":
+        return TEMPLATES["qwen3-reranker"]
+    raise UserError(
+        f"--model {name} is a language model of type {config.model_type}, which has no template of its own: "
+        f"name one by --template, {' or '.join(TEMPLATES)} or a JSON file"
+    )
+
+
+def check_head(name: str, config) -> int:
+    """Return the token that a cross-encoder's batches are padded with. UserError for a head that can't be used."""
+    if config.num_labels != 1:
+        raise UserError(
+            f"--model {name} has a classification head of {config.num_labels} labels; rerank needs one of 1, and "
+            "`radix-ops classify` gives each label's probability"
+        )
+    pad_token_id = config.get_text_config().pad_token_id
+    if pad_token_id is None:
+        raise UserError(
+            f"--model {name}: its config has no pad_token_id, by which the head finds the last token of each text of a "
+            "batch"
+        )
+    return pad_token_id
 
 
 def chat_of(name: str, encoder: CrossEncoder, reading: str | None, tokenizer, config) -> Chat | None:

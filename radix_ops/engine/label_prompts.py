@@ -145,6 +145,17 @@ QWEN3_GUARD = LabelPrompt(
 LABEL_PROMPTS = {"qwen3guard": QWEN3_GUARD, "shieldgemma": SHIELDGEMMA}
 
 
+def is_label_prompt(name_or_path: str) -> bool:
+    """Return whether this names a prompt of `find_label_prompt`, or a file that holds one, and no other template."""
+    if name_or_path in LABEL_PROMPTS or name_or_path.endswith(".toml"):
+        return True
+    try:
+        fields = read_json(Path(name_or_path))
+    except (OSError, ValueError):
+        return False
+    return isinstance(fields, dict) and "labels" in fields
+
+
 def find_label_prompt(name_or_path: str) -> LabelPrompt:
     """Return a prompt by name, or that of a JSON or TOML file with its fields. UserError for anything else."""
     if name_or_path in LABEL_PROMPTS:

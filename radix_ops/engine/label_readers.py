@@ -60,11 +60,7 @@ class HeadReader(Reader):
         self.identity = (tuple(labels), problem)
 
     def parse(self, record: Record) -> Row:
-        content: Any = record.text("text")
-        # A tokenizer that is called with one pair, as transformers' pipeline does, takes an empty text for none.
-        if "text_pair" in record.fields and (pair := record.text("text_pair")):
-            content = (content, pair)
-        return Row(record.where, content, record.others(("text", "text_pair"), RESERVED_KEYS))
+        return Row(record.where, content_of(record), record.others(("text", "text_pair"), RESERVED_KEYS))
 
     def encode(self, rows: Iterable[Row]) -> Items:
         encoded = Items()
@@ -209,6 +205,15 @@ class PromptReader(Reader):
     def scores(self, numbers: np.ndarray) -> np.ndarray:
         logprobs = self.words.label_logprobs(numbers)
         return _softmax(logprobs) if self._prompt.score == "softmax" else np.exp(logprobs)
+
+
+def content_of(record: Record) -> str | tuple[str, str]:
+    """Return the text of a record, or its pair of texts."""
+    text = record.text("text")
+    # A tokenizer that is called with one pair, as transformers' pipeline does, takes an empty text for none.
+    if "text_pair" in record.fields and (pair := record.text("text_pair")):
+        return text, pair
+    return text
 
 
 def parts_of(rows: Iterable[T], size: int) -> Iterator[list[T]]:

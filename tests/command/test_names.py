@@ -2,7 +2,7 @@
 
 import radix_ops
 import radix_ops_command
-from radix_ops.data import formats, kinds, streams
+from radix_ops.data import kinds, streams
 from radix_ops.engine import classifying, cross_encoders, inputs, label_prompts, pooling, quantising, templates
 from radix_ops.engine.shapes.recognition import shapes_of
 from radix_ops.plan import sharing
@@ -20,7 +20,6 @@ def test_names_are_those_of_the_engine():
     assert classifying.PROBLEMS == names.PROBLEMS
     assert cross_encoders.READINGS == names.READINGS
     assert kinds.KINDS == names.KINDS
-    assert formats.PAIRS == names.PAIRS
     for command, shapes in names.SHAPES.items():
         assert tuple(dict.fromkeys(shape.name for shape in shapes_of(command))) == shapes, command
     assert sharing.SEED == names.SEED
