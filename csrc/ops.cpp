@@ -47,6 +47,10 @@ STABLE_TORCH_LIBRARY(radix, m) {
       " Tensor path, Tensor kv_index, Tensor cu_seqlens_q, SymInt num_nodes, float scale, int sliding_window=0)"
       " -> (Tensor out, Tensor logsumexp)");
   m.def(
+      "trie_attention_rows(Tensor q, Tensor k, Tensor v, Tensor rows, Tensor enter, Tensor leave, Tensor depth,"
+      " Tensor row_of, Tensor path, Tensor kv_index, Tensor cu_seqlens_q, SymInt num_nodes, float scale,"
+      " int sliding_window=0) -> Tensor");
+  m.def(
       "trie_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp,"
       " Tensor enter, Tensor leave, Tensor depth, Tensor row_of, Tensor path, Tensor kv_index, Tensor cu_seqlens_q,"
       " SymInt num_nodes, float scale, int sliding_window=0) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");

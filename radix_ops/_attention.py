@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .batch import FoldedBatch
-from .ops import flash, trie
+from .ops import flash, trie, trie_rows
 from .ops.checks import ATTENTION_DTYPES
 
 Layout: TypeAlias = Literal["auto", "compact", "trie", "unfold"]
@@ -20,6 +20,8 @@ _Way: TypeAlias = Literal["compact", "packed", "trie", "unfold"]
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 # How often unfolding must repeat keys on average for "auto" to take "trie" on the CPU in half precision.
 _REPEATS_FOR_TRIE = 16
+# How many times fewer rows must be wanted than there are for "auto" to take "trie" for them alone.
+_ROWS_FOR_TRIE = 4
 
 
 def attention(
@@ -130,14 +132,11 @@ def attend(
     sliding_window: int | None = None,
 ) -> Tensor:
     """Attend by a plan, with arguments that are known to be right."""
-    window = sliding_window or 0
-    factor = 1.0 / math.sqrt(q.shape[2]) if scale is None else float(scale)
-    way = plan.layout
-    if plan.otherwise is not None and not _trie_is_faster(q, v, plan):
-        way = plan.otherwise
-    if way == "trie" and plan.order is not None:
-        tables = trie.TrieTables(*plan.order, batch.kv_index, batch.cu_seqlens_q, batch.num_nodes)
+    window, factor = sliding_window or 0, _factor(q, scale)
+    tables = _tables(q, v, batch, plan)
+    if tables is not None:
         return torch.ops.radix.trie_attention(q, k, v, *tables, factor, window)[0]
+    way = plan.otherwise or plan.layout
     if way == "unfold":
         queries, keys, values = (batch.unfold(x) for x in (q, k, v))
         lengths = batch.num_tokens, batch.max_seqlen_k, batch.max_seqlen_k
@@ -150,6 +149,50 @@ def attend(
         keys, values = torch.ops.radix.gather_kv.csr(k, v, batch.kv_index, batch.kv_indptr, batch.kv_members)
     lengths = batch.num_nodes, batch.max_seqlen_q, batch.max_seqlen_k
     return _varlen(q, keys, values, batch.cu_seqlens_q, batch.cu_seqlens_k, lengths, factor, window)
+
+
+def plan_rows(batch: FoldedBatch, layout: Layout, plan: AttentionPlan, count: int) -> AttentionPlan:
+    """Choose how a layer attends for `count` rows alone, where all others attend by `plan`.
+
+    Few queries need no unfolded keys: "auto" takes "trie" for them, where our kernels run, whatever is shared.
+    """
+    if layout != "auto" or torch.compiler.is_compiling() or count * _ROWS_FOR_TRIE > batch.num_rows:
+        return plan
+    order = plan.order or plan_attention(batch, "trie").order
+    return plan._replace(layout="trie", order=order, otherwise=plan.otherwise or plan.layout, repeats=math.inf)
+
+
+def attend_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    batch: FoldedBatch,
+    plan: AttentionPlan,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Attend by a plan for the queries q [W, H, D] of some rows, k and v being those of all: [W, H, D_v].
+
+    Rows that come twice must have equal queries; the first of them takes the whole gradient. The ways that unfold keys
+    attend for all rows, with zeros for other queries: each row has the bits of `attend`.
+    """
+    tables = _tables(q, v, batch, plan)
+    if tables is not None:
+        return torch.ops.radix.trie_attention_rows(q, k, v, rows, *tables, _factor(q, scale), sliding_window or 0)
+    out = attend(trie_rows.placed(q, rows, batch.num_rows), k, v, batch, plan, scale, sliding_window)
+    return torch.ops.radix.gather(out, rows)
+
+
+def _factor(q: Tensor, scale: float | None) -> float:
+    return 1.0 / math.sqrt(q.shape[2]) if scale is None else float(scale)
+
+
+def _tables(q: Tensor, v: Tensor, batch: FoldedBatch, plan: AttentionPlan) -> trie.TrieTables | None:
+    """Return the tables by which a plan attends for these tensors, where its way is "trie"."""
+    if plan.order is None or (plan.otherwise is not None and not _trie_is_faster(q, v, plan)):
+        return None
+    return trie.TrieTables(*plan.order, batch.kv_index, batch.cu_seqlens_q, batch.num_nodes)
 
 
 def _varlen(

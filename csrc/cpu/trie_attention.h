@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -57,9 +58,9 @@ struct Tile {
   using Int = typename Lanes<T, kAlignment>::Int;
 
   Block block;
-  std::vector<int32_t> path;  // the numbers of the rows on the path to the block's first, those left out too
-  T *keys, *values;           // [kTileKeys, size]
-  Int *number, *depth;        // of each lane; number is -1 for lanes that only fill up
+  std::vector<int32_t> key_numbers;  // of all keys of the block, ascending, those left out at first too
+  T *keys, *values;                  // [kTileKeys, size]
+  Int *number, *depth;               // of each lane; number is -1 for lanes that only fill up
   // A key is seen by the lanes with numbers from low to below high, of depths below limit.
   Int low[kTileKeys], high[kTileKeys], limit[kTileKeys];
   int64_t numbers[kTileKeys];  // of the keys
@@ -75,18 +76,23 @@ struct Tile {
 
   void begin_block(const Problem& p, int64_t index) {
     block = block_of(p, index);
-    path.resize(block.above);
+    key_numbers.resize(block.above + block.num_rows());
     int32_t above = p.trie.parent[block.first];
     for (int64_t i = block.above - 1; i >= 0; --i) {
-      path[i] = above;
+      key_numbers[i] = above;
       above = p.trie.parent[above];
     }
+    std::iota(key_numbers.begin() + block.above, key_numbers.end(), static_cast<int32_t>(block.first));
     std::fill_n(number, p.num_lanes, Int(-1));
     std::fill_n(depth, p.num_lanes, Int(0));
     for (int64_t i = 0; i < block.num_rows(); ++i) {
       std::fill_n(number + i * p.group, p.group, static_cast<Int>(block.first + i));
       std::fill_n(depth + i * p.group, p.group, static_cast<Int>(p.trie.depth[block.first + i]));
     }
+  }
+
+  int64_t num_keys() const {
+    return static_cast<int64_t>(key_numbers.size()) - block.skipped;
   }
 
   bool sees(int64_t lane, int64_t key) const {
@@ -115,18 +121,16 @@ template <typename Stored, typename T>
 void load_tile(const Problem& p, int64_t kv_head, int64_t begin, Tile<T>& tile) {
   using Int = typename Tile<T>::Int;
   const Block& block = tile.block;
-  tile.count = std::min(kTileKeys, block.num_keys() - begin);
+  tile.count = std::min(kTileKeys, tile.num_keys() - begin);
   tile.filled = rounded_up(tile.count, kMultiple);
   tile.some_hidden = tile.filled > tile.count;
   for (int64_t i = 0; i < tile.count; ++i) {
-    const int64_t on_path = block.skipped + begin + i;
-    const bool is_above = on_path < block.above;
-    const int64_t number = is_above ? tile.path[on_path] : block.first + on_path - block.above;
+    const int64_t number = tile.key_numbers[block.skipped + begin + i];
     const int64_t row = p.trie.row_of[number];
     load<Stored>(p.k.at(row, kv_head), p.k.size, p.key_size, tile.keys + i * p.key_size);
     load<Stored>(p.v.at(row, kv_head), p.v.size, p.value_size, tile.values + i * p.value_size);
     tile.numbers[i] = number;
-    tile.low[i] = static_cast<Int>(is_above ? 0 : number);
+    tile.low[i] = static_cast<Int>(number);
     tile.high[i] = static_cast<Int>(p.trie.leave[number]);
     tile.limit[i] = static_cast<Int>(std::min<int64_t>(p.trie.depth[number] + p.window, kMaxRows));
     tile.some_hidden =

@@ -6,7 +6,8 @@
 namespace radix {
 namespace {
 
-void check_heads(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, int64_t sliding_window) {
+void check_heads(
+    const char* op, const Tensor& q, const Tensor& k, const Tensor& v, int64_t sliding_window, Queries queries) {
   const std::pair<const char*, const Tensor*> named[] = {{"q", &q}, {"k", &k}, {"v", &v}};
   for (const auto& [name, x] : named) {
     check_place(op, name, *x, cpu());
@@ -20,10 +21,17 @@ void check_heads(const char* op, const Tensor& q, const Tensor& k, const Tensor&
         dtype_of(*x),
         " for ",
         name);
-    RADIX_CHECK(x->size(0) == q.size(0), op, name, " must have as many rows as q, ", q.size(0), ", got ", x->size(0));
+    if (queries == Queries::kOfAllRows) {
+      RADIX_CHECK(x->size(0) == q.size(0), op, name, " must have as many rows as q, ", q.size(0), ", got ", x->size(0));
+    }
   }
   RADIX_CHECK(
-      k.size(1) == v.size(1), op, "k and v must have equal rows and heads, got ", shape_of(k), " and ", shape_of(v));
+      k.size(0) == v.size(0) && k.size(1) == v.size(1),
+      op,
+      "k and v must have equal rows and heads, got ",
+      shape_of(k),
+      " and ",
+      shape_of(v));
   RADIX_CHECK(k.size(2) == q.size(2), op, "q and k must have one head_dim, got ", q.size(2), " and ", k.size(2));
   RADIX_CHECK(
       q.size(1) > 0 && q.size(2) > 0,
@@ -52,12 +60,13 @@ Problem checked_problem(
     double scale,
     int64_t sliding_window,
     int64_t key_multiple,
-    int64_t value_multiple) {
-  check_heads(op, q, k, v, sliding_window);
-  const int64_t num_rows = q.size(0), group = q.size(1) / k.size(1);
+    int64_t value_multiple,
+    Queries queries) {
+  check_heads(op, q, k, v, sliding_window, queries);
+  const int64_t num_rows = k.size(0), group = q.size(1) / k.size(1);
   const int64_t block_rows = std::max<int64_t>(1, kLanes / group);
   return Problem{
-      checked_trie_tables(op, tables, num_rows),
+      checked_trie_tables(op, tables, num_rows, queries == Queries::kOfAllRows ? "q" : "k"),
       heads_of(q),
       heads_of(k),
       heads_of(v),

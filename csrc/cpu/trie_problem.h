@@ -67,6 +67,9 @@ struct Problem {
   }
 };
 
+// Whether q holds a query for each row of k and v, or of some rows.
+enum class Queries { kOfAllRows, kOfSomeRows };
+
 // Checks all arguments that forward and backward share. Sizes of keys and of values are filled up to the two multiples.
 Problem checked_problem(
     const char* op,
@@ -77,7 +80,8 @@ Problem checked_problem(
     double scale,
     int64_t sliding_window,
     int64_t key_multiple,
-    int64_t value_multiple);
+    int64_t value_multiple,
+    Queries queries = Queries::kOfAllRows);
 
 // Calls run(stored, wide) with a 0 of the type that q's numbers are stored as, and a 0 of the type of their sums.
 template <typename Run>

@@ -18,7 +18,7 @@ std::vector<int32_t> copied_index(
 
 }  // namespace
 
-TrieTables checked_trie_tables(const char* op, const GivenTables& given, int64_t num_rows) {
+TrieTables checked_trie_tables(const char* op, const GivenTables& given, int64_t num_rows, const char* like) {
   const int64_t num_nodes = given.num_nodes;
   const std::pair<const char*, const Tensor*> by_row[] = {
       {"enter", &given.enter},
@@ -28,7 +28,8 @@ TrieTables checked_trie_tables(const char* op, const GivenTables& given, int64_t
       {"path", &given.path}};
   for (const auto& [name, x] : by_row) {
     check_index_like(op, name, *x, cpu());
-    RADIX_CHECK(x->size(0) == num_rows, op, name, " must have as many rows as q, ", num_rows, ", got ", x->size(0));
+    RADIX_CHECK(
+        x->size(0) == num_rows, op, name, " must have as many rows as ", like, ", ", num_rows, ", got ", x->size(0));
   }
   check_index_like(op, "kv_index", given.kv_index, cpu());
   check_index_like(op, "cu_seqlens_q", given.cu_seqlens_q, cpu());
@@ -37,7 +38,9 @@ TrieTables checked_trie_tables(const char* op, const GivenTables& given, int64_t
       op,
       "num_nodes must be from 0 to the ",
       num_rows,
-      " rows of q, got ",
+      " rows of ",
+      like,
+      ", got ",
       num_nodes);
   const int64_t num_keys = given.kv_index.size(0);
   const auto leaves = copied_index(op, "leave", given.leave, num_nodes, kMaxRows, "rows");

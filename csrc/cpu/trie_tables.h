@@ -26,7 +26,8 @@ struct GivenTables {
   int64_t num_nodes;
 };
 
-// Raises unless the tables are those of one trie over the first num_nodes of num_rows rows, every path in kv_index too.
-TrieTables checked_trie_tables(const char* op, const GivenTables& given, int64_t num_rows);
+// Raises unless the tables are those of one trie over the first num_nodes of num_rows rows, which are those of the
+// tensor `like`, every path in kv_index too.
+TrieTables checked_trie_tables(const char* op, const GivenTables& given, int64_t num_rows, const char* like);
 
 }  // namespace radix

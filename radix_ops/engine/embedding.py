@@ -16,7 +16,7 @@ from .errors import UserError
 from .inputs import Record
 from .items import Items, shortest_decimals
 from .messages import Chat
-from .pooling import pooled
+from .pooling import pooled, tokens_read
 from .recipes import Recipe
 from .runners import Runner
 from .tokenizing import cutting_right, in_turn
@@ -128,7 +128,9 @@ def embedder(runner: Runner, recipe: Recipe, texts: Texts) -> Compute:
     skips = texts.skips
 
     def compute(indices: np.ndarray, inputs: list[np.ndarray]) -> tuple[np.ndarray]:
-        found = pooled(runner.states(inputs), recipe.poolings, skips[indices])
+        skip = skips[indices]
+        tokens = tokens_read(recipe.poolings, np.array([len(ids) for ids in inputs]), skip)
+        found = pooled(runner.states(inputs, tokens), recipe.poolings, skip)
         found = found[:, : None if recipe.cuts_last else recipe.dim]
         embeddings = F.normalize(found, dim=-1) if recipe.normalize else found
         return (embeddings[:, : recipe.dim].cpu().numpy(),)

@@ -16,7 +16,7 @@ import numpy as np
 
 from .batches import Compute
 from .errors import UserError
-from .runners import Runner
+from .runners import Runner, last_tokens
 from .scoring import score_targets
 from .tokenizing import in_turn
 
@@ -94,12 +94,12 @@ class LabelWords:
         zeros for those that other sequences of the item have. Sequences are prompts with the suffixes, item by item."""
 
         def compute(indices: np.ndarray, inputs: list[np.ndarray]) -> tuple[np.ndarray]:
-            states = runner.states(inputs)
             kinds = [index % len(self.suffixes) for index in indices.tolist()]
             parts = [self._parts[kind] for kind in kinds]
-            lasts = states.starts + states.lengths - 1 - np.array([len(self.suffixes[kind]) for kind in kinds])
+            lasts = last_tokens(inputs) - np.array([len(self.suffixes[kind]) for kind in kinds])
             sizes = [len(part.offsets) for part in parts]
-            rows = states.at(np.repeat(lasts, sizes) + np.concatenate([part.offsets for part in parts]))
+            tokens = np.repeat(lasts, sizes) + np.concatenate([part.offsets for part in parts])
+            rows = runner.states(inputs, tokens).at(tokens)
             firsts = np.cumsum([0, *sizes[:-1]])
             logprobs, _ = score_targets(
                 lambda first, end: runner.head(rows[first:end]).float(),

@@ -16,6 +16,13 @@ POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 _TOKENS_AT_ONCE = 16_384  # whose hidden states are held in fp32
 
 
+def tokens_read(poolings: Sequence[str], lengths: np.ndarray, skip: np.ndarray) -> np.ndarray | None:
+    """Return the packed tokens that poolings of sequences of these lengths read, or None for all."""
+    ends = np.cumsum(lengths)
+    read = {"last": ends - 1, "cls": ends - lengths + skip}
+    return np.concatenate([read[p] for p in poolings]) if poolings and set(poolings) <= read.keys() else None
+
+
 def pooled(states: States, poolings: Sequence[str], skip: np.ndarray) -> Tensor:
     """Return the poolings of each of B sequences side by side, [B, len(poolings) * D] in fp32.
 

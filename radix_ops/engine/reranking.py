@@ -17,7 +17,7 @@ from .errors import UserError
 from .inputs import Record, check_text, kind_of
 from .items import Items, first_equals, shortest_decimals
 from .messages import Chat
-from .runners import Runner
+from .runners import Runner, last_tokens
 from .scoring import MAX_LOGIT_BYTES
 from .templates import Template
 from .tokenizing import cutting_right, in_turn
@@ -244,7 +244,7 @@ def scorer(runner: Runner, answers: tuple[int, int | None] | None, activation: s
         return classifier.logits(sequences)[:, 0]
 
     def by_answer(sequences: list[np.ndarray]) -> torch.Tensor:
-        last = runner.states(sequences).last()  # [B, D]
+        last = runner.states(sequences, last_tokens(sequences)).last()  # [B, D]
         chunk = max(1, MAX_LOGIT_BYTES // (4 * runner.head.weight.shape[0]))
         given = torch.tensor([token for token in answers or () if token is not None], device=last.device)
         logits = torch.cat([runner.head(part)[:, given] for part in last.split(chunk)]).float()

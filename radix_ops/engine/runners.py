@@ -31,7 +31,7 @@ _CONFIG = {"use_cache": False, "return_dict": True}  # while the model runs
 
 @dataclass
 class States:
-    """Hidden states of a batch of B sequences, of which packed token i has `rows[token_rows[i]]`."""
+    """Hidden states of a batch of B sequences, of which packed token i has `rows[token_rows[i]]`, if it was wanted."""
 
     rows: Tensor  # [R, D] on the model's device
     token_rows: Tensor  # int [N] on the CPU
@@ -82,8 +82,8 @@ class Runner(Protocol):
     def running(self, folded: bool) -> AbstractContextManager[None]:
         """Return a context in which batches are folded or plain."""
 
-    def states(self, sequences: list[np.ndarray]) -> States:
-        """Compute hidden states of sequences of token ids, int32, none empty."""
+    def states(self, sequences: list[np.ndarray], tokens: np.ndarray | None = None) -> States:
+        """Compute hidden states of sequences of token ids, int32, none empty; those of some packed `tokens` will do."""
 
 
 class Qwen3Runner:
@@ -118,13 +118,19 @@ class Qwen3Runner:
         self.folded = folded
         yield
 
-    def states(self, sequences: list[np.ndarray]) -> States:
+    def states(self, sequences: list[np.ndarray], tokens: np.ndarray | None = None) -> States:
         lengths = np.array([len(sequence) for sequence in sequences])
         ends = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
         batch = (fold if self.folded else pack)(torch.from_numpy(np.concatenate(sequences)), ends)
         self.rows += batch.num_rows
-        hidden = self.stack(batch.to(self.device, non_blocking=True), layout=self.layout)
-        return States(hidden, batch.unfold_index, lengths)
+        rows, token_rows = None, batch.unfold_index
+        if tokens is not None:
+            wanted, place = np.unique(token_rows.numpy()[tokens], return_inverse=True)
+            rows = torch.from_numpy(wanted).to(self.device, non_blocking=True)
+            token_rows = torch.full_like(token_rows, len(wanted))  # which there is not
+            token_rows[torch.from_numpy(tokens)] = torch.from_numpy(place.astype(np.int32))
+        hidden = self.stack(batch.to(self.device, non_blocking=True), layout=self.layout, rows=rows)
+        return States(hidden, token_rows, lengths)
 
 
 class TransformersRunner:
@@ -260,7 +266,7 @@ class TransformersRunner:
                     else:
                         delattr(config, name)
 
-    def states(self, sequences: list[np.ndarray]) -> States:
+    def states(self, sequences: list[np.ndarray], tokens: np.ndarray | None = None) -> States:
         inputs = self._padded(sequences)
         token_rows = inputs["attention_mask"].flatten().nonzero()[:, 0]
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
@@ -276,6 +282,11 @@ class TransformersRunner:
             attention_mask[index, : len(sequence)] = 1
         self._rows += 0 if self.folded else input_ids.size
         return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask)}
+
+
+def last_tokens(sequences: list[np.ndarray]) -> np.ndarray:
+    """Return the packed token that each sequence ends with, int64 [B]."""
+    return np.cumsum([len(sequence) for sequence in sequences]) - 1
 
 
 def _makes(head: Any, hidden: Tensor, logits: Tensor) -> bool:
@@ -333,6 +344,6 @@ class ClassifierRunner(TransformersRunner):
     def logits(self, sequences: list[np.ndarray]) -> Tensor:
         """Compute the logits of each sequence, [B, labels] in fp32."""
         if self.pad_token_id is None:  # the model takes one sequence at a time; its head reads the last token's state
-            return self._last_layer()(self.states(sequences).last()).float()
+            return self._last_layer()(self.states(sequences, last_tokens(sequences)).last()).float()
         inputs = {name: x.to(self.device) for name, x in self._padded(sequences, self.pad_token_id).items()}
         return self.model(**inputs).logits.float()

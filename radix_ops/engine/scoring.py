@@ -200,10 +200,10 @@ def scorer(runner: Runner, choices: Choices) -> Compute:
 
     def compute(indices: np.ndarray, inputs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         targets = [choices.parts(i)[1] for i in indices]
-        states = runner.states(inputs)
         contexts = [ids[: len(ids) + 1 - len(choice)] for ids, choice in zip(inputs, targets, strict=True)]
-        tokens, row_of = _head_rows(np.searchsorted(ends, indices, "right"), contexts, targets, states.starts)
-        rows = states.at(tokens)
+        starts = np.cumsum([0] + [len(ids) for ids in inputs[:-1]])
+        tokens, row_of = _head_rows(np.searchsorted(ends, indices, "right"), contexts, targets, starts)
+        rows = runner.states(inputs, tokens).at(tokens)
         logprobs, greedy = score_targets(
             lambda first, end: runner.head(rows[first:end]).float(),
             runner.head.weight.shape[0],
@@ -211,9 +211,9 @@ def scorer(runner: Runner, choices: Choices) -> Compute:
             np.concatenate(targets),
         )
         runner.head_rows += len(tokens)
-        starts = np.cumsum([0] + [len(choice) for choice in targets[:-1]])
-        sums = np.add.reduceat(logprobs.double().numpy(), starts)
-        return sums, np.logical_and.reduceat(greedy.numpy(), starts)
+        firsts = np.cumsum([0] + [len(choice) for choice in targets[:-1]])
+        sums = np.add.reduceat(logprobs.double().numpy(), firsts)
+        return sums, np.logical_and.reduceat(greedy.numpy(), firsts)
 
     return compute
 

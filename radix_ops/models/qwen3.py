@@ -11,64 +11,25 @@ model is that of the Qwen3 technical report (arXiv 2505.09388); YaRN is arXiv 23
 from __future__ import annotations
 
 import functools
-import math
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .._attention import AttentionPlan, Layout, attend, plan_attention
+from .._attention import AttentionPlan, Layout, attend, attend_rows, plan_attention, plan_rows
 from ..batch import FoldedBatch
 from ..ops.checks import INDEX_DTYPES
 from .qwen3_config import Qwen3Config
+from .rope import inverse_frequencies
 from .weights import DTYPES, DTypeName, find_folder, read_weights
 
 __all__ = ["Qwen3Config", "Qwen3ForCausalLM", "Qwen3Model"]
 
 _M = TypeVar("_M", "Qwen3ForCausalLM", "Qwen3Model")
 _HEADS = ("score", "qa_outputs")  # of transformers' Qwen3 for other tasks, which the decoder does without
-
-
-def _inverse_frequencies(config: Qwen3Config, device: torch.device) -> tuple[Tensor, float]:
-    """Return how far each pair of dimensions turns a position, [head_dim / 2] in fp32, and the factor of cos and sin.
-
-    A model has no buffer of them, so that casting it casts no frequencies.
-    """
-    rope, dim, theta = config.rope, config.head_dim, float(config.rope["rope_theta"])
-    pairs = torch.arange(0, dim, 2, dtype=torch.float32, device=device)
-    frequencies = 1.0 / theta ** (pairs / dim)
-    if rope["rope_type"] == "default":
-        return frequencies, 1.0
-    factor = float(rope["factor"])
-    if rope["rope_type"] == "linear":
-        return frequencies / factor, 1.0
-    # YaRN: pairs that turn often in the original length stay as they are, slow ones are slowed down by `factor`, and
-    # a ramp joins them.
-    original = rope["original_max_position_embeddings"]
-
-    def pair_that_turns(times: float) -> float:
-        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = pair_that_turns(rope.get("beta_fast") or 32), pair_that_turns(rope.get("beta_slow") or 1)
-    if rope.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    ramp = ((pairs / 2 - low) / max(high - low, 0.001)).clamp(0, 1)
-    scale = rope.get("attention_factor")
-    if scale is None:
-        weight, weight_all = rope.get("mscale"), rope.get("mscale_all_dim")
-        if weight and weight_all:
-            scale = _yarn_scale(factor, weight) / _yarn_scale(factor, weight_all)
-        else:
-            scale = _yarn_scale(factor, 1)
-    return frequencies / factor * ramp + frequencies * (1 - ramp), float(scale)
-
-
-def _yarn_scale(factor: float, weight: float) -> float:
-    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -84,6 +45,15 @@ def _add(x: Tensor, y: Tensor) -> Tensor:
     behind it.
     """
     return torch.sub(x, y, alpha=-1)
+
+
+class _Wanted(NamedTuple):
+    """The rows whose hidden states are wanted, how far their positions turn queries, and how those attend."""
+
+    rows: Tensor  # [W]
+    cos: Tensor  # [W, 1, head_dim]
+    sin: Tensor
+    plan: AttentionPlan
 
 
 def _initialise(module: nn.Module, std: float) -> None:
@@ -119,11 +89,28 @@ class Qwen3Attention(nn.Module):
         self.q_norm = RMSNorm(dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: FoldedBatch, plan: AttentionPlan) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = _turn(self.q_norm(q), cos, sin), _turn(self.k_norm(k), cos, sin)
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        batch: FoldedBatch,
+        plan: AttentionPlan,
+        wanted: _Wanted | None = None,
+    ) -> Tensor:
+        of_queries = x if wanted is None else torch.ops.radix.gather(x, wanted.rows)
+        q, k, v = (
+            proj(given).unflatten(-1, (-1, self.head_dim))
+            for proj, given in ((self.q_proj, of_queries), (self.k_proj, x), (self.v_proj, x))
+        )
+        q = _turn(self.q_norm(q), *((cos, sin) if wanted is None else (wanted.cos, wanted.sin)))
+        k = _turn(self.k_norm(k), cos, sin)
         # Norms and angles keep fp32 under autocast, projections do not.
-        out = attend(q.to(v.dtype), k.to(v.dtype), v, batch, plan, sliding_window=self.sliding_window)
+        q, k, window = q.to(v.dtype), k.to(v.dtype), self.sliding_window
+        if wanted is None:
+            out = attend(q, k, v, batch, plan, sliding_window=window)
+        else:
+            out = attend_rows(q, k, v, wanted.rows, batch, wanted.plan, sliding_window=window)
         return self.o_proj(out.flatten(1))
 
 
@@ -146,17 +133,31 @@ class Qwen3Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: FoldedBatch, plan: AttentionPlan) -> Tensor:
-        x = _add(x, self.self_attn(self.input_layernorm(x), cos, sin, batch, plan))
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        batch: FoldedBatch,
+        plan: AttentionPlan,
+        wanted: _Wanted | None = None,
+    ) -> Tensor:
+        """Return the hidden states [num_rows, hidden_size] behind the layer, or those of the rows wanted alone."""
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, batch, plan, wanted)
+        x = _add(x if wanted is None else torch.ops.radix.gather(x, wanted.rows), attended)
         return _add(x, self.mlp(self.post_attention_layernorm(x)))
 
 
 class _Run(nn.Module):
     """A few layers in a row, which `Qwen3Model.compile_layers` compiles as one; they belong to the model."""
 
-    def forward(self, layers: list[nn.Module], x: Tensor, *arguments: Any, checkpoints: bool) -> Tensor:
-        for layer in layers:
-            x = checkpoint(layer, x, *arguments, use_reentrant=False) if checkpoints else layer(x, *arguments)
+    def forward(
+        self, layers: list[nn.Module], x: Tensor, *arguments: Any, wanted: _Wanted | None, checkpoints: bool
+    ) -> Tensor:
+        """Return what the last of them makes, of the rows wanted alone."""
+        for number, layer in enumerate(layers, 1):
+            given = *arguments, wanted if number == len(layers) else None
+            x = checkpoint(layer, x, *given, use_reentrant=False) if checkpoints else layer(x, *given)
         return x
 
 
@@ -189,25 +190,43 @@ class Qwen3Model(_Pretrained):
         self._run, self._at_once = _Run(), max(config.num_hidden_layers, 1)
         self.apply(functools.partial(_initialise, std=config.initializer_range))
 
-    def forward(self, batch: FoldedBatch, layout: Layout = "auto") -> Tensor:
+    def forward(self, batch: FoldedBatch, layout: Layout = "auto", rows: Tensor | None = None) -> Tensor:
         """Return the hidden states [num_rows, hidden_size] after the last norm; those of padding rows mean nothing.
 
-        Raises TypeError for another batch, ValueError for another device, for a sequence longer than the config's
-        positions and, on the CPU and not in compiled code, for positions past them and ids outside the vocabulary
-        (on CUDA a device assert); RuntimeError in training with dropout, which tokens that share a row can't have
-        apart.
+        With `rows` [W], compact rows in int32 or int64, return theirs [W, hidden_size], in that order. They may come
+        twice, and nothing waits for the host to read them. The last layer then computes the keys and values of all
+        rows, and all else of those rows alone, unless nearly all are wanted. So the last bits differ from those of all
+        rows (products choose their kernels by the number of rows); they are the same with and without gradients.
+
+        Raises TypeError for another batch or other rows, ValueError for another device, for a sequence longer than the
+        config's positions and, on the CPU and not in compiled code, for positions past them and ids outside the
+        vocabulary (on CUDA a device assert); RuntimeError for rows that there are not (on CUDA a device assert), and in
+        training with dropout, which tokens that share a row can't have apart.
         """
         self._check(batch)
+        _check_rows(rows, batch)
+        return self._compute(batch, layout, rows)
+
+    def _compute(self, batch: FoldedBatch, layout: Layout, rows: Tensor | None) -> Tensor:
         x = self.embed_tokens(batch.input_ids)
-        frequencies, scale = _inverse_frequencies(self.config, x.device)
+        frequencies, scale = inverse_frequencies(self.config, x.device)
         angles = torch.outer(batch.position_ids.to(torch.float32), frequencies)
         angles = torch.cat([angles, angles], -1)[:, None]
         cos, sin = (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
-        arguments = cos, sin, batch, plan_attention(batch, layout)
+        plan = plan_attention(batch, layout)
+        arguments = cos, sin, batch, plan
         checkpoints = self.gradient_checkpointing and torch.is_grad_enabled()
         layers = list(self.layers)
+        wanted = None
+        if rows is not None and layers and _few_rows_pay(rows, batch):
+            angles = (torch.ops.radix.gather(angle, rows) for angle in (cos, sin))
+            wanted = _Wanted(rows, *angles, plan_rows(batch, layout, plan, rows.shape[0]))
         for first in range(0, len(layers), self._at_once):
-            x = self._run(layers[first : first + self._at_once], x, *arguments, checkpoints=checkpoints)
+            end = first + self._at_once
+            wanted_here = wanted if end >= len(layers) else None
+            x = self._run(layers[first:end], x, *arguments, wanted=wanted_here, checkpoints=checkpoints)
+        if rows is not None and wanted is None:
+            x = torch.ops.radix.gather(x, rows)
         return self.norm(x)
 
     def compile_layers(self, at_once: int = 4, **options: Any) -> None:
@@ -231,8 +250,8 @@ class Qwen3Model(_Pretrained):
         size = self.config.hidden_size
         if dim is not None and not 1 <= dim <= size:
             raise ValueError(f"dim must be from 1 to hidden_size={size}, got {dim}")
-        last = torch.ops.radix.gather(self(batch, layout), batch.last_rows)
-        return F.normalize(last[:, :dim].float(), dim=-1)
+        self._check(batch)
+        return F.normalize(self(batch, layout, batch.last_rows)[:, :dim].float(), dim=-1)
 
     def _check(self, batch: FoldedBatch) -> None:
         if not isinstance(batch, FoldedBatch):
@@ -270,6 +289,21 @@ class Qwen3Model(_Pretrained):
                 )
 
 
+def _check_rows(rows: Tensor | None, batch: FoldedBatch) -> None:
+    if rows is None:
+        return
+    if not isinstance(rows, Tensor) or rows.dtype not in INDEX_DTYPES or rows.dim() != 1:
+        got = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise TypeError(f"rows must be a 1-D tensor of int32 or int64, got {got}")
+    if rows.device != batch.input_ids.device:
+        raise ValueError(f"rows is on {rows.device}, but the batch is on {batch.input_ids.device}")
+
+
+def _few_rows_pay(rows: Tensor, batch: FoldedBatch) -> bool:
+    """Tell whether the last layer computes rows apart; compiled code has one graph for any number of them."""
+    return torch.compiler.is_compiling() or 8 * rows.shape[0] <= 7 * batch.num_rows
+
+
 class Qwen3ForCausalLM(_Pretrained):
     """The decoder with its language-model head."""
 
@@ -283,14 +317,11 @@ class Qwen3ForCausalLM(_Pretrained):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, batch: FoldedBatch, rows: Tensor | None = None, layout: Layout = "auto") -> Tensor:
-        """Return logits [len(rows), vocabulary] of the compact rows wanted (1-D int32 or int64), by default of all."""
-        hidden = self.model(batch, layout)
-        if rows is not None:
-            if not isinstance(rows, Tensor) or rows.dtype not in INDEX_DTYPES or rows.dim() != 1:
-                got = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
-                raise TypeError(f"rows must be a 1-D tensor of int32 or int64, got {got}")
-            hidden = torch.ops.radix.gather(hidden, rows)
-        return self.lm_head(hidden)
+        """Return logits [len(rows), vocabulary] of the compact rows wanted (1-D int32 or int64), by default of all.
+
+        `Qwen3Model` says what rows cost, and which bits they have.
+        """
+        return self.lm_head(self.model(batch, layout, rows))
 
     def embed(self, batch: FoldedBatch, dim: int | None = None, layout: Layout = "auto") -> Tensor:
         """See `Qwen3Model.embed`."""
@@ -305,7 +336,8 @@ class Qwen3ForCausalLM(_Pretrained):
         for name, token in (("yes_id", yes_id), ("no_id", no_id)):
             if not 0 <= token < self.config.vocab_size:
                 raise ValueError(f"{name} must be from 0 to {self.config.vocab_size - 1}, got {token}")
-        last = torch.ops.radix.gather(self.model(batch, layout), batch.last_rows)
+        self.model._check(batch)
+        last = self.model(batch, layout, batch.last_rows)
         logits = F.linear(last, torch.stack([self.lm_head.weight[no_id], self.lm_head.weight[yes_id]]))
         return logits.float().softmax(-1)[:, 1]
 

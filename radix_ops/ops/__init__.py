@@ -46,6 +46,9 @@ The ops that `radix_ops.attention` calls (sliding_window 0: none; logsumexp is f
         does torch), forward and backward; on CUDA in bfloat16 and float16 by Triton kernels, otherwise it waits there
         for the host and is slow. The index tensors must be a fold's and trie_order's, which is checked on the CPU
         alone: on CUDA others give wrong results, and lead to no memory outside the arguments.
+    trie_attention_rows(q [W, H, D], k, v, rows [W], the same from enter on)
+        -> out [W, H, D_v]: the same for the queries of some rows alone, in any order; rows may come twice, with equal
+        queries, of which the first takes the whole gradient. On CUDA few queries walk their paths each on its own.
 
 The ops that `radix_ops.plan` calls, on the CPU (sequence i is input_ids[starts[i]:starts[i] + lengths[i]], ids from 0):
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from . import trie_rows
 from .autograd_kernels import Formula, register
 
 _radix = torch.ops.radix
@@ -72,3 +73,11 @@ def _register_attention(name: str, backward_name: str, num_tensors: int, saves_o
 _register_attention("varlen_attention", "varlen_attention_backward", 5, saves_outputs=False)
 _register_attention("flash_attention", "flash_attention_backward", 5, saves_outputs=True)
 _register_attention("trie_attention", "trie_attention_backward", 10, saves_outputs=True)
+register(
+    Formula(
+        _radix.trie_attention_rows.default,
+        3,
+        save=lambda *arguments: (arguments[:11], arguments[11:]),
+        backward=lambda saved, rest, grad_out: trie_rows.gradients(grad_out, *saved, *rest),
+    )
+)

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from . import flash, trie, varlen
+from . import flash, trie, trie_rows, varlen
 
 _ALL_OPS = (
     "fold",
@@ -27,6 +27,7 @@ _ALL_OPS = (
     "trie_order",
     "trie_attention",
     "trie_attention_backward",
+    "trie_attention_rows",
     "lexicographic_order",
     "common_prefix_lengths",
     "cut_batches",
@@ -54,6 +55,7 @@ for _module, _name, _keys in (
     (varlen, "varlen_attention_backward", ("CPU", "CUDA")),
     (trie, "trie_attention", ("CUDA",)),
     (trie, "trie_attention_backward", ("CUDA",)),
+    (trie_rows, "trie_attention_rows", ("CUDA",)),
 ):
     for _key in _keys:
         _library.impl(_name, _apart_from_autocast(getattr(_module, _name)), _key)

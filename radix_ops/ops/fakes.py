@@ -157,6 +157,14 @@ def _trie_attention_fake(q, k, v, enter, leave, depth, row_of, path, kv_index, c
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), _logsumexp_like(q, wide)
 
 
+@torch.library.register_fake("radix::trie_attention_rows")
+def _trie_attention_rows_fake(q, k, v, rows, *rest):
+    names = "rows", "enter", "leave", "depth", "row_of", "path", "kv_index", "cu_seqlens_q"
+    check_index_like("trie_attention_rows", q.device, **dict(zip(names, (rows, *rest), strict=False)))
+    check_devices("trie_attention_rows", q.device, k=k, v=v)
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+
+
 def _attention_backward_fake(grad_out, q, k, v, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 

@@ -390,11 +390,11 @@ def test_embeddings_that_are_not_finite_are_refused(tmp_path, texts, capsys):
 def test_batches_that_do_not_fit_run_in_halves(tmp_path, texts, qwen3, monkeypatch, capsys):
     inner, sizes = Qwen3Runner.states, []
 
-    def states(self, sequences):
+    def states(self, sequences, *tokens):
         sizes.append(len(sequences))
         if len(sequences) > 3:
             raise torch.OutOfMemoryError("too much")
-        return inner(self, sequences)
+        return inner(self, sequences, *tokens)
 
     monkeypatch.setattr(Qwen3Runner, "states", states)
     assert embed(qwen3, "--output", tmp_path / "e.npy", texts) == 0

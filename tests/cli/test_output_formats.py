@@ -113,12 +113,12 @@ def test_a_stopped_run_continues(tmp_path, run, monkeypatch, capsys, command, na
     whole = run(command, tmp_path / f"whole-{name}", "--token-budget", 1).read_bytes()
     output, count, inner = tmp_path / name, 0, Qwen3Runner.states
 
-    def stopping(self, given):
+    def stopping(self, *given):
         nonlocal count
         count += 1
         if count > batches:
             raise KeyboardInterrupt
-        return inner(self, given)
+        return inner(self, *given)
 
     with monkeypatch.context() as patch:
         patch.setattr(Qwen3Runner, "states", stopping)

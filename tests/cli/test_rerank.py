@@ -211,11 +211,11 @@ def test_rerank_continues_an_interrupted_run(reranker, queries, tmp_path, monkey
     output = tmp_path / "ranked.jsonl"
     inner, calls = Qwen3Runner.states, []
 
-    def stopping(self, sequences):
+    def stopping(self, sequences, *tokens):
         calls.append(len(sequences))
         if len(calls) > 7:
             raise KeyboardInterrupt
-        return inner(self, sequences)
+        return inner(self, sequences, *tokens)
 
     with monkeypatch.context() as patch:
         patch.setattr(Qwen3Runner, "states", stopping)
@@ -225,7 +225,7 @@ def test_rerank_continues_an_interrupted_run(reranker, queries, tmp_path, monkey
     message = failing(capsys, reranker, "--output", output, "--plain", queries)
     assert "ranked.jsonl, line 1 is no result of this input, model, dtype and mode; --overwrite replaces it" in message
     calls.clear()
-    monkeypatch.setattr(Qwen3Runner, "states", lambda self, s: calls.extend(s) or inner(self, s))
+    monkeypatch.setattr(Qwen3Runner, "states", lambda self, s, *t: calls.extend(s) or inner(self, s, *t))
     assert rerank(reranker, "--output", output, queries) == 0
     assert 0 < len(calls) < len(PAIRS)
     check(read_jsonl(output), model_card(reranker, QUERIES))

@@ -109,7 +109,7 @@ def test_score_continues_an_interrupted_run(model_folder, questions, tmp_path, m
     output.write_bytes(left + b'{"line": 2, "id": "sho')
     scored = []
     inner = TransformersRunner.states
-    monkeypatch.setattr(TransformersRunner, "states", lambda self, sent: scored.extend(sent) or inner(self, sent))
+    monkeypatch.setattr(TransformersRunner, "states", lambda self, s, *t: scored.extend(s) or inner(self, s, *t))
     assert score(model_folder, "--plain", "--output", output, questions) == 0
     assert len(scored) == len(QUESTIONS[1]["choices"]) + len(QUESTIONS[2]["choices"])
     check_results(read_jsonl(output))

@@ -205,18 +205,18 @@ def test_batches_that_do_not_fit_run_in_halves_with_a_warning_in_the_log(folder,
     scorer = Scorer(folder, device="cpu")
     states, sizes = scorer.runner.states, []
 
-    def small_states(sequences):
+    def small_states(sequences, *tokens):
         sizes.append(len(sequences))
         if len(sequences) > 3:
             raise torch.OutOfMemoryError("too much")
-        return states(sequences)
+        return states(sequences, *tokens)
 
     monkeypatch.setattr(scorer.runner, "states", small_states)
     check(scorer.score(QUESTIONS), kind)
     assert max(sizes) > 3
     assert "out of memory: going on with batches of half the size" in caplog.text
 
-    def none(sequences):
+    def none(sequences, *tokens):
         raise torch.OutOfMemoryError("too much")
 
     monkeypatch.setattr(scorer.runner, "states", none)
@@ -229,11 +229,11 @@ def test_sequences_that_are_all_alike_run_in_fewer_at_a_time(kind, folder, monke
     scorer = Scorer(folder, device="cpu", token_budget=1)
     states, sizes = scorer.runner.states, []
 
-    def small_states(sequences):
+    def small_states(sequences, *tokens):
         if len(sequences) > 1:
             raise torch.OutOfMemoryError("too much")
         sizes.append(len(sequences))
-        return states(sequences)
+        return states(sequences, *tokens)
 
     monkeypatch.setattr(scorer.runner, "states", small_states)
     results = scorer.score([{"context": "", "choices": ["the", "a", "s"]}] * 3)

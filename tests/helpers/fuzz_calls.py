@@ -69,6 +69,10 @@ def random_call(rng, name, made):
         layout = LAYOUTS[int(rng.integers(len(LAYOUTS)))]
         return _attention_of(layout), (q, k, v, *(getattr(batch, name) for name in TABLES))
     tables = *RADIX.trie_order(*runs, batch.kv_index, rows), batch.kv_index, batch.cu_seqlens_q, batch.num_nodes, *how
+    if name == "trie_attention_rows":
+        count = int(rng.integers(2 * rows + 1))
+        wanted = torch.tensor([int(rng.integers(rows)) for _ in range(count)], dtype=torch.int64)
+        return RADIX.trie_attention_rows, (q[wanted], k, v, wanted, *tables)
     results = RADIX.trie_attention(q, k, v, *tables) if grad else ()
     return getattr(RADIX, name), (*grad, q, k, v, *results, *tables)
 
@@ -198,15 +202,27 @@ def check_trie_order(arguments, results, _):
 
 
 def check_trie_attention(arguments, results, is_right):
-    q, k, v, _, _, _, _, _, kv_index, cu_q, num_nodes, scale, window = arguments
+    q, _, v, *_, num_nodes, _, _ = arguments
     assert results[0].shape == (len(q), q.shape[1], v.shape[2])
     assert not results[0][num_nodes:].any()
     if is_right:
-        unfolded = k.double()[kv_index], v.double()[kv_index]
-        # A path ends where the next run's first row says that its own begins, the last at the end of all.
-        starts = [*arguments[7][cu_q[:-1].long()].tolist(), len(kv_index)]
-        want = reference.varlen_attention(q.double(), *unfolded, cu_q, torch.tensor(starts), scale, window)
-        torch.testing.assert_close(results[0].double(), want, **LOOSE)
+        torch.testing.assert_close(results[0].double(), attended(*arguments), **LOOSE)
+
+
+def attended(q, k, v, enter, leave, depth, row_of, path, kv_index, cu_q, num_nodes, scale, window):
+    """Return the attention of all rows in float64."""
+    unfolded = k.double()[kv_index], v.double()[kv_index]
+    # A path ends where the next run's first row says that its own begins, the last at the end of all.
+    starts = [*path[cu_q[:-1].long()].tolist(), len(kv_index)]
+    return reference.varlen_attention(q.double(), *unfolded, cu_q, torch.tensor(starts), scale, window)
+
+
+def check_trie_attention_rows(arguments, results, is_right):
+    q, k, v, rows, *tables = arguments
+    assert results[0].shape == (len(q), q.shape[1], v.shape[2])
+    if is_right:
+        every = q.new_zeros(len(k), *q.shape[1:]).index_copy(0, rows, q)
+        torch.testing.assert_close(results[0].double(), attended(every, k, v, *tables)[rows], **LOOSE)
 
 
 def check_gradients(arguments, results, _):
@@ -279,6 +295,7 @@ ORACLES = {
     "trie_order": check_trie_order,
     "trie_attention": check_trie_attention,
     "trie_attention_backward": check_gradients,
+    "trie_attention_rows": check_trie_attention_rows,
     # Attention on a batch made by hand, in each layout, and its gradients.
     "attention": check_attention_of_batch,
 }

@@ -45,6 +45,7 @@ GRADIENTS = {
     "radix::trie_order": INTEGERS,
     "radix::trie_attention": ONCE,
     "radix::trie_attention_backward": BACKWARD,
+    "radix::trie_attention_rows": ONCE,
     "radix::lexicographic_order": INTEGERS,
     "radix::common_prefix_lengths": INTEGERS,
     "radix::cut_batches": INTEGERS,
@@ -196,6 +197,12 @@ def _trie_attention(dtype):
         yield (*_attention_inputs(batch, batch.num_rows, dtype), *tables, 0.4, *window)
 
 
+def _trie_attention_rows(dtype):
+    rows = torch.tensor([6, 0, 2, 7, 1])
+    for q, k, v, *rest in _trie_attention(dtype):
+        yield q[rows].clone(), k, v, rows, *rest
+
+
 def _attention_backward(forward, op, dtype, device="cpu"):
     for arguments in forward(dtype):
         outputs = op(*to(device, arguments))
@@ -265,6 +272,7 @@ SAMPLES = {
     "radix::trie_order": _trie_order,
     "radix::trie_attention": _trie_attention,
     "radix::trie_attention_backward": functools.partial(_attention_backward, _trie_attention, RADIX.trie_attention),
+    "radix::trie_attention_rows": _trie_attention_rows,
     "radix::lexicographic_order": _lexicographic_order,
     "radix::common_prefix_lengths": _common_prefix_lengths,
     "radix::cut_batches": _cut_batches,

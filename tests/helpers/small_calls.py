@@ -10,6 +10,7 @@ X, INDEX = torch.randn(3, 2), torch.tensor([2, 0])
 INDPTR, MEMBERS = torch.tensor([0, 1, 1, 2]), torch.tensor([1, 0])
 Q, K = torch.randn(3, 4, 8), torch.randn(5, 2, 8)
 CU_Q, CU_K = torch.tensor([0, 1, 3]), torch.tensor([0, 2, 5])
+CU_ROWS = torch.tensor([0, 1, 2, 3, 4])
 CALLS = [
     (RADIX.fold.default, (IDS, IDS, CU)),
     (RADIX.fold_plan.default, (IDS, IDS, CU)),
@@ -26,6 +27,7 @@ CALLS = [
     (RADIX.flash_attention.default, (Q.half(), K.half(), K.half(), CU_Q, CU_K, 3, 2, 3, 1.0)),
     (RADIX.trie_order.default, (CU_Q, CU_K, INDEX, 3)),
     (RADIX.trie_attention.default, (Q, Q[:, :2], Q[:, :2], *[IDS[:3]] * 5, INDEX, CU_Q, 3, 1.0)),
+    (RADIX.trie_attention_rows.default, (Q[:2], K, K, INDEX, *[CU_ROWS] * 5, INDEX, CU_Q, 3, 1.0)),
 ]
 
 

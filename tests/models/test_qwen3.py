@@ -195,10 +195,11 @@ def test_compiled_layers_share_a_graph_and_change_nothing(tmp_path, at_once):
 def test_wrong_arguments_are_refused(plain):
     _, model = plain
     batch = FoldedBatch.from_sequences(NAMED["nested"])
-    with pytest.raises(TypeError, match="batch must be a FoldedBatch, got Tensor"):
-        model(torch.tensor([[1, 2]]))
-    with pytest.raises(ValueError, match="the batch is on meta, but the model is on cpu"):
-        model(batch.to("meta"))
+    for call in (model, model.embed, lambda batch: model.rerank(batch, yes_id=1, no_id=2)):
+        with pytest.raises(TypeError, match="batch must be a FoldedBatch, got Tensor"):
+            call(torch.tensor([[1, 2]]))
+        with pytest.raises(ValueError, match="the batch is on meta, but the model is on cpu"):
+            call(batch.to("meta"))
     with pytest.raises(ValueError, match="input_ids must be from 0 to 63, got values from 1 to 64"):
         model(FoldedBatch.from_sequences([[1, 64]]))
     with pytest.raises(ValueError, match="layout must be one of 'auto', 'compact', 'trie', 'unfold', got 'flat'"):
