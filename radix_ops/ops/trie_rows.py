@@ -13,8 +13,8 @@ from torch import Tensor
 from . import trie
 from .checks import check_index_like, check_qkv, check_storages
 
-# Rows for each query from which on queries walk alone: alone a query reads its keys from memory, which takes as long as
-# about 30 queries of a block that share them, and the last rows of sequences have paths longer than others.
+# Rows for each query from which on queries walk alone. On an H200, for last rows, that took 0.15 to 0.5 times as long
+# as to compute all rows at 64, and 0.25 to 0.9 times at 32.
 _ROWS_PER_QUERY = 64
 
 

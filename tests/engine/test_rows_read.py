@@ -44,7 +44,7 @@ def test_a_scorer_reads_the_rows_that_predict_choices(model):
 
 @pytest.mark.parametrize("pooling", ["last", "cls", "mean"])
 def test_an_embedder_reads_the_rows_that_its_pooling_does(model, pooling):
-    tokenizer, seen = tiny_tokenizer(), counted(model)
+    tokenizer, seen = tiny_tokenizer(adds_bos=True), counted(model)
     texts = [CONTEXT, CONTEXT + " the sea", CONTEXT]
     Embedder(model.model, tokenizer, pooling=pooling).embed(texts)
     batch = FoldedBatch.from_sequences([tokenizer(text)["input_ids"] for text in texts])
