@@ -14,9 +14,22 @@ TYPE = "a type hint, which nothing evaluates"
 DOCUMENTED = "torch documents it for whoever writes code that compiles"
 NO_WAIT = "no other assert leaves the host running; the test of each use finds it missing"
 TRACING = "no public way tells a transform or a tracer at work; tests/hf/test_modes.py enters each"
+MODES = "no public way tells modes of users; tests/graphs/test_cuda.py enters each"
 USES = {
     "_integers.py": {"torch._assert_async": NO_WAIT},
     "batch.py": {"torch._assert_async": NO_WAIT, "torch._check": DOCUMENTED},
+    "graphs/capture.py": {
+        "torch._C._cuda_endAllocateToPool": "else a capture that broke off goes on; tests/graphs/test_cuda.py has some",
+        "torch._C._cuda_releasePool": "the same",
+    },
+    "graphs/circumstances.py": {
+        "torch._C._functorch.peek_interpreter_stack": TRACING,
+        "torch._C._get_function_stack_at": MODES,
+        "torch._C._len_torch_dispatch_stack": MODES,
+        "torch._C._len_torch_function_stack": MODES,
+        "torch.autograd.forward_ad._current_level": TRACING,
+        "torch.utils._device.DeviceContext": MODES,
+    },
     "hf/cache.py": {
         "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack": TRACING,
         "torch.utils._python_dispatch._disable_current_modes": TRACING,

@@ -11,8 +11,7 @@ model is that of the Qwen3 technical report (arXiv 2505.09388); YaRN is arXiv 23
 from __future__ import annotations
 
 import functools
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +20,14 @@ from torch.utils.checkpoint import checkpoint
 
 from .._attention import AttentionPlan, Layout, attend, attend_rows, plan_attention, plan_rows
 from ..batch import FoldedBatch
+from ..graphs.forwards import CapturedForwards
 from ..ops.checks import INDEX_DTYPES
+from .pretrained import Pretrained
 from .qwen3_config import Qwen3Config
+from .replaying import ReplayingHead, ReplayingModel, asks_for_graphs
 from .rope import inverse_frequencies
-from .weights import DTYPES, DTypeName, find_folder, read_weights
 
 __all__ = ["Qwen3Config", "Qwen3ForCausalLM", "Qwen3Model"]
-
-_M = TypeVar("_M", "Qwen3ForCausalLM", "Qwen3Model")
-_HEADS = ("score", "qa_outputs")  # of transformers' Qwen3 for other tasks, which the decoder does without
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -161,24 +159,11 @@ class _Run(nn.Module):
         return x
 
 
-class _Pretrained(nn.Module):
-    @classmethod
-    def from_pretrained(
-        cls: type[_M],
-        path_or_hub_id: str | Path,
-        dtype: torch.dtype | DTypeName | None = None,
-        device: torch.device | str | None = None,
-    ) -> _M:
-        """Load the safetensors of a folder or of a hub model, in their own dtype by default, for evaluation.
+class Qwen3Model(Pretrained, ReplayingModel):
+    """The decoder without a head. Set `gradient_checkpointing` to compute layers again in the backward pass.
 
-        Raises FileNotFoundError for what is not there, ValueError for a pickle, a dtype that is no floating point, and
-        files that are not a Qwen3's.
-        """
-        return _from_pretrained(cls, path_or_hub_id, dtype, device)
-
-
-class Qwen3Model(_Pretrained):
-    """The decoder without a head. Set `gradient_checkpointing` to compute layers again in the backward pass."""
+    Forwards of few rows replay CUDA graphs; `cuda_graphs` says which.
+    """
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
@@ -188,6 +173,7 @@ class Qwen3Model(_Pretrained):
         self.layers = nn.ModuleList(Qwen3Layer(config, window) for window in config.sliding_windows)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._run, self._at_once = _Run(), max(config.num_hidden_layers, 1)
+        self._graphs = CapturedForwards(_FORWARDS)
         self.apply(functools.partial(_initialise, std=config.initializer_range))
 
     def forward(self, batch: FoldedBatch, layout: Layout = "auto", rows: Tensor | None = None) -> Tensor:
@@ -196,8 +182,8 @@ class Qwen3Model(_Pretrained):
         With `rows` [W], compact rows in int32 or int64, return theirs [W, hidden_size], in that order. They may come
         twice, and nothing waits for the host to read them. The last layer then computes the keys and values of all
         rows, and all else of those rows alone, unless more than two thirds are wanted. So the last bits differ from
-        those of all rows (products choose their kernels by the number of rows); they are the same with and without
-        gradients.
+        those of all rows (products choose their kernels by the number of rows). They are the same with and without
+        gradients where `cuda_graphs` is off.
 
         Raises TypeError for another batch or other rows, ValueError for another device, for a sequence longer than the
         config's positions and, on the CPU and not in compiled code, for positions past them and ids outside the
@@ -206,7 +192,8 @@ class Qwen3Model(_Pretrained):
         """
         self._check(batch)
         _check_rows(rows, batch)
-        return self._compute(batch, layout, rows)
+        hidden = None if torch.compiler.is_compiling() else self._replay(batch, layout, rows)
+        return self._compute(batch, layout, rows) if hidden is None else hidden
 
     def _compute(self, batch: FoldedBatch, layout: Layout, rows: Tensor | None) -> Tensor:
         x = self.embed_tokens(batch.input_ids)
@@ -241,6 +228,7 @@ class Qwen3Model(_Pretrained):
             raise ValueError(f"at_once must be at least 1, got {at_once}")
         self._at_once = at_once
         self._run.compile(**{"dynamic": True} | options)
+        self._has_graphs_of_torch = asks_for_graphs(**options)
 
     def embed(self, batch: FoldedBatch, dim: int | None = None, layout: Layout = "auto") -> Tensor:
         """Return embeddings [B, dim] in fp32, of length 1: the state of each sequence's last token.
@@ -308,8 +296,14 @@ def _few_rows_pay(rows: Tensor, batch: FoldedBatch) -> bool:
     return torch.compiler.is_compiling() or 3 * rows.shape[0] <= 2 * batch.num_rows
 
 
-class Qwen3ForCausalLM(_Pretrained):
+_KINDS = Qwen3Model, Qwen3Layer, Qwen3Attention, Qwen3MLP, RMSNorm, _Run, nn.Embedding, nn.Linear, nn.ModuleList
+_FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in _KINDS}
+
+
+class Qwen3ForCausalLM(Pretrained, ReplayingHead):
     """The decoder with its language-model head."""
+
+    model: Qwen3Model
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
@@ -344,56 +338,3 @@ class Qwen3ForCausalLM(_Pretrained):
         last = self.model(batch, layout, batch.last_rows)
         logits = F.linear(last, torch.stack([self.lm_head.weight[no_id], self.lm_head.weight[yes_id]]))
         return logits.float().softmax(-1)[:, 1]
-
-
-def _from_pretrained(
-    cls: type[_M],
-    path_or_hub_id: str | Path,
-    dtype: torch.dtype | str | None,
-    device: torch.device | str | None,
-) -> _M:
-    wanted_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and wanted_dtype not in DTYPES.values():
-        raise ValueError(f"dtype must be None or one of {', '.join(DTYPES)}, got {dtype!r}")
-    device = torch.device("cpu" if device is None else device)
-    folder = find_folder(path_or_hub_id, ["config.json", "*.safetensors", "*.safetensors.index.json"])
-    config = Qwen3Config.from_pretrained(folder)
-    with torch.device("meta"):
-        model = cls(config)
-    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
-    embedding = "model.embed_tokens.weight" if cls is Qwen3ForCausalLM else "embed_tokens.weight"
-    weights: dict[str, Tensor] = {}
-    names: dict[str, str] = {}
-    head = None
-    for name, tensor in read_weights(folder):
-        # A base model's file lacks the prefix that a causal model's has.
-        base = name.removeprefix("model.")
-        place = f"model.{base}" if cls is Qwen3ForCausalLM and base != "lm_head.weight" else base
-        if name.endswith("rotary_emb.inv_freq"):  # old files hold what is computed here
-            continue
-        if place in names:
-            raise ValueError(f"{folder} holds both {names[place]} and {name}, which are one weight of a Qwen3")
-        names[place] = name
-        if base == "lm_head.weight" and (config.tie_word_embeddings or place not in wanted):
-            head = tensor
-            continue
-        if cls is Qwen3Model and name.split(".")[0] in _HEADS:
-            continue
-        if place not in wanted:
-            raise ValueError(f"{folder} holds {name}, which a Qwen3 does not have")
-        if tensor.shape != wanted[place]:
-            raise ValueError(f"{name} must have shape {list(wanted[place])}, but the file has {list(tensor.shape)}")
-        weights[place] = tensor
-    # A file may hold either of the two names for one tensor, or both.
-    if config.tie_word_embeddings and head is not None and not torch.equal(weights.setdefault(embedding, head), head):
-        raise ValueError(
-            f"{folder} holds an lm_head.weight that differs from the embedding, but tie_word_embeddings is set"
-        )
-    missing = sorted(wanted.keys() - weights.keys())
-    if missing:
-        raise ValueError(f"{folder} lacks {', '.join(missing[:4])}{' and more' if len(missing) > 4 else ''}")
-    weights = {name: tensor.to(device, wanted_dtype) for name, tensor in weights.items()}
-    model.load_state_dict(weights, strict=False, assign=True)
-    if isinstance(model, Qwen3ForCausalLM) and config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model.requires_grad_(True).eval()

@@ -1,0 +1,126 @@
+"""Models whose forward on few rows replays a captured CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._attention import Layout
+from ..batch import FoldedBatch
+from ..graphs.forwards import Call, CapturedForwards
+from ..graphs.rule import is_bound_by_host
+from .qwen3_config import Qwen3Config
+
+
+class ReplayingModel(nn.Module):
+    """A decoder stack, whose forward asks `_replay` before it computes."""
+
+    config: Qwen3Config
+    embed_tokens: nn.Embedding
+    # Of the class, for models that were pickled without.
+    _cuda_graphs = True
+    _graphs: CapturedForwards | None = None
+    _has_graphs_of_torch = False  # those of torch.compile
+
+    def _check(self, batch: FoldedBatch) -> None:
+        """Raise what the forward does for a batch."""
+        raise NotImplementedError
+
+    def _compute(self, batch: FoldedBatch, layout: Layout, rows: Tensor | None) -> Tensor:
+        """Return the hidden states of the rows wanted, None: of all, for arguments that are right."""
+        raise NotImplementedError
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether calls bound by the host replay captured CUDA graphs, True at first; False gives their memory back.
+
+        It concerns calls in eval mode without gradients on CUDA, in bfloat16 and float16, of so few rows that the host
+        matters to their time: on an H100 up to some 8,000 rows of a 0.6B model, and 1,000 of one of 8B. Such a batch is
+        padded to a number of rows that others share, and the last bits of its result are those of the padded batch. The
+        second batch of a size is captured, all later ones are replays, to the same bits. Weights changed in place are
+        read where they are; replaced ones are seen by the next call, and their old memory is kept until then. Calls
+        with hooks, under autocast, in modes and transforms of torch, and models with layers of other classes run as if
+        this were False.
+        """
+        return self._cuda_graphs
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, wanted: bool) -> None:
+        if not isinstance(wanted, bool):
+            raise TypeError(f"cuda_graphs must be a bool, got {type(wanted).__name__}")
+        self._cuda_graphs = wanted
+        if not wanted and self._graphs is not None:
+            self._graphs.clear()
+
+    def warm_up(self, batch: FoldedBatch, layout: Layout = "auto", rows: Tensor | None = None) -> bool:
+        """Capture the graph that forward(batch, layout, rows) replays, and return whether it does.
+
+        Batches of about the same sizes share a graph; `embed` and `rerank` ask for `batch.last_rows`. Raises for a
+        batch what the forward does.
+        """
+        self._check(batch)
+        with torch.no_grad():
+            if self._graphs is None or not self._may_replay():
+                return False
+            return self._graphs.warm_up(self._call(batch, layout, rows))
+
+    def _replay(self, batch: FoldedBatch, layout: Layout, rows: Tensor | None) -> Tensor | None:
+        """Return what _compute returns, or None where it has to be called."""
+        if self._graphs is None or not self._may_replay():
+            return None
+        return self._graphs.run(self._call(batch, layout, rows))
+
+    def _may_replay(self) -> bool:
+        return self._cuda_graphs and not self.training and not self._has_graphs_of_torch
+
+    def _call(self, batch: FoldedBatch, layout: Layout, rows: Tensor | None) -> Call:
+        config = self.config
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        weights = config.hidden_size * (2 * (heads + kv_heads) * dim + 3 * config.intermediate_size)
+
+        def is_worth_it(num_rows: int) -> bool:
+            return is_bound_by_host(num_rows * (weights + 2 * heads * dim * batch.max_seqlen_k), batch.input_ids.device)
+
+        weight = self.embed_tokens.weight
+        return Call(self, self._compute, batch, layout, rows, weight, dim, config.hidden_size, is_worth_it)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # What moves or casts weights gives their old memory back at once, and so that of graphs.
+        if self._graphs is not None:
+            self._graphs.clear()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *others: Any) -> None:
+        if self._graphs is not None and local_metadata.get("assign_to_params_buffers"):
+            self._graphs.clear()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+
+class ReplayingHead(nn.Module):
+    """A head on a `model` that replays."""
+
+    model: ReplayingModel
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """See `Qwen3Model.cuda_graphs`."""
+        return self.model.cuda_graphs
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, wanted: bool) -> None:
+        self.model.cuda_graphs = wanted
+
+    def warm_up(self, batch: FoldedBatch, layout: Layout = "auto", rows: Tensor | None = None) -> bool:
+        """See `Qwen3Model.warm_up`."""
+        return self.model.warm_up(batch, layout, rows)
+
+
+def asks_for_graphs(
+    mode: str | None = None, options: dict[str, Any] | None = None, backend: Any = None, **others: Any
+) -> bool:
+    """Return whether torch.compile with these options makes CUDA graphs of its own, which no other graph can hold."""
+    is_of_inductor = mode in ("reduce-overhead", "max-autotune") or bool((options or {}).get("triton.cudagraphs"))
+    return is_of_inductor or backend == "cudagraphs"
