@@ -12,7 +12,6 @@ from .qwen3_config import Qwen3Config
 from .weights import DTYPES, DTypeName, find_folder, read_weights
 
 M = TypeVar("M", bound="Pretrained")
-_HEADS = ("score", "qa_outputs")  # of transformers' Qwen3 for other tasks, which the decoder does without
 
 
 class Pretrained(nn.Module):
@@ -65,7 +64,7 @@ def _from_pretrained(
         if base == "lm_head.weight" and (config.tie_word_embeddings or place not in wanted):
             head = tensor
             continue
-        if not has_head and name.split(".")[0] in _HEADS:
+        if not has_head and name.startswith("score."):  # a head on sequences or tokens
             continue
         if place not in wanted:
             raise ValueError(f"{folder} holds {name}, which a Qwen3 does not have")
