@@ -83,11 +83,11 @@ def measured_row(name: str, model: Qwen3Model, cell: tuple[int, int, int], args)
 
 
 def main() -> None:
-    parser = harness.make_parser(__doc__, rounds=9, devices=("cuda",))
+    parser = harness.make_parser(__doc__, rounds=9)
     parser.add_argument("--models", nargs="+", choices=bench_qwen3.SHAPES, default=["0.6B", "8B"])
     parser.add_argument("--compile", action="store_true", help="compile the layers")
     parser.add_argument("--budget", type=float, default=4.0, help="seconds of a row's rounds, about (default: 4)")
-    args = harness.parse(parser)
+    args = harness.parse_cuda(parser)
     rule._MULTIPLICATIONS = math.inf
     rows = []
     for name in args.models:
