@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from operator import getitem, is_
+from operator import attrgetter, getitem, is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -141,16 +142,16 @@ class _Sizes:
 
 
 class _Weights:
-    """Contiguous weights by where they lie. Their memory is kept, so another weight can't lie there."""
+    """Weights by where they lie, and how. Their memory is kept, so another weight can't lie there."""
 
     def __init__(self, dicts: Iterable[Mapping[str, Tensor | None]]):
         found = [(entries, name, weight) for entries in dicts for name, weight in entries.items()]
         tensors: list[Any] = [(entries, name, weight) for entries, name, weight in found if weight is not None]
         self._dicts = [entries for entries, _, _ in tensors]
         self._names = [name for _, name, _ in tensors]
-        self._kept = [weight.untyped_storage() for _, _, weight in tensors]
-        self._places = [*map(Tensor.data_ptr, (weight for _, _, weight in tensors))]
-        self._lengths = [*map(len, (weight for _, _, weight in tensors))]
+        weights = [weight for _, _, weight in tensors]
+        self._kept = [weight.untyped_storage() for weight in weights]
+        self._places, self._layouts = [*map(Tensor.data_ptr, weights)], self._layouts_of(weights)
         self._missing = [(entries, name) for entries, name, weight in found if weight is None]
 
     def are_in_place(self) -> bool:
@@ -159,9 +160,13 @@ class _Weights:
             tensors: list[Any] = [*map(getitem, self._dicts, self._names)]
             return (
                 [*map(Tensor.data_ptr, tensors)] == self._places
-                and [*map(len, tensors)] == self._lengths
-                and all(map(Tensor.is_contiguous, tensors))
+                and self._layouts_of(tensors) == self._layouts
                 and all(entries[name] is None for entries, name in self._missing)
             )
         except (KeyError, RuntimeError, TypeError):  # missing; without memory of its own; None
             return False
+
+    @staticmethod
+    def _layouts_of(tensors: list[Any]) -> list[Any]:
+        attributes = map(attrgetter("shape"), tensors), map(attrgetter("dtype"), tensors), map(Tensor.stride, tensors)
+        return [*itertools.chain(*attributes)]

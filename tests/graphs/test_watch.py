@@ -41,9 +41,15 @@ def replaced_norm_class(model):
     model.norm = type("OtherNorm", (qwen3.RMSNorm,), {})(48, 1e-6)
 
 
+def reread_data(model):
+    weight = model.layers[1].mlp.up_proj.weight
+    weight.data = weight.data.view(torch.bfloat16)[:, ::2]
+
+
 CHANGES = {
     "data": replaced_data,
     "transposed data": transposed_data,
+    "data read in another dtype": reread_data,
     "parameter": lambda m: setattr(m.norm, "weight", nn.Parameter(m.norm.weight.detach().clone())),
     "assigned": lambda m: m.load_state_dict({n: p.clone() for n, p in m.state_dict().items()}, assign=True),
     "dtype": lambda m: m.double(),
