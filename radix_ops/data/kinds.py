@@ -92,7 +92,9 @@ def open_source(path: str, reading: Reading) -> Source:
         kind = "json" if start == b"[" else "jsonl"
     if kind in ("parquet", "arrow"):
         _check_is_binary(file, kind, start)
-        return CopiedSource(name, file, (read_parquet if kind == "parquet" else read_arrow)(name, file, reading.drop))
+        names: dict[str, list[str]] = {}
+        rows = (read_parquet if kind == "parquet" else read_arrow)(name, file, reading.drop, names)
+        return CopiedSource(name, file, rows, label_names=names)
     if kind == "json":
         file.check_is_utf8()
         return CopiedSource(name, file, read_array(name, file))

@@ -230,7 +230,8 @@ class Records(Generic[T]):
             self._shown.append(index)
 
     def _parsed(self, source: Source, where: str, fields: dict) -> T:
-        record: Any = Record(where, {k: v for k, v in fields.items() if k not in self._drop} if self._drop else fields)
+        fields = {k: v for k, v in fields.items() if k not in self._drop} if self._drop else fields
+        record: Any = Record(where, fields, source.label_names)
         if self._reserved:
             several = ("file",) if len(self.paths) > 1 else ()
             record.others((), (*several, source.unit, *self._reserved))

@@ -29,7 +29,8 @@ def adapter(
 
     def adapt(record: Record) -> Record:
         if columns:
-            record = Record(record.where, _with_columns(record, columns))
+            names = {key: record.label_names[path] for key, path in columns.items() if path in record.label_names}
+            record = record._replace(fields=_with_columns(record, columns), label_names={**record.label_names, **names})
         return recognised(task, record, shape, tuple(columns or ()), text_key)
 
     return adapt

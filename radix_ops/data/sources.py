@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import array
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..engine.errors import UserError
@@ -34,6 +34,7 @@ class Source(ABC):
     name: the file in messages.
     unit: what a row is called, "line" or "row".
     is_text: whether a row is a line of text, and no object.
+    label_names: the names of labels by columns of their indices, once a row was read.
     """
 
     unit = "row"
@@ -42,6 +43,7 @@ class Source(ABC):
     def __init__(self, name: str):
         self.name = name
         self.numbers = Numbering(1)
+        self.label_names: Mapping[str, Sequence[str]] = {}
 
     @abstractmethod
     def __iter__(self) -> Iterator[Row]:
@@ -127,9 +129,17 @@ class CopiedSource(Source):
     """The rows that a reader makes of a file; each is copied to a temporary file as JSON, so that the file is read
     once and in order. Memory holds 8 bytes a row."""
 
-    def __init__(self, name: str, file: ByteFile, rows: Iterable[Row], hints: Mapping[str, str] | None = None):
-        """`hints` go behind errors of a task that hold their keys."""
+    def __init__(
+        self,
+        name: str,
+        file: ByteFile,
+        rows: Iterable[Row],
+        hints: Mapping[str, str] | None = None,
+        label_names: Mapping[str, Sequence[str]] | None = None,
+    ):
+        """`hints` go behind errors of a task that hold their keys; reading rows fills `label_names`."""
         super().__init__(name)
+        self.label_names = {} if label_names is None else label_names
         self._file, self._rows, self._hints = file, rows, hints or {}
         self._copy = temporary_file()
         self._ends = array.array("q")

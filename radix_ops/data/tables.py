@@ -3,6 +3,7 @@ column; a null is a key that is not there."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator
 from typing import Any, BinaryIO
 
@@ -18,26 +19,29 @@ _MOST_UNPACKED = 64  # times the size of a packed file
 _UNPACKED_FREE = 64 * 2**20  # bytes
 
 
-def read_parquet(name: str, file: ByteFile, drop: Collection[str]) -> Iterator[Row]:
-    """Yield the rows of a Parquet file without the columns in `drop`."""
+def read_parquet(name: str, file: ByteFile, drop: Collection[str], label_names: dict[str, list[str]]) -> Iterator[Row]:
+    """Yield the rows of a Parquet file without the columns in `drop`; `label_names` gets those that the file has."""
     pq = pyarrow(f"{name} is Parquet, whose reader", "pyarrow.parquet")
     source = _seekable(file)
     with _errors("Parquet"):
         table = pq.ParquetFile(source, pre_buffer=False)
         schema = table.schema_arrow
     kept = _kept(schema, drop)
+    label_names.update(_label_names(schema))
     columns = kept if len(kept) < len(schema) else None
     yield from _rows(name, "Parquet", table.iter_batches(_ROWS_AT_ONCE, columns=columns, use_threads=False))
 
 
-def read_arrow(name: str, file: ByteFile, drop: Collection[str]) -> Iterator[Row]:
-    """Yield the rows of an Arrow IPC file or stream without the columns in `drop`."""
+def read_arrow(name: str, file: ByteFile, drop: Collection[str], label_names: dict[str, list[str]]) -> Iterator[Row]:
+    """Yield the rows of an Arrow IPC file or stream without the columns in `drop`; `label_names` gets those that the
+    file has."""
     pa = pyarrow(f"{name} is Arrow, whose reader")
     is_file = file.head.startswith(b"ARROW1")
     source = _seekable(file) if is_file else file.stream
     with _errors("Arrow"):
         reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(pa.PythonFile(source, "r"))
     kept = _kept(reader.schema, drop)
+    label_names.update(_label_names(reader.schema))
     batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else iter(reader)
     yield from _rows(name, "Arrow", (batch.select(kept) for batch in batches))
 
@@ -66,6 +70,28 @@ def _kept(schema: Any, drop: Collection[str]) -> list[str]:
     if twice is not None:
         raise StreamError(f" has two columns named {twice!r}")
     return [name for name in schema.names if name not in drop]
+
+
+def _label_names(schema: Any) -> dict[str, list[str]]:
+    """Return the names of labels by column, as the library datasets writes them into a file's metadata."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        found = {column: _names_in(feature) for column, feature in features.items()}
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):  # another program's metadata
+        return {}
+    return {column: names for column, names in found.items() if names}
+
+
+def _names_in(feature: Any) -> list[str] | None:
+    """Return the names of a ClassLabel, or of those in a list."""
+    if isinstance(feature, list) and len(feature) == 1:
+        return _names_in(feature[0])
+    if not isinstance(feature, dict):
+        return None
+    if feature.get("_type") == "ClassLabel":
+        names = feature.get("names")
+        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+    return _names_in(feature.get("feature"))
 
 
 def _seekable(file: ByteFile) -> BinaryIO:

@@ -214,7 +214,7 @@ class Classifier(Engine[Row]):
         item = super().parse(record)
         if isinstance(item, GivenRow):
             item = dataclasses.replace(item, sequences=self._reader.sequences(item.where, item.sequences[0]))
-        return classifying.with_gold(item, self.labels, self.problem_type)
+        return classifying.with_gold(item, self.labels, self.problem_type, record.label_names)
 
     def _parse(self, record: Record) -> Row:
         return self._reader.parse(record)

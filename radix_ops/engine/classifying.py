@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -27,28 +27,36 @@ class Row:
     extra: dict  # with the right label, or labels, under "gold"
 
 
-def with_gold(row: R, labels: Sequence[str], problem: str) -> R:
-    """Return the row with what it says of its right labels under "gold". UserError for what is none of the labels."""
-    gold = None if problem == "regression" else gold_of(row.where, row.extra, labels, problem)
+def with_gold(row: R, labels: Sequence[str], problem: str, names: Mapping[str, Sequence[str]] | None = None) -> R:
+    """Return the row with what it says of its right labels under "gold"; `names` are a data set's, see `gold_of`.
+    UserError for what is none of the labels."""
+    gold = None if problem == "regression" else gold_of(row.where, row.extra, labels, problem, names or {})
     if gold is None and (problem == "regression" or "gold" not in row.extra):
         return row
     others = {key: value for key, value in row.extra.items() if key != "gold"}
     return replace(row, extra=others | {"gold": gold})
 
 
-def gold_of(where: str, fields: dict, labels: Sequence[str], problem: str) -> str | list[str] | None:
+def gold_of(
+    where: str, fields: dict, labels: Sequence[str], problem: str, names: Mapping[str, Sequence[str]]
+) -> str | list[str] | None:
     """Return the label that a row's "gold" or "label" says, a list where several may hold at once; None without one,
     and for null and -1.
 
     A label is named by a string, or by its index; where several may hold at once, by an array of them, and where there
-    is one label, 0 and 1 say whether it holds. UserError for what is none of the labels.
+    is one label, 0 and 1 say whether it holds. Where the data set names what its indices under a key stand for, and the
+    model knows such names, these count. UserError for what is none of the labels.
     """
     # Cells of tables are strings; one that is empty says no more than null.
     key = next((key for key in _GOLD_KEYS if fields.get(key) is not None and fields[key] != ""), None)
     if key is None or fields[key] in (-1, "-1"):
         return None
     given = fields[key]
-    if key == "label":
+    if len(labels) > 1 and any(_named(name, labels) for name in names.get(key, ())):
+        several = isinstance(given, list)
+        found = [_name_of(f'{where}: "{key}"', one, names[key], labels) for one in (given if several else [given])]
+        given = found if several else found[0]
+    elif key == "label":
         _check_counting(where, fields, labels)
     if problem != "multi_label_classification":
         return _label_of(f'{where}: "{key}"', given, labels)
@@ -56,8 +64,22 @@ def gold_of(where: str, fields: dict, labels: Sequence[str], problem: str) -> st
         return list(labels) if int(given) else []
     if not isinstance(given, list):
         return [_label_of(f'{where}: "{key}"', given, labels)]
-    found = (_label_of(f"{where}: {key}[{index}]", label, labels) for index, label in enumerate(given))
-    return sorted(set(found), key=list(labels).index)
+    chosen = (_label_of(f"{where}: {key}[{index}]", label, labels) for index, label in enumerate(given))
+    return sorted(set(chosen), key=list(labels).index)
+
+
+def _name_of(where: str, given: Any, names: Sequence[str], labels: Sequence[str]) -> Any:
+    """Return the model's label that an index stands for by the data set's names; anything else as it is."""
+    index = _index_of(given, names)
+    if index is None:
+        return given
+    found = _named(names[index], labels)
+    if found is None:
+        raise UserError(
+            f"{where} is {given!r}, which is {names[index]!r} to the data set; the model has no such label, but "
+            f"{_listed(labels)}"
+        )
+    return found
 
 
 def _check_counting(where: str, fields: dict, labels: Sequence[str]) -> None:
@@ -106,11 +128,14 @@ def _label_of(where: str, given: Any, labels: Sequence[str]) -> str:
                 f'{where} is {given!r}, and "{name}" is not the label of that index; write the name as a string'
             )
         return labels[index]
-    listed = ", ".join(map(repr, labels[:8])) + (" and more" if len(labels) > 8 else "")
     raise UserError(
-        f"{where} is {given!r:.100}; it must be a label ({listed}) or its index, from 0 to {len(labels) - 1}; rename "
-        "the key where it holds something else"
+        f"{where} is {given!r:.100}; it must be a label ({_listed(labels)}) or its index, from 0 to {len(labels) - 1}; "
+        "rename the key where it holds something else"
     )
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return ", ".join(map(repr, labels[:8])) + (" and more" if len(labels) > 8 else "")
 
 
 def result(

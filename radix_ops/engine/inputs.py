@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from numbers import Real
+from types import MappingProxyType
 from typing import NamedTuple
 
 from .errors import UserError
@@ -15,6 +17,8 @@ class Record(NamedTuple):
 
     where: str  # names the input in messages: file and line, or an argument and its index
     fields: dict  # as JSON has them
+    # By a field of whole numbers that stand for labels: the labels' names, where the data set has them.
+    label_names: Mapping[str, Sequence[str]] = MappingProxyType({})
 
     def text(self, key: str) -> str:
         """Return the string under `key`. UserError where there is none, or one that no tokenizer can read."""

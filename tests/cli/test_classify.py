@@ -363,3 +363,80 @@ def test_rows_of_the_hub_whose_labels_do_not_fit_are_named(head, language_model,
     # A template reads the keys of the hub as they are.
     (tmp_path / "nli.json").write_text(json.dumps({**PROMPT, "template": "{{ premise }} {{ hypothesis }}:"}))
     assert classify(language_model, "--template", tmp_path / "nli.json", file) == 0
+
+
+@pytest.fixture(scope="module")
+def entailing(tmp_path_factory):
+    """Save a head that counts entailment last."""
+    model = tiny_classifier()
+    model.config.id2label = {0: "CONTRADICTION", 1: "NEUTRAL", 2: "ENTAILMENT"}
+    model.config.label2id = {label: index for index, label in model.config.id2label.items()}
+    return save(tmp_path_factory.mktemp("nli"), model)
+
+
+NLI = {"premise": ["the sea", "a river", "salt", "rain"], "hypothesis": ["salt", "the Rhine", "sea", "wet"]}
+
+
+@pytest.mark.parametrize(
+    ("form", "key"),
+    [*((form, key) for form in ("parquet", "disk") for key in ("label", "labels", "gold_label")), ("lists", "labels")],
+)
+def test_indices_are_labels_by_the_names_that_a_data_set_gives_them(entailing, tmp_path, form, key):
+    datasets = pytest.importorskip("datasets")
+    names = ["entailment", "neutral", "contradiction"]
+    feature, rows = datasets.ClassLabel(names=names), [0, 1, 2, -1]
+    options = ["--column", "gold=gold_label"] if key == "gold_label" else []
+    expected = ["ENTAILMENT", "NEUTRAL", "CONTRADICTION", None]
+    if form == "lists":
+        feature, rows = datasets.List(feature), [[0, 2], [1], [], [2]]
+        options = ["--problem-type", "multi_label_classification"]
+        expected = [["CONTRADICTION", "ENTAILMENT"], ["NEUTRAL"], [], ["CONTRADICTION"]]
+    texts = datasets.Value("string")
+    features = datasets.Features({"premise": texts, "hypothesis": texts, key: feature})
+    made = datasets.Dataset.from_dict({**NLI, key: rows}, features=features)
+    file = tmp_path / ("data" if form == "disk" else "rows.parquet")
+    made.save_to_disk(file) if form == "disk" else made.to_parquet(file)
+    assert classify(entailing, *options, "--output", tmp_path / "o.jsonl", file) == 0
+    assert [line.get("gold") for line in read_jsonl(tmp_path / "o.jsonl")] == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "label", "gold"),
+    [
+        (["no", "yes", "maybe"], 2, "ENTAILMENT"),  # the model knows none of these
+        (["neutral", "entailment"], 1, "ENTAILMENT"),
+        (["neutral", "other"], 0, "NEUTRAL"),
+        (["neutral", "other"], 1, None),
+    ],
+)
+def test_names_of_a_data_set_that_the_model_does_not_know(entailing, tmp_path, capsys, names, label, gold):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"text": datasets.Value("string"), "gold": datasets.ClassLabel(names=names)})
+    made = datasets.Dataset.from_dict({"text": ["the sea"], "gold": [label]}, features=features)
+    made.to_parquet(tmp_path / "rows.parquet")
+    if gold is None:
+        message = failing(capsys, entailing, tmp_path / "rows.parquet")
+        assert (
+            "row 1: \"gold\" is 1, which is 'other' to the data set; the model has no such label, but 'CONTRA"
+            in message
+        )
+    else:
+        assert classify(entailing, "--output", tmp_path / "o.jsonl", tmp_path / "rows.parquet") == 0
+        assert [line["gold"] for line in read_jsonl(tmp_path / "o.jsonl")] == [gold]
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        b"x", b"[]", b"{}", b'{"info": 3}', b'{"info": {"features": []}}', b'{"info": {"features": {"label": 3}}}',
+        b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": [1]}}}}', b"[" * 100_000,
+        b'{"info": {"features": {"label": {"feature": ' * 100,
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_metadata_of_other_programs_says_nothing_of_labels(head, tmp_path, metadata):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"text": ["the sea"], "label": [1]}).replace_schema_metadata({"huggingface": metadata})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    assert classify(head, "--output", tmp_path / "o.jsonl", tmp_path / "rows.parquet") == 0
+    assert read_jsonl(tmp_path / "o.jsonl")[0]["gold"] == "b"

@@ -57,7 +57,10 @@ def recognised(
     fields = shape.read(record)
     if shape.name != "ids":
         fields = {key: value for key, value in fields.items() if key not in IDS}
-    return Record(record.where, fields)
+    names = record.label_names
+    if "labels" in names and fields.get("gold") is record.fields.get("labels"):
+        names = {**names, "gold": names["labels"]}
+    return record._replace(fields=fields, label_names=names)
 
 
 def _find(shapes: Sequence[Shape], record: Record, name: str | None, named: Collection[str]) -> Shape | None:
