@@ -4,7 +4,8 @@
 radix_ops.compat, which takes and gives what radix-mlp does, over a grid like that of radix-mlp's own benches, by the
 time that each spends on the processor.
 --device cuda compares with radix-mlp's torch interface; both take and give CUDA tensors. Each call is timed on the
-host's clock, from idle device to idle device.
+host's clock, from idle device to idle device. A second table has the ways from ids to a batch and the plan of its
+attention.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import radix_mlp
 import torch
 
 import harness
-from radix_ops import compat  # registers torch.ops.radix
+from radix_ops import FoldedBatch, compat, fold  # registers torch.ops.radix
+from radix_ops._attention import plan_attention
 
 BATCHES = {  # sequences, tokens each, shared fraction
     "32 x 2304, 0.89 shared": (32, 2304, 0.89),
@@ -32,6 +34,7 @@ TARGETS = {
     "cpu": dict(zip(BATCHES, (10, 10, 10, 10, 3), strict=True)),
     "cuda": {"32 x 2304, 0.89 shared": 20, "2048 x 512, 0.25 shared": 60},
 }
+SHAPES = ((10, 64, 100), (15, 1, 256), (15, 511, 256), (15, 2047, 256), (128, 0, 512))  # sequences, prefix, own tokens
 VOCABULARY = 151_936
 GRID = {
     "batch": (1, 2, 8, 32, 256, 2048),
@@ -138,6 +141,27 @@ def cuda_row(name: str, rounds: int) -> dict[str, object]:
     }
 
 
+def batch_row(count: int, prefix: int, own: int, rounds: int) -> dict[str, object]:
+    ids, _, ends = (torch.from_numpy(x).cuda() for x in make(count, prefix + own, 0.0))
+    padded = ids.view(count, -1)
+    padded[:, :prefix] = padded[0, :prefix].clone()
+    mask, lists = torch.ones_like(padded), padded.tolist()
+    mask[0, -1] = 0
+    functions = {
+        "fold": lambda: fold(ids, ends),
+        "fold and plan": lambda: plan_attention(fold(ids, ends), "trie"),
+        "from_padded": lambda: FoldedBatch.from_padded(padded, mask),
+        "from lists": lambda: FoldedBatch.from_sequences(lists, device="cuda"),
+    }
+    seconds = harness.seconds_per_call({n: synchronised(f) for n, f in functions.items()}, rounds)
+    return {
+        "batch": f"{count} x ({prefix} + {own})",
+        "tokens": len(ids),
+        "rows": fold(ids, ends).num_rows,
+        **{f"{way} us": value * 1e6 for way, value in seconds.items()},
+    }
+
+
 def synchronised(function: Callable[[], object]) -> Callable[[], None]:
     def call():
         function()
@@ -159,6 +183,7 @@ def main() -> None:
         harness.report_cases(cpu_cases(), args)
     else:
         harness.report("fold_cuda", [cuda_row(name, args.rounds) for name in BATCHES], args.save)
+        harness.report("fold_batch_cuda", [batch_row(*shape, args.rounds) for shape in SHAPES], args.save)
 
 
 if __name__ == "__main__":

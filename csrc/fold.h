@@ -11,6 +11,9 @@ using Fold = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Plan =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// A Plan, and cu_seqlens in int32.
+using BatchTables = decltype(std::tuple_cat(std::declval<Plan>(), std::declval<std::tuple<Tensor>>()));
+
 inline void check_fold_arguments(
     const char* op,
     const Tensor& input_ids,

@@ -11,10 +11,12 @@ STABLE_TORCH_LIBRARY(radix, m) {
       " Tensor unfold_indptr, Tensor unfold_members, Tensor run_sequences, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
       " Tensor kv_index, Tensor kv_indptr, Tensor kv_members, Tensor counts)");
   m.def(
-      "fold_plan_front(Tensor input_ids, Tensor position_ids, Tensor cu_seqlens, int pad_multiple_of=1)"
+      "fold_batch(Tensor input_ids, Tensor position_ids, Tensor cu_seqlens, int pad_multiple_of=1,"
+      " bool from_zero=False, bool front=False)"
       " -> (Tensor compact_input_ids, Tensor compact_position_ids, Tensor unfold_index, Tensor fold_index,"
       " Tensor unfold_indptr, Tensor unfold_members, Tensor run_sequences, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
-      " Tensor kv_index, Tensor kv_indptr, Tensor kv_members, Tensor counts)");
+      " Tensor kv_index, Tensor kv_indptr, Tensor kv_members, Tensor counts, Tensor cu_seqlens)");
+  m.def("unpad(Tensor attention_mask) -> (Tensor cu_seqlens, Tensor places)");
   m.def("gather(Tensor x, Tensor index) -> Tensor");
   m.def("gather.csr(Tensor x, Tensor index, Tensor indptr, Tensor members) -> Tensor");
   m.def("gather_kv(Tensor k, Tensor v, Tensor index) -> (Tensor, Tensor)");

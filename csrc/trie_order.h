@@ -27,6 +27,7 @@ struct TrieOrder {
   int32_t* hop;              // [num_runs], how much larger it is than that of the run above
   const int32_t* branches;   // [num_rows + 2], the runs of parent p are those ranked branches[p + 1] .. branches[p + 2]
   const int32_t* by_parent;  // [num_runs], the run of each rank
+  const int32_t* parents;    // [num_runs], the parent of the run of each rank; in place of branches where runs are few
   int32_t* rank;             // [num_runs]
   uint32_t* sums;            // [num_runs + 1], the sizes of the subtrees of all ranks before each, modulo 2^32
   int32_t* enter;            // [num_rows] each, the outputs
@@ -93,13 +94,31 @@ struct TrieOrder {
     return rows_above == prefix(continued) + row - starts[continued] + 1;
   }
 
+  // The first rank of the runs whose parent is `row`, or would be.
+  RADIX_BOTH int64_t first_rank(int64_t row) const {
+    if (parents == nullptr) {
+      return branches[row + 1];
+    }
+    int64_t low = 0;
+    int64_t high = num_runs;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (parents[middle] < row) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
   // The rows of the runs that leave `run` at `row` or deeper, and of all below them.
   RADIX_BOTH int64_t size_of_branches(int64_t run, int64_t row) const {
-    return sums[branches[starts[run + 1] + 1]] - sums[branches[row + 1]];
+    return sums[first_rank(starts[run + 1])] - sums[first_rank(row)];
   }
 
   RADIX_BOTH void find_hop(int64_t run) const {
-    int64_t before = sums[rank[run]] - sums[branches[parent[run] + 1]];
+    int64_t before = sums[rank[run]] - sums[first_rank(parent[run])];
     if (above[run] >= 0) {
       before += length(above[run]) + size_of_branches(above[run], parent[run] + 1);
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import operator
 from collections.abc import Sequence
 from typing import Any, SupportsIndex, TypeAlias
@@ -80,6 +81,37 @@ def as_flat_integers(name: str, values: object) -> Tensor:
     if tensor.dim() != 1:
         raise _not_flat(name, list(tensor.shape))
     return as_integers(name, tensor).to(torch.int64) if len(tensor) else tensor.to(torch.int64)
+
+
+def as_packed_integers(name: str, sequences: Sequence[Any] | Integers) -> tuple[Tensor, list[int]]:
+    """Return the integers of all sequences end to end in int64, on the first device that is not the CPU, and lengths.
+
+    Raises as `as_flat_integers` does for sequence i, named `name[i]`.
+    """
+    lists = _pack_lists(sequences)
+    if lists is not None:
+        return lists
+    tensors = [as_flat_integers(f"{name}[{i}]", sequence) for i, sequence in enumerate(sequences)]
+    place = next((x.device for x in tensors if x.device.type != "cpu"), torch.device("cpu"))
+    tensors = [tensor.to(place) for tensor in tensors]
+    packed = torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int64, device=place)
+    return packed, [len(tensor) for tensor in tensors]
+
+
+def _pack_lists(sequences: Sequence[Any] | Integers) -> tuple[Tensor, list[int]] | None:
+    """Do it at once for lists of Python's integers; None for all else, and where int64 does not hold one."""
+    if not isinstance(sequences, (list, tuple)) or not set(map(type, sequences)) <= {list, tuple}:
+        return None
+    values = array.array("q")
+    try:
+        for sequence in sequences:
+            if not set(map(type, sequence)) <= {int}:
+                return None
+            values.extend(sequence)
+    except OverflowError:
+        return None
+    packed = torch.frombuffer(values, dtype=torch.int64) if values else torch.empty(0, dtype=torch.int64, device="cpu")
+    return packed, list(map(len, sequences))
 
 
 def as_integer_list(name: str, values: Sequence[Any]) -> Sequence[int]:

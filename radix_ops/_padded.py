@@ -9,30 +9,39 @@ from torch import Tensor
 
 from ._integers import Integers, Mask, as_integers, as_mask, as_tensor
 
+_MASKS = (torch.bool, torch.int32, torch.int64)  # what radix::unpad takes
+
 
 class Unpadded(NamedTuple):
-    """The tokens of a padded batch as `fold` takes them, and the mask that they were found by."""
+    """The N tokens of a padded batch, in front of others that count for nothing, and the mask they were found by."""
 
-    input_ids: Tensor  # [N], on CUDA [B * T] with the N tokens in front
-    cu_seqlens: Tensor  # [B + 1]
-    position_ids: Tensor | None  # as input_ids
+    input_ids: Tensor  # [B * T]
+    cu_seqlens: Tensor  # [B + 1], starts below 0 if a row is no unbroken stretch of 1s
+    position_ids: Tensor | None  # [B * T]
     attention_mask: Tensor  # [B, T]
-    is_bad: Tensor  # [B] bool, True for a row that is no unbroken stretch of 1s
+    places: Tensor  # int64 [B * T] where each token stands in the flat padded batch
 
-    def check_rows(self) -> None:
-        """Raise ValueError for the first bad row; the host waits."""
-        if self.is_bad.any():
-            row = int(self.is_bad.nonzero()[0])
-            raise ValueError(
-                f"attention_mask[{row}] must be one unbroken stretch of 1s with 0s around it (a row with holes "
-                f"cannot be folded), got {shorten(self.attention_mask[row])}"
-            )
+    def why_broken(self) -> str | None:
+        """Return what is wrong with the first row that is no unbroken stretch of 1s, or None; the host waits."""
+        ones = self.attention_mask
+        mask = ones.bool()
+        # A row without holes changes at most twice between padding and tokens, counting both ends as padding.
+        outside = mask.new_zeros(mask.shape[0], 1, dtype=torch.int8)
+        changes = torch.diff(mask.to(torch.int8), prepend=outside, append=outside)
+        is_bad = (changes.abs().sum(1) > 2) | (ones != mask).any(1)
+        if not is_bad.any():
+            return None
+        row = int(is_bad.nonzero()[0])
+        return (
+            f"attention_mask[{row}] must be one unbroken stretch of 1s with 0s around it (a row with holes "
+            f"cannot be folded), got {shorten(self.attention_mask[row])}"
+        )
 
 
 def unpad(input_ids: Integers, attention_mask: Mask, position_ids: Integers | None) -> Unpadded:
-    """Return the real tokens of `FoldedBatch.from_padded`'s arguments; on CUDA, without waiting for them.
+    """Return the real tokens of `FoldedBatch.from_padded`'s arguments, without waiting for them.
 
-    There a bad row makes cu_seqlens start below 0: the host learns of it as it learns of all else, by the fold.
+    The fold refuses cu_seqlens that start below 0: so the host learns of a bad row as it learns of all else.
     """
     ids = as_integers("input_ids", as_tensor("input_ids", input_ids))
     given = {"input_ids": ids, "attention_mask": as_mask("attention_mask", attention_mask)}
@@ -47,25 +56,12 @@ def unpad(input_ids: Integers, attention_mask: Mask, position_ids: Integers | No
         if tensor.device != ids.device:
             raise ValueError(f"{name} is on {tensor.device}, but input_ids is on {ids.device}")
     ones = given["attention_mask"]
-    mask = ones.bool()
-    lengths = mask.sum(1)
-    # A row without holes changes at most twice between padding and tokens, counting both ends as padding.
-    outside = mask.new_zeros(mask.shape[0], 1, dtype=torch.int8)
-    changes = torch.diff(mask.to(torch.int8), prepend=outside, append=outside)
-    is_bad = (changes.abs().sum(1) > 2) | (ones != mask).any(1)
-    if mask.is_cuda:
-        cu_seqlens = torch.cat([-is_bad.sum()[None], lengths.cumsum(0)])
-        # The first place up to which i + 1 tokens stand; behind the last token any place.
-        counts = torch.arange(1, mask.numel() + 1, device=mask.device)
-        places = torch.searchsorted(mask.flatten().cumsum(0), counts).clamp_(max=mask.numel() - 1)
-    else:
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        places = mask.flatten().nonzero()[:, 0]
+    mask = ones
+    if mask.dtype not in _MASKS:
+        mask = (ones != 0).int() + ((ones != 0) & (ones != 1))  # 2 for what is no mask
+    cu_seqlens, places = torch.ops.radix.unpad(mask)
     positions = given["position_ids"].flatten()[places] if position_ids is not None else None
-    found = Unpadded(ids.flatten()[places], cu_seqlens, positions, ones, is_bad)
-    if not mask.is_cuda:
-        found.check_rows()
-    return found
+    return Unpadded(ids.flatten()[places], cu_seqlens, positions, ones, places)
 
 
 def shorten(values: Tensor) -> str:

@@ -40,10 +40,12 @@ def _starts(tensors: list[Tensor]) -> list[int]:
 
 
 def _parts(buffer: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    return [
-        buffer[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
-        for start, tensor in zip(_starts(tensors), tensors, strict=False)
-    ]
+    views = {dtype: buffer.view(dtype) for dtype in {tensor.dtype for tensor in tensors}}
+    parts = []
+    for start, tensor in zip(_starts(tensors), tensors, strict=False):
+        part = views[tensor.dtype].narrow(0, start // tensor.element_size(), tensor.numel())
+        parts.append(part if tensor.dim() == 1 else part.view(tensor.shape))
+    return parts
 
 
 def _are_pinned_together(tensors: list[Tensor]) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._integers import Integers, Mask, TokenIds, as_flat_integers, as_integers, as_tensor
+from ._integers import Integers, Mask, TokenIds, as_integers, as_packed_integers, as_tensor
 from ._padded import shorten, unpad
 from ._transfer import copy_together, pin_together, to_device
 
@@ -86,12 +86,9 @@ class FoldedBatch:
             raise TypeError(f"sequences must be a list of lists of token ids, got {type(sequences).__name__}")
         if not isinstance(sequences, Sequence) and sequences.ndim == 0:
             raise ValueError("sequences must be a list of lists of token ids, got shape []")
-        tensors = [as_flat_integers(f"sequences[{i}]", sequence) for i, sequence in enumerate(sequences)]
-        place = next((x.device for x in tensors if x.device.type != "cpu"), torch.device("cpu"))
-        tensors = [tensor.to(place) for tensor in tensors]
-        cu_seqlens = torch.tensor([0] + [len(tensor) for tensor in tensors], device="cpu").cumsum(0)
-        input_ids = torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int64, device=place)
-        batch = fold(input_ids, to_device(cu_seqlens, place), pad_multiple_of=pad_multiple_of)
+        input_ids, lengths = as_packed_integers("sequences", sequences)
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int64, device="cpu")
+        batch = fold(input_ids, to_device(cu_seqlens, input_ids.device), pad_multiple_of=pad_multiple_of)
         return batch if device is None else batch.to(device, non_blocking=True)
 
     @classmethod
@@ -114,13 +111,7 @@ class FoldedBatch:
         and arrays and for other dtypes, ValueError for shapes or devices that differ, a mask with other values than 0
         and 1, and a mask with a hole.
         """
-        tokens = unpad(input_ids, attention_mask, position_ids)
-        op = "fold_plan_front" if tokens.input_ids.is_cuda else "fold_plan"
-        try:
-            batch = _fold_by(op, tokens.input_ids, tokens.cu_seqlens, tokens.position_ids, pad_multiple_of)
-        except ValueError:
-            tokens.check_rows()
-            raise
+        batch, _ = fold_padded(input_ids, attention_mask, position_ids, pad_multiple_of)
         return batch if device is None else batch.to(device, non_blocking=True)
 
     @property
@@ -277,7 +268,29 @@ def fold(
     of other integers become int64; to check uint64 on CUDA, the host waits once more. Exact for every input. Raises
     TypeError for types and dtypes (bool is no integer), ValueError for shapes, devices and values.
     """
-    return _fold_by("fold_plan", input_ids, cu_seqlens, position_ids, pad_multiple_of)
+    return _fold(input_ids, cu_seqlens, position_ids, pad_multiple_of)
+
+
+class HoleError(ValueError):
+    """A row of a padded batch's mask is no unbroken stretch of 1s."""
+
+
+def fold_padded(
+    input_ids: Integers, attention_mask: Mask, position_ids: Integers | None, pad_multiple_of: int = 1
+) -> tuple[FoldedBatch, Tensor]:
+    """Return `FoldedBatch.from_padded`, and where its packed tokens stand in the flat padded batch, int64 [N].
+
+    Raises HoleError for a mask with a hole or other values than 0 and 1, all else as `FoldedBatch.from_padded` does.
+    """
+    tokens = unpad(input_ids, attention_mask, position_ids)
+    try:
+        batch = _fold(tokens.input_ids, tokens.cu_seqlens, tokens.position_ids, pad_multiple_of, front=True)
+    except ValueError:
+        reason = tokens.why_broken()
+        if reason is not None:
+            raise HoleError(reason) from None
+        raise
+    return batch, tokens.places[: batch.num_tokens]
 
 
 def pack(
@@ -303,6 +316,9 @@ def pack(
 
     device = ids.device
     tokens = torch.arange(num_tokens, dtype=torch.int32, device=device)
+    if positions is None:
+        sequences = torch.searchsorted(cu_seqlens, tokens.to(cu_seqlens.dtype), right=True) - 1
+        positions = tokens.long() - cu_seqlens[sequences]
     indptr = torch.arange(num_tokens + padding + 1, dtype=torch.int32, device=device).clamp_(max=num_tokens)
     runs = [s for s, length in enumerate(lengths) if length]
     run_sequences = to_device(torch.tensor(runs, dtype=torch.int32, device="cpu"), device)
@@ -328,19 +344,25 @@ def pack(
     )
 
 
-def _fold_by(
-    op: str, input_ids: Integers, cu_seqlens: Integers, position_ids: Integers | None, pad_multiple_of: int
+def _fold(
+    input_ids: Integers,
+    cu_seqlens: Integers,
+    position_ids: Integers | None,
+    pad_multiple_of: int,
+    front: bool = False,
 ) -> FoldedBatch:
-    """Fold by radix::fold_plan, or by radix::fold_plan_front, which leaves out tokens behind the end of cu_seqlens."""
+    """Fold by radix::fold_batch; with `front`, tokens behind the end of cu_seqlens are left out."""
     ids, ends, positions = _check(input_ids, cu_seqlens, position_ids, pad_multiple_of)
+    from_zero = positions is None
+    given = ids if positions is None else positions
     try:
-        found: list[Any] = getattr(torch.ops.radix, op)(ids, positions, ends, pad_multiple_of)
+        found: list[Any] = torch.ops.radix.fold_batch(ids, given, ends, pad_multiple_of, from_zero, front)
     except RuntimeError as error:
-        if not str(error).startswith(f"radix::{op}: "):
+        if not str(error).startswith("radix::fold_batch: "):
             raise
-        raise ValueError(str(error).removeprefix(f"radix::{op}: ")) from None
-    *tables, counts = found
-    return FoldedBatch(*[*tables, ends.to(torch.int32), *counts.tolist()])
+        raise ValueError(str(error).removeprefix("radix::fold_batch: ")) from None
+    *tables, counts, ends = found
+    return FoldedBatch(*[*tables, ends, *counts.tolist()])
 
 
 def _require(is_right: Tensor, message: str) -> None:
@@ -350,8 +372,8 @@ def _require(is_right: Tensor, message: str) -> None:
 
 def _check(
     input_ids: Integers, cu_seqlens: Integers, position_ids: Integers | None, pad_multiple_of: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return input_ids, cu_seqlens and position_ids for the op, after the checks that need no look at values."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return input_ids, cu_seqlens and position_ids, if given, after the checks that need no look at values."""
     given: dict[str, Any] = {"input_ids": input_ids, "cu_seqlens": cu_seqlens}
     given |= {} if position_ids is None else {"position_ids": position_ids}
     for name, values in given.items():
@@ -365,21 +387,8 @@ def _check(
         raise TypeError(f"pad_multiple_of must be an int, got {type(pad_multiple_of).__name__}")
     if not 1 <= pad_multiple_of < 2**31:
         raise ValueError(f"pad_multiple_of must be from 1 to {2**31 - 1}, got {pad_multiple_of}")
-    if positions is None:
-        return ids, ends, _positions_from_zero(ids, ends)
-    if positions.shape != ids.shape:
+    if positions is not None and positions.shape != ids.shape:
         raise ValueError(
             f"position_ids must be as long as input_ids, got {positions.shape[0]} positions for {ids.shape[0]} tokens"
         )
     return ids, ends, positions
-
-
-def _positions_from_zero(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Return each token's distance [N] to the start of its sequence, for any cu_seqlens: the fold judges its values."""
-    num_tokens = input_ids.shape[0]
-    tokens = torch.arange(num_tokens, dtype=torch.int64, device=input_ids.device)
-    if cu_seqlens.shape[0] == 0:
-        return tokens
-    # The last sequence start at or before each token; malformed cu_seqlens give some index in range.
-    sequence = torch.searchsorted(cu_seqlens, tokens.to(cu_seqlens.dtype), right=True) - 1
-    return tokens - cu_seqlens[sequence.clamp_(min=0)]

@@ -19,9 +19,9 @@ from helpers.doors import PUBLIC
 PACKAGE = Path(radix_ops.__file__).parent
 ROOT = Path(__file__).parents[1]
 OPS = [
-    "common_prefix_lengths", "cut_batches", "flash_attention", "fold", "fold_plan", "fold_plan_front", "gather",
-    "gather_kv", "lexicographic_order", "scatter_add", "scatter_add_kv", "trie_attention", "trie_attention_rows",
-    "trie_order", "varlen_attention",
+    "common_prefix_lengths", "cut_batches", "flash_attention", "fold", "fold_batch", "fold_plan", "gather", "gather_kv",
+    "lexicographic_order", "scatter_add", "scatter_add_kv", "trie_attention", "trie_attention_rows", "trie_order",
+    "unpad", "varlen_attention",
 ]  # fmt: skip
 NO_PAGE = {
     "radix_ops.cli": "docs/command.md describes the command",

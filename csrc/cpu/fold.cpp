@@ -1,4 +1,4 @@
-// radix::fold and radix::fold_plan on the CPU.
+// radix::fold, radix::fold_plan and radix::fold_batch on the CPU.
 #include "../fold.h"
 #include "fold_trie.h"
 #include "inverse.h"
@@ -49,20 +49,31 @@ Folded build(
   return Folded{compact_ids, compact_positions, unfold_index, fold_index, std::move(bounds), trie.runs()};
 }
 
+Tensor positions_from_zero(const std::vector<int64_t>& bounds) {
+  Tensor positions = empty_at(cpu(), bounds.back(), aoti_torch_dtype_int64());
+  int64_t* position = positions.mutable_data_ptr<int64_t>();
+  for (size_t s = 0; s + 1 < bounds.size(); ++s) {
+    fill_range(position + bounds[s], int64_t{0}, bounds[s + 1] - bounds[s]);
+  }
+  return positions;
+}
+
 Folded check_and_build(
     const char* op,
     const Tensor& input_ids,
     const Tensor& position_ids,
     const Tensor& cu_seqlens,
     int64_t pad_multiple_of,
+    bool from_zero = false,
     bool front = false) {
   check_fold_arguments(op, input_ids, position_ids, cu_seqlens, pad_multiple_of, cpu());
   std::vector<int64_t> bounds = bounds_of(op, cu_seqlens, input_ids.size(0), front);
+  const Tensor positions = from_zero ? positions_from_zero(bounds) : position_ids;
   const bool narrow_ids = is_int32(input_ids);
-  const bool narrow_positions = is_int32(position_ids);
+  const bool narrow_positions = is_int32(positions);
   auto* const build_for = narrow_ids ? (narrow_positions ? &build<int32_t, int32_t> : &build<int32_t, int64_t>)
                                      : (narrow_positions ? &build<int64_t, int32_t> : &build<int64_t, int64_t>);
-  return build_for(op, input_ids, position_ids, std::move(bounds), pad_multiple_of);
+  return build_for(op, input_ids, positions, std::move(bounds), pad_multiple_of);
 }
 
 Fold fold_cpu(const Tensor& input_ids, const Tensor& position_ids, const Tensor& cu_seqlens, int64_t pad_multiple_of) {
@@ -153,9 +164,18 @@ Plan fold_plan_cpu(
   return plan_of(check_and_build("fold_plan", input_ids, position_ids, cu_seqlens, pad_multiple_of));
 }
 
-Plan fold_plan_front_cpu(
-    const Tensor& input_ids, const Tensor& position_ids, const Tensor& cu_seqlens, int64_t pad_multiple_of) {
-  return plan_of(check_and_build("fold_plan_front", input_ids, position_ids, cu_seqlens, pad_multiple_of, true));
+BatchTables fold_batch_cpu(
+    const Tensor& input_ids,
+    const Tensor& position_ids,
+    const Tensor& cu_seqlens,
+    int64_t pad_multiple_of,
+    bool from_zero,
+    bool front) {
+  const Folded folded =
+      check_and_build("fold_batch", input_ids, position_ids, cu_seqlens, pad_multiple_of, from_zero, front);
+  Tensor ends = empty_at(cpu(), static_cast<int64_t>(folded.bounds.size()), aoti_torch_dtype_int32());
+  std::copy(folded.bounds.begin(), folded.bounds.end(), ends.mutable_data_ptr<int32_t>());
+  return std::tuple_cat(plan_of(folded), std::tuple(ends));
 }
 
 }  // namespace
@@ -164,5 +184,5 @@ Plan fold_plan_front_cpu(
 STABLE_TORCH_LIBRARY_IMPL(radix, CPU, m) {
   m.impl("fold", TORCH_BOX(&radix::fold_cpu));
   m.impl("fold_plan", TORCH_BOX(&radix::fold_plan_cpu));
-  m.impl("fold_plan_front", TORCH_BOX(&radix::fold_plan_front_cpu));
+  m.impl("fold_batch", TORCH_BOX(&radix::fold_batch_cpu));
 }

@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <initializer_list>
 
 // Weak, so that the library still loads beside a torch without CUDA, which lacks it.
@@ -105,6 +106,27 @@ class Device {
   int before_ = 0;
   bool restore_ = false;
   cudaStream_t stream_ = nullptr;
+};
+
+// How many blocks of each of some kernels a device runs at once. Each device is asked once.
+class ConcurrentBlocks {
+ public:
+  template <typename... Kernels>
+  int64_t of(const Place& place, const Device& device, Kernels... kernels) {
+    std::atomic<int64_t>* const remembered = place.index < kDevices ? &known_[place.index] : nullptr;
+    int64_t blocks = remembered ? remembered->load(std::memory_order_relaxed) : 0;
+    if (blocks == 0) {
+      blocks = std::min({device.concurrent_blocks(kernels)...});
+      if (remembered) {
+        remembered->store(blocks, std::memory_order_relaxed);
+      }
+    }
+    return blocks;
+  }
+
+ private:
+  static constexpr int kDevices = 64;
+  std::atomic<int64_t> known_[kDevices]{};
 };
 
 // Runs body(i) for each i in [0, count) that falls to this thread of a launch_over.

@@ -1,17 +1,28 @@
-// radix::fold and radix::fold_plan on CUDA.
+// radix::fold, radix::fold_plan and radix::fold_batch on CUDA.
 //
 // The kernels merge tokens by hashes and compare what they merged (see fold_kernels.cuh). Where two paths had one hash,
 // or a token found no slot within a few steps, all is done again under another key and, should that fail too, the
 // representatives are found by sorting, without a hash (see path_names.cuh). Nothing but a Summary travels to the host.
 #include "../fold.h"
-#include "fold_kernels.cuh"
+#include "fold_tables.cuh"
 #include "inverse.cuh"
 #include "path_names.cuh"
-
-#include <atomic>
+#include "pinned.cuh"
 
 namespace radix {
 namespace {
+
+// The most sequences, and tokens times sequences, of a fold whose inverses write_tables makes: to look into all later
+// sequences takes no longer than a sort then.
+constexpr int64_t kFewSequencesToSearch = 512;
+constexpr int64_t kFewLooks = int64_t{1} << 25;
+
+struct How {
+  bool from_zero = false;  // position_ids are not read
+  bool front = false;
+  HashKey key = HashKey::draw();
+  uint64_t hash_bits = ~uint64_t{0};
+};
 
 // One fold, from the checks of its arguments to its outputs.
 class DeviceFold {
@@ -22,14 +33,12 @@ class DeviceFold {
       const Tensor& position_ids,
       const Tensor& cu_seqlens,
       int64_t pad_multiple_of,
-      bool front = false,
-      const HashKey& key = HashKey::draw(),
-      uint64_t hash_bits = ~uint64_t{0})
+      const How& how)
       : op_(op),
         place_(cuda_place({&input_ids, &position_ids, &cu_seqlens})),
         device_(op, checked(op, input_ids, position_ids, cu_seqlens, pad_multiple_of, place_)),
         ids_(as_contiguous(input_ids)),
-        positions_(as_contiguous(position_ids)),
+        positions_(how.from_zero ? Tensor() : as_contiguous(position_ids)),
         cu_seqlens_(as_contiguous(cu_seqlens)) {
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     check_cuda(op, cudaStreamIsCapturing(device_.stream(), &capture));
@@ -39,14 +48,15 @@ class DeviceFold {
         "a CUDA graph is being captured, but the number of rows must reach the host; fold before the capture");
     steps_.batch = Batch{
         integers_of(ids_),
-        integers_of(positions_),
+        how.from_zero ? Integers{nullptr, /*wide=*/true} : integers_of(positions_),
         integers_of(cu_seqlens_),
         ids_.size(0),
         cu_seqlens_.size(0) - 1,
         nullptr,
-        front,
-        key};
-    steps_.table.hash_bits = hash_bits;
+        how.from_zero,
+        how.front,
+        how.key};
+    steps_.table.hash_bits = how.hash_bits;
     if (steps_.batch.num_sequences == 0) {
       // No token has a sequence: cu_seqlens holds one number, which must be 0 and the number of tokens.
       host_bounds();
@@ -59,54 +69,44 @@ class DeviceFold {
   }
 
   Fold outputs() {
-    write_rows_to(nullptr);
+    Tables out{};
+    add_rows(out);
+    write<false>(out);
     return {out_ids_, out_positions_, unfold_index_, fold_index_};
   }
 
-  Plan plan() {
-    const int32_t int32 = aoti_torch_dtype_int32();
-    Tensor kv_index = empty(summary_.kv_rows);
-    write_rows_to(kv_index.mutable_data_ptr<int32_t>());
-    Tensor run_sequences = empty(summary_.runs);
-    Tensor cu_seqlens_q = empty(summary_.runs + 1);
-    Tensor cu_seqlens_k = empty(summary_.runs + 1);
-    device_.launch_over(
-        std::max<int64_t>(steps_.batch.num_sequences, 1),
-        &write_runs,
-        steps_,
-        run_sequences.mutable_data_ptr<int32_t>(),
-        cu_seqlens_q.mutable_data_ptr<int32_t>(),
-        cu_seqlens_k.mutable_data_ptr<int32_t>());
-    auto inverse_of = [&](const Tensor& index) {
-      std::pair<Tensor, Tensor> inverse{empty(num_rows_ + 1), empty(index.size(0))};
-      invert_index(
-          op_,
-          place_,
-          device_,
-          integers_of(index),
-          index.size(0),
-          num_rows_,
-          inverse.first.mutable_data_ptr<int32_t>(),
-          inverse.second.mutable_data_ptr<int32_t>());
-      return inverse;
-    };
-    auto copy_of = [&](const Tensor& tensor) {
-      Tensor copy = empty(tensor.size(0));
-      check_cuda(
-          op_,
-          cudaMemcpyAsync(
-              copy.mutable_data_ptr(),
-              tensor.const_data_ptr(),
-              tensor.size(0) * sizeof(int32_t),
-              cudaMemcpyDeviceToDevice,
-              device_.stream()));
-      return copy;
-    };
-    auto [unfold_indptr, unfold_members] = inverse_of(unfold_index_);
-    // Where every sequence adds rows, the K/V rows are those of all tokens and the two inverses are one.
-    auto [kv_indptr, kv_members] = summary_.kv_rows == steps_.batch.num_tokens
-                                       ? std::pair(copy_of(unfold_indptr), copy_of(unfold_members))
-                                       : inverse_of(kv_index);
+  Plan plan(Tensor* cu_seqlens = nullptr) {
+    Tables out{};
+    add_rows(out);
+    Tensor kv_index = add(out.kv_index, summary_.kv_rows);
+    Tensor run_sequences = add(out.run_sequences, summary_.runs);
+    Tensor cu_seqlens_q = add(out.cu_seqlens_q, summary_.runs + 1);
+    Tensor cu_seqlens_k = add(out.cu_seqlens_k, summary_.runs + 1);
+    if (cu_seqlens != nullptr) {
+      *cu_seqlens = add(out.cu_seqlens, steps_.batch.num_sequences + 1);
+    }
+    Tensor unfold_indptr = empty(num_rows_ + 1);
+    Tensor unfold_members = empty(steps_.batch.num_tokens);
+    Tensor kv_indptr = empty(num_rows_ + 1);
+    Tensor kv_members = empty(summary_.kv_rows);
+    if (steps_.batch.num_sequences <= kFewSequencesToSearch &&
+        steps_.batch.num_sequences * steps_.batch.num_tokens <= kFewLooks) {
+      out.unfold_indptr = unfold_indptr.mutable_data_ptr<int32_t>();
+      out.unfold_members = unfold_members.mutable_data_ptr<int32_t>();
+      out.kv_indptr = kv_indptr.mutable_data_ptr<int32_t>();
+      out.kv_members = kv_members.mutable_data_ptr<int32_t>();
+      write<true>(out);
+    } else {
+      write<false>(out);
+      invert(unfold_index_, unfold_indptr, unfold_members);
+      if (summary_.kv_rows == steps_.batch.num_tokens) {
+        // Where every sequence adds rows, the K/V rows are those of all tokens and the two inverses are one.
+        copy(unfold_indptr, kv_indptr);
+        copy(unfold_members, kv_members);
+      } else {
+        invert(kv_index, kv_indptr, kv_members);
+      }
+    }
     Tensor counts = empty_at(cpu(), 4, aoti_torch_dtype_int64());
     int64_t* count = counts.mutable_data_ptr<int64_t>();
     count[0] = summary_.rows;
@@ -150,11 +150,20 @@ class DeviceFold {
     return empty_at(place_, length, aoti_torch_dtype_int32());
   }
 
+  // Returns a new table of `length` entries and points to it.
+  Tensor add(int32_t*& table, int64_t length) const {
+    Tensor tensor = empty(length);
+    table = tensor.mutable_data_ptr<int32_t>();
+    return tensor;
+  }
+
   void fold() {
     const int64_t num_tokens = steps_.batch.num_tokens;
     const int64_t num_sequences = steps_.batch.num_sequences;
+    static ConcurrentBlocks known;
+    const int64_t most = known.of(place_, device_, &run_steps<false>, &run_steps<true>, &write_tables<true>);
     const int64_t wanted = (std::max(num_tokens, num_sequences) + kThreads - 1) / kThreads;
-    blocks_ = static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, most_blocks()));
+    blocks_ = static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, most));
     // The longest search decides the time of a small fold, and an emptier table shortens it.
     const bool is_small = num_tokens < (1 << 20);
     const int64_t slots_each = is_small ? 4 : 2;
@@ -213,31 +222,18 @@ class DeviceFold {
     RADIX_CHECK(summary_.verified, op_, "the arguments changed while they were read");
   }
 
-  // Returns how many blocks of run_steps the device runs at once; it is asked once.
-  int64_t most_blocks() const {
-    constexpr int kDevices = 64;
-    static std::atomic<int64_t> known[kDevices];
-    std::atomic<int64_t>* const remembered = place_.index < kDevices ? &known[place_.index] : nullptr;
-    int64_t blocks = remembered ? remembered->load(std::memory_order_relaxed) : 0;
-    if (blocks == 0) {
-      blocks = std::min(device_.concurrent_blocks(&run_steps<false>), device_.concurrent_blocks(&run_steps<true>));
-      if (remembered) {
-        remembered->store(blocks, std::memory_order_relaxed);
-      }
-    }
-    return blocks;
-  }
-
   void copy_summary() {
+    const Pinned<Summary> pinned(op_);
     check_cuda(
         op_,
         cudaMemcpyAsync(
-            &summary_,
+            pinned.get(),
             steps_.summaries + steps_.batch.num_sequences - 1,
             sizeof(Summary),
             cudaMemcpyDeviceToHost,
             device_.stream()));
     check_cuda(op_, cudaStreamSynchronize(device_.stream()));
+    summary_ = *pinned.get();
   }
 
   // Raises what the CPU raises for malformed cu_seqlens, from a copy.
@@ -255,25 +251,59 @@ class DeviceFold {
     bounds_of(op_, copy, steps_.batch.num_tokens, steps_.batch.front);
   }
 
-  void write_rows_to(int32_t* kv_index) {
+  void add_rows(Tables& out) {
     if (steps_.batch.num_sequences == 0) {
       unfold_index_ = empty(0);
     }
     out_ids_ = empty_at(place_, num_rows_, dtype_code_of(ids_));
-    out_positions_ = empty_at(place_, num_rows_, dtype_code_of(positions_));
-    fold_index_ = empty(num_rows_);
-    device_.launch_over(
-        std::max(steps_.batch.num_tokens, num_rows_ - summary_.rows),
-        &write_rows,
-        steps_,
-        static_cast<int64_t>(summary_.rows),
+    out_positions_ =
+        empty_at(place_, num_rows_, steps_.batch.positions.wide ? aoti_torch_dtype_int64() : aoti_torch_dtype_int32());
+    out.num_nodes = summary_.rows;
+    out.num_rows = num_rows_;
+    out.num_kv_rows = summary_.kv_rows;
+    out.ids = out_ids_.mutable_data_ptr();
+    out.positions = out_positions_.mutable_data_ptr();
+    out.unfold_index = unfold_index_.mutable_data_ptr<int32_t>();
+    fold_index_ = add(out.fold_index, num_rows_);
+  }
+
+  template <bool kInverts>
+  void write(Tables out) const {
+    const unsigned blocks = std::max(blocks_, 1u);
+    Workspace workspace;
+    if constexpr (kInverts) {
+      const int64_t before_at = workspace.add<Members>(steps_.batch.num_tokens);
+      const int64_t totals_at = workspace.add<Members>(blocks);
+      workspace.allocate(place_);
+      out.before = workspace.at<Members>(before_at);
+      out.totals = workspace.at<Members>(totals_at);
+      device_.launch_cooperative(&write_tables<true>, blocks, Writing{steps_, out});
+    } else {
+      device_.launch(&write_tables<false>, dim3(blocks), dim3(kThreads), Writing{steps_, out});
+    }
+  }
+
+  void invert(const Tensor& index, Tensor& indptr, Tensor& members) const {
+    invert_index(
+        op_,
+        place_,
+        device_,
+        integers_of(index),
+        index.size(0),
         num_rows_,
-        Outputs{
-            out_ids_.mutable_data_ptr(),
-            out_positions_.mutable_data_ptr(),
-            unfold_index_.mutable_data_ptr<int32_t>(),
-            fold_index_.mutable_data_ptr<int32_t>(),
-            kv_index});
+        indptr.mutable_data_ptr<int32_t>(),
+        members.mutable_data_ptr<int32_t>());
+  }
+
+  void copy(const Tensor& from, Tensor& to) const {
+    check_cuda(
+        op_,
+        cudaMemcpyAsync(
+            to.mutable_data_ptr(),
+            from.const_data_ptr(),
+            from.size(0) * sizeof(int32_t),
+            cudaMemcpyDeviceToDevice,
+            device_.stream()));
   }
 
   const char* op_;
@@ -295,17 +325,26 @@ class DeviceFold {
 };
 
 Fold fold_cuda(const Tensor& input_ids, const Tensor& position_ids, const Tensor& cu_seqlens, int64_t pad_multiple_of) {
-  return DeviceFold("fold", input_ids, position_ids, cu_seqlens, pad_multiple_of).outputs();
+  return DeviceFold("fold", input_ids, position_ids, cu_seqlens, pad_multiple_of, How{}).outputs();
 }
 
 Plan fold_plan_cuda(
     const Tensor& input_ids, const Tensor& position_ids, const Tensor& cu_seqlens, int64_t pad_multiple_of) {
-  return DeviceFold("fold_plan", input_ids, position_ids, cu_seqlens, pad_multiple_of).plan();
+  return DeviceFold("fold_plan", input_ids, position_ids, cu_seqlens, pad_multiple_of, How{}).plan();
 }
 
-Plan fold_plan_front_cuda(
-    const Tensor& input_ids, const Tensor& position_ids, const Tensor& cu_seqlens, int64_t pad_multiple_of) {
-  return DeviceFold("fold_plan_front", input_ids, position_ids, cu_seqlens, pad_multiple_of, true).plan();
+BatchTables fold_batch_cuda(
+    const Tensor& input_ids,
+    const Tensor& position_ids,
+    const Tensor& cu_seqlens,
+    int64_t pad_multiple_of,
+    bool from_zero,
+    bool front) {
+  DeviceFold fold(
+      "fold_batch", input_ids, position_ids, cu_seqlens, pad_multiple_of, How{.from_zero = from_zero, .front = front});
+  Tensor ends;
+  const Plan plan = fold.plan(&ends);
+  return std::tuple_cat(plan, std::tuple(ends));
 }
 
 // Serves tests: returns what fold_plan does with the HashKey that is given and hashes of `hash_bits` bits, and how many
@@ -325,7 +364,7 @@ decltype(std::tuple_cat(std::declval<Plan>(), std::declval<std::tuple<int64_t>>(
   const HashKey given{
       static_cast<uint64_t>(numbers[0]), static_cast<uint64_t>(numbers[1]), static_cast<uint64_t>(numbers[2])};
   const uint64_t bits = hash_bits == 64 ? ~uint64_t{0} : (uint64_t{1} << hash_bits) - 1;
-  DeviceFold fold(op, input_ids, position_ids, cu_seqlens, 1, false, given, bits);
+  DeviceFold fold(op, input_ids, position_ids, cu_seqlens, 1, How{.key = given, .hash_bits = bits});
   return std::tuple_cat(fold.plan(), std::tuple(fold.ways_tried()));
 }
 
@@ -342,6 +381,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(radix, m) {
 STABLE_TORCH_LIBRARY_IMPL(radix, CUDA, m) {
   m.impl("fold", TORCH_BOX(&radix::fold_cuda));
   m.impl("fold_plan", TORCH_BOX(&radix::fold_plan_cuda));
-  m.impl("fold_plan_front", TORCH_BOX(&radix::fold_plan_front_cuda));
+  m.impl("fold_batch", TORCH_BOX(&radix::fold_batch_cuda));
   m.impl("_fold_by_key", TORCH_BOX(&radix::fold_by_key));
 }

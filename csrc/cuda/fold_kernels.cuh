@@ -1,4 +1,5 @@
-// The kernels of a fold, from hashes of paths to compact rows.
+// The kernel of a fold up to what the host must know of it, from hashes of paths on. fold_tables.cuh holds the next
+// one.
 //
 // Every token is looked up in a hash table by a hash of its path, and the first token of each path represents it. Then
 // each token that is not first is compared with its representative: token, position, and the representatives of the
@@ -304,80 +305,6 @@ __global__ void __launch_bounds__(kThreads, 3) run_steps(Steps steps) {
   for (int64_t sequence = sequences.begin + threadIdx.x; sequence < sequences.end; sequence += kThreads) {
     steps.summaries[sequence] = Combine{}(earlier, steps.summaries[sequence]);
   }
-}
-
-// The rows that one sequence adds, from the summaries of the sequences up to it.
-struct Added {
-  int64_t start;
-  int64_t length;
-  int64_t count;  // its last tokens
-  int64_t first_row;
-  int64_t first_kv_row;
-
-  __device__ Added(const Steps& steps, int64_t sequence)
-      : start(steps.batch.cu_seqlens[sequence]),
-        length(steps.batch.length(sequence)),
-        count(length - steps.shared[sequence]),
-        first_row(sequence > 0 ? steps.summaries[sequence - 1].rows : 0),
-        first_kv_row(sequence > 0 ? steps.summaries[sequence - 1].kv_rows : 0) {
-  }
-
-  __device__ int64_t row_of(int64_t token) const {
-    return first_row + (token - (start + length - count));
-  }
-};
-
-struct Outputs {
-  void* ids;
-  void* positions;
-  int32_t* unfold_index;
-  int32_t* fold_index;
-  int32_t* kv_index;  // null where no plan is wanted
-};
-
-__device__ inline void store(void* data, bool wide, int64_t i, int64_t value) {
-  if (wide) {
-    static_cast<int64_t*>(data)[i] = value;
-  } else {
-    static_cast<int32_t*>(data)[i] = static_cast<int32_t>(value);
-  }
-}
-
-static __global__ void write_rows(Steps steps, int64_t num_nodes, int64_t num_rows, Outputs out) {
-  const Batch& batch = steps.batch;
-  for_each(batch.num_tokens, [&](int64_t token) {
-    const int32_t first = steps.representatives[token];
-    const int64_t row = Added(steps, batch.sequences[first]).row_of(first);
-    out.unfold_index[token] = static_cast<int32_t>(row);
-    if (first == token) {
-      store(out.ids, batch.ids.wide, row, batch.ids[token]);
-      store(out.positions, batch.positions.wide, row, batch.positions[token]);
-      out.fold_index[row] = static_cast<int32_t>(token);
-    }
-    if (out.kv_index != nullptr) {
-      const Added own(steps, batch.sequences[token]);
-      if (own.count > 0) {
-        out.kv_index[own.first_kv_row + (token - own.start)] = static_cast<int32_t>(row);
-      }
-    }
-  });
-  for_each(num_rows - num_nodes, [&](int64_t i) {
-    store(out.ids, batch.ids.wide, num_nodes + i, 0);
-    store(out.positions, batch.positions.wide, num_nodes + i, 0);
-    out.fold_index[num_nodes + i] = 0;
-  });
-}
-
-static __global__ void write_runs(Steps steps, int32_t* run_sequences, int32_t* cu_seqlens_q, int32_t* cu_seqlens_k) {
-  for_each(steps.batch.num_sequences, [&](int64_t sequence) {
-    if (Added(steps, sequence).count > 0) {
-      const Summary& summary = steps.summaries[sequence];
-      run_sequences[summary.runs - 1] = static_cast<int32_t>(sequence);
-      cu_seqlens_q[summary.runs] = summary.rows;
-      cu_seqlens_k[summary.runs] = summary.kv_rows;
-    }
-  });
-  for_each(1, [&](int64_t) { cu_seqlens_q[0] = cu_seqlens_k[0] = 0; });
 }
 
 }  // namespace radix

@@ -27,7 +27,7 @@ struct Order {
 
 __global__ void list_tokens(Batch batch, Stretch* stretches) {
   for_each(batch.num_tokens, [&](int64_t token) {
-    stretches[token] = Stretch{batch.ids[token], batch.positions[token], static_cast<int32_t>(token)};
+    stretches[token] = Stretch{batch.ids[token], batch.position(token), static_cast<int32_t>(token)};
   });
 }
 

@@ -4,41 +4,62 @@
 
 #include <torch/headeronly/macros/Macros.h>
 
+#include <cub/block/block_scan.cuh>
 #include <cub/device/device_scan.cuh>
 
 namespace radix {
 namespace {
 
 // Another stream may write to the tensors, so a copy is checked and used.
+__device__ inline void copy_end(const TrieOrder& order, int64_t i, int32_t* starts, int32_t* firsts) {
+  const int64_t start = order.starts[i];
+  const int64_t first = order.firsts[i];
+  CUDA_KERNEL_ASSERT(start >= 0 && start <= order.num_rows && "cu_seqlens_q must be a fold's");
+  CUDA_KERNEL_ASSERT(first >= 0 && first <= order.num_tokens && "cu_seqlens_k must be a fold's");
+  starts[i] = static_cast<int32_t>(start);
+  firsts[i] = static_cast<int32_t>(first);
+}
+
+__device__ inline void check_ends(const TrieOrder& order, int64_t run) {
+  CUDA_KERNEL_ASSERT(order.has_sound_ends(run) && "cu_seqlens_q and cu_seqlens_k must be a fold's");
+}
+
+__device__ inline void check_parent(const TrieOrder& order, int64_t run) {
+  const bool fits = order.find_parent(run);
+  CUDA_KERNEL_ASSERT(fits && "cu_seqlens_q, cu_seqlens_k and kv_index must be a fold's");
+}
+
+// A chain of runs is no longer than a path: all threads together take at most as many steps as there are tokens.
+__device__ inline void add_size(const TrieOrder& order, int64_t run) {
+  const int32_t length = static_cast<int32_t>(order.length(run));
+  for (int64_t at = run; at >= 0; at = order.above[at]) {
+    atomicAdd(order.size + at, length);
+  }
+}
+
+__device__ inline void find_number(const TrieOrder& order, int64_t run) {
+  int32_t number = 0;
+  for (int64_t at = run; at >= 0; at = order.above[at]) {
+    number += order.hop[at];
+  }
+  order.number[run] = number;
+}
+
 __global__ void copy_ends(TrieOrder order, int32_t* starts, int32_t* firsts) {
-  for_each(order.num_runs + 1, [&](int64_t i) {
-    const int64_t start = order.starts[i];
-    const int64_t first = order.firsts[i];
-    CUDA_KERNEL_ASSERT(start >= 0 && start <= order.num_rows && "cu_seqlens_q must be a fold's");
-    CUDA_KERNEL_ASSERT(first >= 0 && first <= order.num_tokens && "cu_seqlens_k must be a fold's");
-    starts[i] = static_cast<int32_t>(start);
-    firsts[i] = static_cast<int32_t>(first);
-  });
+  for_each(order.num_runs + 1, [&](int64_t i) { copy_end(order, i, starts, firsts); });
 }
 
 __global__ void find_parents(TrieOrder order, int32_t* group) {
   for_each(order.num_runs, [&](int64_t run) {
-    CUDA_KERNEL_ASSERT(order.has_sound_ends(run) && "cu_seqlens_q and cu_seqlens_k must be a fold's");
-    const bool fits = order.find_parent(run);
-    CUDA_KERNEL_ASSERT(fits && "cu_seqlens_q, cu_seqlens_k and kv_index must be a fold's");
+    check_ends(order, run);
+    check_parent(order, run);
     group[run] = order.parent[run] + 1;
     order.size[run] = 0;
   });
 }
 
-// A chain of runs is no longer than a path: all threads together take at most as many steps as there are tokens.
 __global__ void find_sizes(TrieOrder order) {
-  for_each(order.num_runs, [&](int64_t run) {
-    const int32_t length = static_cast<int32_t>(order.length(run));
-    for (int64_t at = run; at >= 0; at = order.above[at]) {
-      atomicAdd(order.size + at, length);
-    }
-  });
+  for_each(order.num_runs, [&](int64_t run) { add_size(order, run); });
 }
 
 __global__ void rank_runs(TrieOrder order, uint32_t* sizes_by_rank) {
@@ -55,16 +76,81 @@ __global__ void find_hops(TrieOrder order) {
 }
 
 __global__ void number_runs(TrieOrder order) {
-  for_each(order.num_runs, [&](int64_t run) {
-    int32_t number = 0;
-    for (int64_t at = run; at >= 0; at = order.above[at]) {
-      number += order.hop[at];
-    }
-    order.number[run] = number;
-  });
+  for_each(order.num_runs, [&](int64_t run) { find_number(order, run); });
 }
 
 __global__ void find_rows(TrieOrder order) {
+  for_each(order.num_rows, [&](int64_t row) { order.find_row(row); });
+}
+
+// Runs so few that each block finds all that there is to know of them for itself, in shared memory.
+constexpr int kFewRuns = 1024;
+// Blocks that share the rows then; more would only do the same work of the runs once more.
+constexpr int64_t kMostBlocks = 256;
+
+__global__ void __launch_bounds__(kThreads) order_few_runs(TrieOrder order) {
+  constexpr int kRunsEach = kFewRuns / kThreads;
+  using Scan = cub::BlockScan<uint32_t, kThreads>;
+  __shared__ typename Scan::TempStorage scan;
+  __shared__ int32_t starts[kFewRuns + 1], firsts[kFewRuns + 1], parent[kFewRuns], above[kFewRuns], size[kFewRuns];
+  __shared__ int32_t number[kFewRuns], hop[kFewRuns], rank[kFewRuns], parents[kFewRuns];
+  __shared__ uint32_t sums[kFewRuns + 1];
+  const int num_runs = static_cast<int>(order.num_runs);
+  auto for_each_run = [&](auto body) {
+    for (int run = threadIdx.x; run < num_runs; run += kThreads) {
+      body(run);
+    }
+    __syncthreads();
+  };
+  for (int i = threadIdx.x; i <= num_runs; i += kThreads) {
+    copy_end(order, i, starts, firsts);
+  }
+  __syncthreads();
+  order.starts = Integers{starts, /*wide=*/false};
+  order.firsts = Integers{firsts, /*wide=*/false};
+  order.parent = parent;
+  order.above = above;
+  order.size = size;
+  order.number = number;
+  order.hop = hop;
+  order.rank = rank;
+  order.parents = parents;
+  order.sums = sums;
+  for_each_run([&](int run) { check_ends(order, run); });
+  for_each_run([&](int run) {
+    check_parent(order, run);
+    size[run] = 0;
+  });
+  for_each_run([&](int run) { add_size(order, run); });
+  for_each_run([&](int run) {
+    int before = 0;
+    for (int other = 0; other < num_runs; ++other) {
+      before += parent[other] < parent[run] || (parent[other] == parent[run] && other < run);
+    }
+    rank[run] = before;
+    parents[before] = parent[run];
+    sums[before] = static_cast<uint32_t>(size[run]);
+  });
+  uint32_t own[kRunsEach];
+  for (int i = 0; i < kRunsEach; ++i) {
+    const int at = threadIdx.x * kRunsEach + i;
+    own[i] = at < num_runs ? sums[at] : 0;
+  }
+  uint32_t total;
+  Scan(scan).ExclusiveSum(own, own, total);
+  __syncthreads();
+  for (int i = 0; i < kRunsEach; ++i) {
+    const int at = threadIdx.x * kRunsEach + i;
+    if (at < num_runs) {
+      sums[at] = own[i];
+    }
+  }
+  if (threadIdx.x == 0) {
+    sums[num_runs] = total;
+  }
+  __syncthreads();
+  for_each_run([&](int run) { order.find_hop(run); });
+  for_each_run([&](int run) { find_number(order, run); });
   for_each(order.num_rows, [&](int64_t row) { order.find_row(row); });
 }
 
@@ -76,6 +162,10 @@ Order trie_order_cuda(
   auto [order, outputs] = begin_trie_order(cu_seqlens_q, cu_seqlens_k, kv_index, num_rows, place, held);
   const int64_t num_runs = order.num_runs;
   const Device device(op, place);
+  if (num_runs <= kFewRuns) {
+    device.launch_over(std::clamp<int64_t>(num_rows, 1, kMostBlocks * kThreads), &order_few_runs, order);
+    return outputs;
+  }
   size_t scan_bytes = 0;
   auto scan = [&](void* temporary, const uint32_t* in, uint32_t* out) {
     check_cuda(op, cub::DeviceScan::ExclusiveSum(temporary, scan_bytes, in, out, num_runs + 1, device.stream()));

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .._attention import Layout
+from ..batch import HoleError
 from . import cache, guards, heads, loss, proofs, verify
-from .calls import Obstacle, makes_cache, may_return_cache, obstacle_of, size_of
+from .calls import HOLES, Obstacle, makes_cache, may_return_cache, obstacle_of, size_of
 from .fold import HARMLESS_ARGUMENTS, PaddedBatch, run_folded
 from .loss import RowLoss
 from .modes import READ, read_arguments
@@ -198,7 +199,10 @@ class StackForward(_Forward):
         if positions is None and proof.positions == "columns":
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         sees_packing = proof.packing and not makes_cache(stack, arguments)
-        padded = PaddedBatch.fold(input_ids, mask, positions, sees_packing=sees_packing)
+        try:
+            padded = PaddedBatch.fold(input_ids, mask, positions, sees_packing=sees_packing)
+        except HoleError:
+            return HOLES
         if not pays_for(padded, threshold, stack):
             sharing = padded.batch.num_tokens, padded.batch.num_rows
             reason = "its sequences share too little for folding to pay"

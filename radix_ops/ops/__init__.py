@@ -10,8 +10,14 @@ N packed tokens of B sequences make M trie nodes; with padding they are num_rows
         are the rows that each sequence adds: run_sequences [R], cu_seqlens_q [R + 1] over the rows, cu_seqlens_k
         [R + 1] over the tokens of those sequences; kv_index [K], the rows of those tokens, with its inverse kv_indptr
         [num_rows + 1], kv_members [K]; counts, int64 [4] on the CPU: M, longest run, longest and shortest sequence.
-    fold_plan_front(the same)
-        -> fold_plan of the tokens in front: N is where cu_seqlens ends, what stands behind is not looked at.
+    fold_batch(the same, from_zero=False, front=False)
+        -> fold_plan, and cu_seqlens in int32, a copy. With from_zero each sequence counts from 0, position_ids (of the
+        right length, for example input_ids) are not read and the rows' positions are int64. With front the tokens are
+        those in front: N is where cu_seqlens ends, what stands behind is not looked at.
+    unpad(attention_mask [B, T], bool, int32 or int64)
+        -> cu_seqlens, int32 [B + 1], places, int64 [B * T]: packed token i of a padded batch, whose rows are stretches
+        of 1s with 0s around them, is at places[i] of the flat batch; behind the last token places are 0. If rows are
+        no such stretches, cu_seqlens starts with minus their number, which no fold takes.
     gather(x [R, ...], index [N])
         -> x[index] [N, ...], of any dtype.
     scatter_add(src [N, ...], index [N], num_rows)

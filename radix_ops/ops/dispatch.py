@@ -11,7 +11,8 @@ from . import flash, trie, trie_rows, varlen
 _ALL_OPS = (
     "fold",
     "fold_plan",
-    "fold_plan_front",
+    "fold_batch",
+    "unpad",
     "gather",
     "gather.csr",
     "gather_kv",

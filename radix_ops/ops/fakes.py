@@ -59,10 +59,18 @@ def _fold_plan_fake(input_ids, position_ids, cu_seqlens, pad_multiple_of=1):
     return _plan_outputs(input_ids, position_ids, input_ids.shape[0])
 
 
-@torch.library.register_fake("radix::fold_plan_front")
-def _fold_plan_front_fake(input_ids, position_ids, cu_seqlens, pad_multiple_of=1):
-    _check_fold("fold_plan_front", input_ids, position_ids, cu_seqlens)
-    return _plan_outputs(input_ids, position_ids, _new_size())
+@torch.library.register_fake("radix::fold_batch")
+def _fold_batch_fake(input_ids, position_ids, cu_seqlens, pad_multiple_of=1, from_zero=False, front=False):
+    _check_fold("fold_batch", input_ids, position_ids, cu_seqlens)
+    positions = input_ids.new_empty(0, dtype=torch.int64) if from_zero else position_ids
+    tables = _plan_outputs(input_ids, positions, _new_size() if front else input_ids.shape[0])
+    return *tables, _index_like(input_ids, cu_seqlens.shape[0])
+
+
+@torch.library.register_fake("radix::unpad")
+def _unpad_fake(attention_mask):
+    lengths = attention_mask.shape[0] + 1, attention_mask.numel()
+    return _index_like(attention_mask, lengths[0]), attention_mask.new_empty(lengths[1], dtype=torch.int64)
 
 
 def _gather_fake(op, x, index, *inverse):

@@ -26,8 +26,8 @@ def random_batch(rng):
         arrays[1] = random_positions(rng, sequences)
     arrays = [x.to(torch.int32) if rng.integers(2) else x for x in arrays]
     multiple = int(rng.choice([1, 1, 4]))
-    *tensors, counts = RADIX.fold_plan(*arrays, multiple)
-    batch = FoldedBatch(*tensors, arrays[2].to(torch.int32), *counts.tolist())
+    *tensors, counts, ends = RADIX.fold_batch(*arrays, multiple)
+    batch = FoldedBatch(*tensors, ends, *counts.tolist())
     if rng.integers(2):
         wide = {name: getattr(batch, name) for name in TABLES}
         batch = FoldedBatch(**{k: x.long() if isinstance(x, torch.Tensor) else x for k, x in wide.items()})
@@ -44,8 +44,12 @@ def random_call(rng, name, made):
     def numbers(*shape):
         return torch.randn(shape).to(dtype)
 
+    if name == "fold_batch":
+        return RADIX.fold_batch, (*arrays, multiple, bool(rng.integers(2)), bool(rng.integers(2)))
     if name in ORACLES_OF_FOLDS:
         return getattr(RADIX, name), (*arrays, multiple)
+    if name == "unpad":
+        return RADIX.unpad, (_random_mask(rng),)
     if name == "trie_order":
         return RADIX.trie_order, (*runs, batch.kv_index, rows)
     if name.startswith(("gather", "scatter_add")):
@@ -77,6 +81,14 @@ def random_call(rng, name, made):
     return getattr(RADIX, name), (*grad, q, k, v, *results, *tables)
 
 
+def _random_mask(rng):
+    count, width = int(rng.integers(5)), int(rng.integers(7))
+    ends = torch.from_numpy(rng.integers(0, width + 1, (2, count, 1))).sort(0).values
+    columns = torch.arange(width)
+    mask = (columns >= ends[0]) & (columns < ends[1])
+    return mask.to((torch.bool, torch.int32, torch.int64)[int(rng.integers(3))])
+
+
 def _call_of_plan(rng, name, arrays):
     ids, _, ends = arrays
     sequences = ids, ends[:-1], ends.diff()
@@ -101,8 +113,14 @@ def _attention_of(layout):
 
 
 def check_fold(arguments, results, _):
-    ids, positions, cu_seqlens, multiple = arguments
+    ids, positions, cu_seqlens, multiple, *how = arguments
     end = int(cu_seqlens[-1])
+    if how and how[0]:  # from zero
+        starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
+        positions = torch.arange(end) - starts
+    if len(results) == 14:
+        assert torch.equal(results[13], cu_seqlens.int())
+        results = results[:13]
     for got, want in zip(results, reference.fold(ids[:end], positions[:end], cu_seqlens, multiple), strict=False):
         assert torch.equal(got, want)
     if len(results) == 4:
@@ -122,6 +140,19 @@ def check_fold(arguments, results, _):
         for rows, n in zip((own[s] for s in sequences.tolist()), cu_q.diff().tolist(), strict=True)
         for row in rows[len(rows) - n :]
     ] == list(range(int(counts[0])))
+
+
+def check_unpad(arguments, results, _):
+    mask = arguments[0]
+    cu_seqlens, places = results
+    real = mask.flatten().nonzero()[:, 0]
+    changes = torch.nn.functional.pad((mask == 1).int(), (1, 1)).diff(dim=1)
+    broken = ((changes != 0).sum(1) > 2) | ((mask != 0) & (mask != 1)).any(1)
+    assert cu_seqlens[0] == -broken.sum()
+    assert ((places >= 0) & (places < max(mask.numel(), 1))).all()
+    if not broken.any():
+        assert cu_seqlens.tolist() == [0, *mask.long().sum(1).cumsum(0).tolist()]
+        assert torch.equal(places[: len(real)], real)
 
 
 def assert_inverse(index, indptr, members, num_rows):
@@ -279,7 +310,7 @@ def check_cuts(arguments, results, _):
 
 
 # By op, a check of its results: check(arguments, results, whether the arguments are those of a batch).
-ORACLES_OF_FOLDS = dict.fromkeys(("fold", "fold_plan", "fold_plan_front"), check_fold)
+ORACLES_OF_FOLDS = dict.fromkeys(("fold", "fold_plan", "fold_batch"), check_fold)
 ORACLES_OF_PLANS = {
     "lexicographic_order": check_order,
     "common_prefix_lengths": check_common_prefixes,
@@ -287,6 +318,7 @@ ORACLES_OF_PLANS = {
 }
 ORACLES = {
     **ORACLES_OF_FOLDS,
+    "unpad": check_unpad,
     **ORACLES_OF_PLANS,
     **dict.fromkeys(("gather", "gather.csr", "gather_kv", "gather_kv.csr"), check_gather),
     **dict.fromkeys(("scatter_add", "scatter_add.csr", "scatter_add_kv", "scatter_add_kv.csr"), check_scatter_add),

@@ -29,7 +29,8 @@ HALF = "in half precision alone, which gradcheck can't take: tests/attention com
 GRADIENTS = {
     "radix::fold": INTEGERS,
     "radix::fold_plan": INTEGERS,
-    "radix::fold_plan_front": INTEGERS,
+    "radix::fold_batch": INTEGERS,
+    "radix::unpad": INTEGERS,
     "radix::gather": TWICE,
     "radix::gather.csr": TWICE,
     "radix::gather_kv": TWICE,
@@ -134,6 +135,22 @@ def _fold(dtype):
     for name in ("nested", "duplicates", "one_token", "no_sequences"):
         for integers in (torch.int32, torch.int64):
             yield (*pack(NAMED[name], integers), 4)
+
+
+def _fold_batch(dtype):
+    for arguments in _fold(dtype):
+        yield arguments
+        yield *arguments, True
+    ids, positions, cu_seqlens, _ = arguments = next(_fold(dtype))
+    yield *arguments, True, True
+    yield torch.cat([ids, ids]), torch.cat([positions, ids]), cu_seqlens, 1, False, True
+
+
+def _unpad(dtype):
+    for integers in (torch.bool, torch.int32, torch.int64):
+        yield (torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]]).to(integers),)
+    yield (torch.tensor([[1, 0, 1], [1, 1, 0]]),)
+    yield (torch.ones(0, 3, dtype=torch.bool),)
 
 
 def _gather(dtype):
@@ -252,7 +269,8 @@ def _head_backward(dtype):
 SAMPLES = {
     "radix::fold": _fold,
     "radix::fold_plan": _fold,
-    "radix::fold_plan_front": _fold,
+    "radix::fold_batch": _fold_batch,
+    "radix::unpad": _unpad,
     "radix::gather": _gather,
     "radix::gather.csr": functools.partial(_csr, _gather),
     "radix::gather_kv": _gather_kv,

@@ -6,6 +6,7 @@ import torch
 
 RADIX = torch.ops.radix
 IDS, CU = torch.tensor([1, 2, 3, 4]), torch.tensor([0, 2, 4])
+MASK = torch.tensor([[0, 1, 1], [1, 0, 0]])
 X, INDEX = torch.randn(3, 2), torch.tensor([2, 0])
 INDPTR, MEMBERS = torch.tensor([0, 1, 1, 2]), torch.tensor([1, 0])
 Q, K = torch.randn(3, 4, 8), torch.randn(5, 2, 8)
@@ -14,7 +15,8 @@ CU_ROWS = torch.tensor([0, 1, 2, 3, 4])
 CALLS = [
     (RADIX.fold.default, (IDS, IDS, CU)),
     (RADIX.fold_plan.default, (IDS, IDS, CU)),
-    (RADIX.fold_plan_front.default, (IDS, IDS, CU)),
+    (RADIX.fold_batch.default, (IDS, IDS, CU)),
+    (RADIX.unpad.default, (MASK,)),
     (RADIX.gather.default, (X, INDEX)),
     (RADIX.gather.csr, (X, INDEX, INDPTR, MEMBERS)),
     (RADIX.gather_kv.default, (X, X, INDEX)),

@@ -16,7 +16,7 @@ HUGE = torch.zeros(1, dtype=torch.int64).expand(2**31)
 MANY = torch.zeros(1, dtype=torch.int64).expand(2**31 + 1)
 
 
-@pytest.mark.parametrize("op", ["fold", "fold_plan"])
+@pytest.mark.parametrize("op", ["fold", "fold_plan", "fold_batch"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -62,8 +62,23 @@ def test_fold_refuses(op, arguments, message, device):
     ],
 )
 def test_the_fold_of_the_tokens_in_front_refuses(cu_seqlens, message, device):
-    with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::fold_plan_front: {message}')}$"):
-        RADIX.fold_plan_front(*to(device, (IDS, IDS, cu_seqlens)))
+    with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::fold_batch: {message}')}$"):
+        RADIX.fold_batch(*to(device, (IDS, IDS, cu_seqlens)), front=True)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (IDS, "attention_mask must have 2 dimensions, got shape [4]"),
+        (IDS[None].float(), "attention_mask must be bool, int32 or int64, got Float"),
+        (IDS[None].to(torch.uint8), "attention_mask must be bool, int32 or int64, got Byte"),
+        (HUGE[None], "attention_mask holds 2147483648 values in 1 rows; at most 2147483647 are allowed"),
+        (HUGE[:, None][:, :0], "attention_mask holds 0 values in 2147483648 rows; at most 2147483647 are allowed"),
+    ],
+)
+def test_unpad_refuses(mask, message, device):
+    with pytest.raises(RuntimeError, match=f"^{re.escape(f'radix::unpad: {message}')}$"):
+        RADIX.unpad(*to(device, (mask,)))
 
 
 GATHER_SHAPES = [

@@ -32,6 +32,8 @@ def test_tensors_on_two_devices_are_refused(op, arguments):
         with pytest.raises(RuntimeError, match="^radix::flash_attention: tensors must be on a CUDA device"):
             op(*arguments)
         return
+    if op is RADIX.unpad.default:
+        return  # of one tensor
     for position, argument in enumerate(arguments):
         if isinstance(argument, torch.Tensor):
             mixed = [*arguments[:position], argument.to("meta"), *arguments[position + 1 :]]
@@ -43,6 +45,8 @@ def test_tensors_on_two_devices_are_refused(op, arguments):
 def test_none_is_refused(op, arguments, device):
     if any(part in op.name() for part in PYTHON_KERNELS):
         return  # whose schema refuses it
+    if op is RADIX.unpad.default:
+        return  # without its only tensor there is no device, and the dispatcher finds no kernel
     for position, argument in enumerate(arguments):
         if isinstance(argument, torch.Tensor):
             given = to(device, arguments)
@@ -79,6 +83,8 @@ def test_a_row_alone_may_claim_any_stride():
 @pytest.mark.cuda
 @each_call
 def test_tensors_on_the_cpu_and_on_cuda_are_refused(op, arguments):
+    if op is RADIX.unpad.default:
+        return  # of one tensor
     for position, argument in enumerate(arguments):
         if isinstance(argument, torch.Tensor):
             mixed = to("cuda", arguments)

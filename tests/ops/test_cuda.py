@@ -110,7 +110,7 @@ def waits(function, path):
     return count(traced(function, path)) - count(traced(lambda: torch.empty(1, device="cuda").add_(1), path))
 
 
-@pytest.mark.parametrize("op", ["fold", "fold_plan", "fold_plan_front"])
+@pytest.mark.parametrize("op", ["fold", "fold_plan", "fold_batch"])
 def test_a_fold_copies_at_most_64_bytes_to_the_host_once(op, tmp_path):
     ids = torch.randint(0, 1000, (32, 300))
     ids[:, :200] = ids[0, :200]

@@ -23,12 +23,28 @@ def test_fold_plan_equals_the_cpu_bit_for_bit():
         assert_same(RADIX.fold_plan(*to("cuda", arguments)), RADIX.fold_plan(*arguments))
 
 
-@pytest.mark.parametrize(("count", "length", "prefix"), [(100_000, 3, 1), (3, 100_000, 60_000), (700, 300, 200)])
+@pytest.mark.parametrize(
+    ("count", "length", "prefix"),
+    [(100_000, 3, 1), (3, 100_000, 60_000), (700, 300, 200), (512, 100, 60), (513, 100, 60)],
+)
 def test_fold_plan_of_wide_and_deep_batches_equals_the_cpu(count, length, prefix):
     ids = torch.randint(0, 50_000, (count, length))
     ids[:, :prefix] = ids[torch.randint(0, 3, (count,)), :prefix]
     arguments = (ids.flatten(), torch.arange(length).repeat(count), torch.arange(count + 1) * length, 128)
     assert_same(RADIX.fold_plan(*to("cuda", arguments)), RADIX.fold_plan(*arguments))
+
+
+@pytest.mark.parametrize("count", [1, 300, 1023, 1024, 1025, 3000])
+def test_orders_of_few_and_of_many_runs_equal_those_of_the_cpu(count):
+    rng = np.random.default_rng(count)
+    chain = [[*range(i // 3), 5000 + i] for i in range(count)]
+    bushy = [[*rng.integers(0, 3, rng.integers(0, 8)).tolist(), 10 + i] for i in range(count)]
+    for sequences in (chain, bushy):
+        batch = FoldedBatch.from_sequences(sequences, pad_multiple_of=7)
+        assert len(batch.run_sequences) == count
+        arguments = batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index
+        want = RADIX.trie_order(*arguments, batch.num_rows)
+        assert_same(RADIX.trie_order(*to("cuda", arguments), batch.num_rows), want)
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -135,5 +151,5 @@ def test_outputs_hold_nothing_that_was_in_memory_before(width):
 @pytest.mark.parametrize("name", ["nested", "duplicates", "strict_prefix_after", "empty_between"])
 def test_folds_hold_nothing_that_was_in_memory_before(name):
     arguments = to("cuda", pack(NAMED[name]))
-    for op in (RADIX.fold, RADIX.fold_plan, RADIX.fold_plan_front):
+    for op in (RADIX.fold, RADIX.fold_plan, RADIX.fold_batch):
         poisoned(lambda op=op: op(*arguments, 64))

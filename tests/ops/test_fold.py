@@ -209,9 +209,25 @@ def test_the_plan_of_the_tokens_in_front_does_not_look_behind(device):
         ids, positions, cu_seqlens = pack(sequences)
         behind = torch.from_numpy(rng.integers(0, 3, seed % 5 * 20))
         arguments = torch.cat([ids, behind]), torch.cat([positions, behind]), cu_seqlens, 4
-        got = RADIX.fold_plan_front(*to(device, arguments))
+        *got, ends = RADIX.fold_batch(*to(device, arguments), front=True)
         for g, w in zip(got, RADIX.fold_plan(ids, positions, cu_seqlens, 4), strict=True):
             assert torch.equal(g.cpu(), w)
+        assert torch.equal(ends.cpu(), cu_seqlens.int())
+
+
+@pytest.mark.parametrize("front", [False, True])
+def test_a_fold_from_zero_is_that_of_positions_that_count_from_zero(device, front):
+    for seed in rounds(200):
+        rng = np.random.default_rng(seed)
+        ids, positions, cu_seqlens = pack(random_sequences(rng))
+        behind = torch.from_numpy(rng.integers(0, 3, seed % 5 * 20 * front))
+        given = torch.cat([ids, behind])
+        if seed % 2:
+            given, cu_seqlens = given.int(), cu_seqlens.int()
+        got = RADIX.fold_batch(*to(device, (given, given, cu_seqlens)), 4, from_zero=True, front=front)
+        for g, w in zip(got, RADIX.fold_plan(given[: len(ids)], positions, cu_seqlens, 4), strict=False):
+            assert torch.equal(g.cpu(), w)
+        assert got[1].dtype == torch.int64
 
 
 def test_fold_plan_of_random_batches(fold, fold_plan):
