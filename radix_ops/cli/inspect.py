@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
-import logging
 from collections.abc import Callable
+from typing import Any
 
 from radix_ops_command.errors import printable
 
@@ -15,16 +17,15 @@ from ..engine.errors import UserError
 from ..engine.items import Items
 from ..engine.label_prompts import find_label_prompt, is_label_prompt
 from ..engine.loading import load_config, load_tokenizer, runs_own_model
+from ..engine.messages import Chat
 from ..engine.query_reading import QueryReading
-from ..engine.recipes import find_recipe
+from ..engine.recipes import Recipe, find_recipe
 from ..plan.budget import Budget
 from ..plan.sharing import Sharing, sharing_from_end
 from .inspection.plot import check_plot_path, plot
 from .inspection.report import to_text
 from .inspection.summary import summarise
 from .reading import encode, read_records, say_what_is_bad
-
-_logger = logging.getLogger(__name__)
 
 _SHOWN_START, _SHOWN_END = 64, 28  # characters of a shared prefix
 _DECODED_TOKENS = 100  # at its start and at its end
@@ -91,8 +92,10 @@ def _read(args: argparse.Namespace, tokenizer) -> tuple[Items, str, object]:
         parser, task = FormatParser([], label_format(prompt, tokenizer)), "prompt"
     else:
         queries = QueryReading(args.template, args.model, args.trust_remote_code)
-        parser = FormatParser(formats(args.text_key, _prompt(args), queries, args.letters, _classifies(args)))
-        task = "inspect"
+        recipe = _recipe(args)
+        chat = _chat_of(args, recipe)
+        known = formats(args.text_key, recipe.prompt, queries, args.letters, _classifies(args), chat)
+        parser, task = FormatParser(known), "inspect"
     records = read_records(args, parser, "one JSON object a line", writes_results=False, task=task)
     form = parser.format
     assert form is not None  # a file without records is refused
@@ -112,19 +115,28 @@ def _tokenizer_of_model(args: argparse.Namespace, why: str):
     return load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
 
 
-def _prompt(args: argparse.Namespace) -> str:
-    """Return what stands before each text, by default as the model's folder says."""
-    if not args.model or args.prompt is not None:
-        return args.prompt or ""
-    try:
-        recipe = find_recipe(args.model)
-    except UserError:  # it makes no embeddings of texts
-        return ""
-    if recipe.messages is not None:
-        _logger.warning(
-            f"{args.model} reads texts by its chat template; what that writes around each of them is not counted"
-        )
-    return recipe.prompt
+def _recipe(args: argparse.Namespace) -> Recipe:
+    """Return the way from a text to an embedding, as the model's folder says but for --prompt."""
+    recipe = Recipe("")
+    if args.model:
+        with contextlib.suppress(UserError):  # it makes no embeddings of texts
+            recipe = find_recipe(args.model)
+    return recipe if args.prompt is None else dataclasses.replace(recipe, prompt=args.prompt)
+
+
+def _chat_of(args: argparse.Namespace, recipe: Recipe) -> Callable[[Any], Recipe] | None:
+    """Return how the model's chat template renders texts, by its tokenizer; None where it doesn't."""
+    if recipe.messages is None:
+        return None
+    messages = recipe.messages
+    config = load_config(recipe.source, trust_remote_code=args.trust_remote_code)
+
+    def fitted(tokenizer: Any) -> Recipe:
+        found = messages.fitted(tokenizer, config.model_type)
+        Chat(tokenizer, found, recipe.prompt).check(("user",))
+        return dataclasses.replace(recipe, messages=found, max_length=None)
+
+    return fitted
 
 
 def _shower(items: Items, tokenizer) -> Callable[[int, int, int], str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine import blanks, ids, scoring
+from ..engine import blanks, embedding, ids, scoring
 from ..engine.classifying import Row
 from ..engine.errors import UserError
 from ..engine.inputs import Record, check_text, kind_of
@@ -22,6 +22,7 @@ from ..engine.items import Items
 from ..engine.label_prompts import LabelPrompt
 from ..engine.label_readers import HeadReader, PromptReader, content_of
 from ..engine.query_reading import QueryReading
+from ..engine.recipes import Recipe
 from ..engine.tokenizing import in_turn
 from .ids import packed_ids
 
@@ -72,13 +73,15 @@ def formats(
     queries: QueryReading | None = None,
     letters: bool = False,
     classifies: bool = False,
+    chat: Callable[[Any], Recipe] | None = None,
 ) -> list[Format]:
     """Return all formats, the most telling keys first.
 
     `prompt` stands before each text under `text_key`; `queries` says how queries are read; `letters` asks questions by
-    answer letters; `classifies` reads texts as classification heads do.
+    answer letters; `classifies` reads texts as classification heads do; `chat`, of a tokenizer, reads them by a model's
+    chat template.
     """
-    queries = queries or QueryReading()
+    queries, is_bare = queries or QueryReading(), text_key == "text" and not prompt and chat is None
     return [
         Format(
             ("input_ids",),
@@ -139,14 +142,28 @@ def formats(
             _encode_lines,
         ),
         Format(("messages",), "conversations, by the tokenizer's chat template", _parse_messages, _encode_lines),
-        *(_of_head(keys) for keys in (("text", "text_pair"), *[("text",)] * classifies) if text_key == "text"),
-        Format(
-            (text_key,),
-            "texts, each behind the prompt" if prompt else "texts",
-            lambda record: _Line(record.where, [prompt + record.text(text_key)]),
-            _encode_lines,
-        ),
+        *(_of_head(keys) for keys in (("text", "text_pair"), *[("text",)] * classifies) if is_bare),
+        _texts(text_key, prompt) if chat is None else _chats(text_key, chat),
     ]
+
+
+def _texts(key: str, prompt: str) -> Format:
+    return Format(
+        (key,),
+        "texts, each behind the prompt" if prompt else "texts",
+        lambda record: _Line(record.where, [prompt + record.text(key)]),
+        _encode_lines,
+    )
+
+
+def _chats(key: str, chat: Callable[[Any], Recipe]) -> Format:
+    """Return the format of texts that a model's chat template renders; `chat` says how, by its tokenizer."""
+    return Format(
+        (key,),
+        "texts as `radix-ops embed` reads them, by the model's chat template",
+        lambda record: embedding.Text(record.where, record.text(key), {}),
+        lambda texts, tokenizer: embedding.encode(texts, tokenizer, chat(tokenizer), truncate_right=False),
+    )
 
 
 def _of_head(keys: tuple[str, ...]) -> Format:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, TypeVar
 
 import numpy as np
@@ -113,7 +114,7 @@ def _named(name: str, labels: Sequence[str]) -> str | None:
 def _index_of(given: Any, labels: Sequence[str]) -> int | None:
     """Return the index that a value is, or that its digits say; None for anything else."""
     index = int(given) if isinstance(given, str) and given.isdecimal() and len(given) < 10 else given
-    is_index = isinstance(index, (int, float)) and not isinstance(index, bool) and index in range(len(labels))
+    is_index = isinstance(index, (Integral, float)) and not isinstance(index, bool) and index in range(len(labels))
     return int(index) if is_index else None
 
 

@@ -128,6 +128,22 @@ def test_a_cross_encoders_queries_are_counted_as_they_run(tmp_path, capsys, temp
         assert chat == inspect_json(capsys, file, "--model", folder, "--template", "chat")["tokens"]
 
 
+@pytest.mark.parametrize("prompt", [None, "", "w7 w8"])
+@pytest.mark.parametrize("template", ["FLAT", "PARTS"])
+def test_texts_that_an_embedders_chat_template_renders_are_counted_as_they_run(tmp_path, capsys, template, prompt):
+    pytest.importorskip("sentence_transformers")
+    from helpers import sentence_folders
+
+    options = {"prompts": {"of": "w30 w31"}, "default_prompt_name": "of"}
+    folder, _ = sentence_folders.encoder(tmp_path, getattr(sentence_folders, template), **options)
+    lines = [{"text": f"w1 w2 w{n % 5}"} for n in range(20)]
+    shared = () if prompt is None else ("--prompt", prompt)
+    check_rows(capsys, write_jsonl(tmp_path / "texts.jsonl", lines), "embed", folder, shared=shared)
+    if prompt is None:
+        tokens = inspect_json(capsys, tmp_path / "texts.jsonl", "--model", folder)["tokens"]
+        assert tokens > inspect_json(capsys, tmp_path / "texts.jsonl", "--tokenizer", folder)["tokens"]
+
+
 def test_a_rerankers_queries_are_counted_as_they_run(tmp_path, capsys):
     needs_hf()
     tiny_model("Qwen3", vocab_size=360, max_position_embeddings=512).save_pretrained(tmp_path)

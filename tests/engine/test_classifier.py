@@ -159,6 +159,7 @@ def test_a_problem_that_the_config_does_not_say_may_be_said(tmp_path):
         (None, 3, {"label": "b"}, "b"),
         (None, 3, {"label": 2}, "c"),
         (None, 3, {"label": 1.0}, "b"),
+        (None, 3, {"label": np.int64(2)}, "c"),
         (None, 3, {"label": "b", "gold": 0}, "a"),
         (None, 3, {"label": "2"}, "c"),
         (None, 3, {"label": -1}, None),
