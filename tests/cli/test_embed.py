@@ -230,7 +230,7 @@ def test_embed_continues_an_interrupted_run(tmp_path, texts, qwen3, monkeypatch,
     assert output.exists() == (suffix == "jsonl")
 
     seen, inner = [], Qwen3Runner.states
-    monkeypatch.setattr(Qwen3Runner, "states", lambda self, given: seen.extend(given) or inner(self, given))
+    monkeypatch.setattr(Qwen3Runner, "states", lambda self, given, *t: seen.extend(given) or inner(self, given, *t))
     assert embed(*arguments) == 0
     assert 0 < len(seen) < len(TEXTS)
     assert f"holds {len(TEXTS) - len(seen)} of {len(TEXTS)} results already" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import torch
 from helpers import processes
 from helpers.tries import APART, LONG, NESTED_RUNS, SHAPES, ancestors_of, dense, order_of, strided
 from radix_ops import FoldedBatch
+from radix_ops.ops import trie_rows
 
 RADIX = torch.ops.radix
 EPSILON = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
@@ -104,6 +105,16 @@ def test_the_same_bits_for_any_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_the_way_of_many_queries_on_cuda(window):
+    """Its parts run on the CPU too: queries at their rows among zeros, and attention over all rows."""
+    batch = FoldedBatch.from_sequences(NESTED_RUNS[30::-1] + APART[:2], pad_multiple_of=8)
+    tensors = [x.nan_to_num() for x in inputs_of(batch, (4, 2, 8, 16), torch.float64)]
+    rows = rows_of(batch, 50)
+    got = trie_rows.trie_attention_rows(tensors[0][rows], *tensors[1:], rows, *tables_of(batch), 0.3, window)
+    torch.testing.assert_close(got, dense_of(batch, tensors, rows, 0.3, window))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
