@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -70,9 +72,11 @@ def gold_of(
 
 
 def _name_of(where: str, given: Any, names: Sequence[str], labels: Sequence[str]) -> Any:
-    """Return the model's label that an index stands for by the data set's names; anything else as it is."""
+    """Return the model's label that an index stands for by the data set's names; anything but a number as it is."""
     index = _index_of(given, names)
     if index is None:
+        if isinstance(given, Integral):
+            raise UserError(f"{where} is {given!r}; the data set's indices are from 0 to {len(names) - 1}")
         return given
     found = _named(names[index], labels)
     if found is None:
@@ -96,8 +100,7 @@ def _check_counting(where: str, fields: dict, labels: Sequence[str]) -> None:
             f'{message}, but "label_text" is {name!r}; a "gold", the name or an index as the model counts, goes first',
             f'{message}, but "label_text" is {name!r}; --column gold=label_text takes the name',
         )
-    names = [label.casefold() for label in labels]
-    if "entailment" in names[1:] or (set(names) == set(_OF_NLI) and names != list(_OF_NLI)):
+    if _counts_entailment_otherwise(tuple(labels)):
         message += "; data sets of entailment count that first, so give the label's name, or"
         raise UserError(
             f'{message} a "gold", an index as the model counts',
@@ -105,10 +108,26 @@ def _check_counting(where: str, fields: dict, labels: Sequence[str]) -> None:
         )
 
 
+@functools.lru_cache
+def _counts_entailment_otherwise(labels: tuple[str, ...]) -> bool:
+    names = [label.casefold() for label in labels]
+    return "entailment" in names[1:] or (set(names) == set(_OF_NLI) and names != list(_OF_NLI))
+
+
 def _named(name: str, labels: Sequence[str]) -> str | None:
     """Return the label of this name, which may differ in case alone where one label is so; None where there is none."""
-    alike = [label for label in labels if label.casefold() == name.casefold()]
-    return name if name in labels else alike[0] if len(alike) == 1 else None
+    return _by_name(tuple(labels)).get(name) or _by_folded_name(tuple(labels)).get(name.casefold())
+
+
+@functools.lru_cache
+def _by_name(labels: tuple[str, ...]) -> dict[str, str]:
+    return {label: label for label in labels}
+
+
+@functools.lru_cache
+def _by_folded_name(labels: tuple[str, ...]) -> dict[str, str]:
+    counts = Counter(map(str.casefold, labels))
+    return {label.casefold(): label for label in labels if counts[label.casefold()] == 1}
 
 
 def _index_of(given: Any, labels: Sequence[str]) -> int | None:
