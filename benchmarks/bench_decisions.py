@@ -5,7 +5,8 @@ padding, differ among themselves, too. Every way scores the same questions by th
 (`radix_ops.engine.Scorer`): plain in padded batches, in smaller ones, and one sequence at a time; folded in the layouts
 compact and trie. An answer is the choice of the largest log-probability, of its sum or per character. "margin" is how
 far plain had its answer above the next, at most, where another way gives another answer. "from float32" counts the
-answers that differ from those of the plain model in float32, whose weights are the same before rounding.
+answers that differ from those of the plain model in float32, whose weights are the same before rounding. "difference"
+is that of log-probabilities from plain's, "error" that from float32's.
 
 By default it takes the demo's model and questions; `examples/mmlu_demo.py --every 1 --questions FILE` makes more.
 """
@@ -52,9 +53,10 @@ def compare(found: list[dict], plain: list[dict], exact: list[dict]) -> dict[str
     row["margin"] = max(map(margin, changed), default=None)
     for name, key in BEST.items():
         row[f"from float32, {name}"] = sum(a[key] != b[key] for a, b in zip(found, exact, strict=True))
-    pairs = zip(found, plain, strict=True)
-    differences = np.concatenate([np.abs(np.subtract(a["logprobs"], b["logprobs"])) for a, b in pairs])
-    row |= {"mean difference": float(differences.mean()), "largest": float(differences.max())}
+    for name, others in (("difference", plain), ("error", exact)):
+        pairs = zip(found, others, strict=True)
+        differences = np.concatenate([np.abs(np.subtract(a["logprobs"], b["logprobs"])) for a, b in pairs])
+        row |= {f"mean {name}": float(differences.mean()), f"largest {name}": float(differences.max())}
     for name, key in BEST.items():
         known = [result for result in found if "gold" in result]
         row[f"right, {name}"] = sum(result[key] == result["gold"] for result in known) if known else None
