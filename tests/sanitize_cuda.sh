@@ -14,7 +14,7 @@ logs=$(mkdir -p "${1:-sanitizer}" && cd "${1:-sanitizer}" && pwd)
 tools=("${@:2}")
 [ ${#tools[@]} -gt 0 ] || tools=(memcheck racecheck)
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1 RADIX_TEST_DIVISOR="${RADIX_TEST_DIVISOR:-40}"
-skip="not past_2_to and not device_asserts and not 2_to_the_28 and not very_different_widths and not copies_at_most and not copy_nothing and not capture and not one_wait and not current_stream and not take_no_longer"
+skip="not past_2_to and not few_launches and not device_asserts and not 2_to_the_28 and not very_different_widths and not copies_at_most and not copy_nothing and not capture and not one_wait and not current_stream and not take_no_longer"
 
 check() { # tool, name of the log, pytest arguments
   local log=$logs/$1.$2.log

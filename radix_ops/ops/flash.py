@@ -55,7 +55,7 @@ def flash_attention(
         scale=scale,
         **_window(sliding_window),
     )
-    out[num_queries:] = 0
+    _clear(out, num_queries)
     return _cut(out, v.shape[2]), logsumexp
 
 
@@ -97,7 +97,7 @@ def flash_attention_backward(
         scale=scale,
         **_window(sliding_window),
     )
-    grad_q[num_queries:] = 0
+    _clear(grad_q, num_queries)
     return _cut(grad_q, q.shape[2]), _cut(grad_k, k.shape[2]), _cut(grad_v, v.shape[2])
 
 
@@ -123,6 +123,12 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, num_queries, max_seqlen_q, max_s
     for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if not 0 <= length < 2**31:
             raise RuntimeError(f"radix::flash_attention: {name} must be from 0 to 2^31 - 1, got {length}")
+
+
+def _clear(rows: Tensor, first: int) -> None:
+    """Write zeros to the rows from `first` on; to write to none takes the host as long as to write to many."""
+    if first < rows.shape[0]:
+        rows[first:] = 0
 
 
 def _lengths(max_seqlen_q: int, max_seqlen_k: int) -> tuple[int, int]:

@@ -1,6 +1,8 @@
-"""A batch on CUDA and a call of each op that sums or gathers, for tests of the ops there."""
+"""A batch on CUDA, a call of each op that sums or gathers, and what a device did, for tests of the ops there."""
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 import torch
@@ -49,3 +51,23 @@ def assert_same(got, want):
     for g, w in zip(got, want, strict=True):
         assert g.dtype == w.dtype
         assert torch.equal(g.cpu(), w.cpu())
+
+
+def traced(function, path):
+    """Return the names and bytes of all that the device and the runtime did."""
+    function()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        function()
+    profiler.export_chrome_trace(str(path))
+    return [event for event in json.loads(path.read_text())["traceEvents"] if "cat" in event]
+
+
+def waits(function, path):
+    """Count how often the host waits for the device in a function, without the profiler's own waits."""
+
+    def count(events):
+        return sum("Synchronize" in e["name"] for e in events if e["cat"] == "cuda_runtime")
+
+    return count(traced(function, path)) - count(traced(lambda: torch.empty(1, device="cuda").add_(1), path))

@@ -8,8 +8,10 @@ import pytest
 import torch
 import transformers
 
+from helpers.cuda_calls import waits
 from helpers.hf_models import TREE, assert_within_budget, build, error, no_warnings, pad
 from radix_ops import hf
+from radix_ops.hf.fold import PaddedBatch
 
 pytestmark = pytest.mark.cuda
 EXACT = {False: torch.float64, True: torch.float32}
@@ -171,3 +173,11 @@ def test_captured_graphs_are_the_plain_models():
     graph.replay()
     assert model.radix_stats.folded == 0
     torch.testing.assert_close(logits, build().cuda()(ids, use_cache=False).logits)
+
+
+def test_the_host_waits_once_to_fold_a_padded_batch(tmp_path):
+    ids = torch.randint(0, 50, (4, 30), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, 20:] = 0
+    for given in (mask, None):
+        assert waits(lambda given=given: PaddedBatch.fold(ids, given, None, sees_packing=True), tmp_path / "trace") == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 import radix_ops
 from helpers import processes
 from helpers.batches import NAMED, pack, to
-from helpers.cuda_calls import assert_same, calls, sample_batch
+from helpers.cuda_calls import assert_same, calls, sample_batch, traced, waits
 from radix_ops import FoldedBatch
 
 pytestmark = pytest.mark.cuda
@@ -90,26 +89,6 @@ def test_a_fold_in_a_capture_is_refused():
     assert y.tolist() == [2, 2, 2]
 
 
-def traced(function, path):
-    """Return the names and bytes of all that the device and the runtime did."""
-    function()
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        function()
-    profiler.export_chrome_trace(str(path))
-    return [event for event in json.loads(path.read_text())["traceEvents"] if "cat" in event]
-
-
-def waits(function, path):
-    """Count how often the host waits for the device in a function, without the profiler's own waits."""
-
-    def count(events):
-        return sum("Synchronize" in e["name"] for e in events if e["cat"] == "cuda_runtime")
-
-    return count(traced(function, path)) - count(traced(lambda: torch.empty(1, device="cuda").add_(1), path))
-
-
 @pytest.mark.parametrize("op", ["fold", "fold_plan", "fold_batch"])
 def test_a_fold_copies_at_most_64_bytes_to_the_host_once(op, tmp_path):
     ids = torch.randint(0, 1000, (32, 300))
@@ -139,6 +118,22 @@ def test_a_batch_is_made_with_one_wait(tmp_path):
         (lambda: FoldedBatch.from_sequences(list(ids_there)), 1),
     ):
         assert waits(makes, tmp_path / "trace.json") == count
+
+
+def test_a_batch_and_the_plan_of_its_attention_take_few_launches(tmp_path):
+    ids = torch.randint(0, 1000, (32, 300), device="cuda")
+    ids[:, :200] = ids[0, :200].clone()
+    mask = torch.ones_like(ids)
+    mask[3, 250:] = 0
+    flat, ends = ids.flatten(), torch.arange(33, device="cuda") * 300
+    batch = radix_ops.fold(flat, ends)
+    for makes, most in (
+        (lambda: radix_ops.fold(flat, ends), 2),
+        (lambda: FoldedBatch.from_padded(ids, mask), 4),
+        (lambda: RADIX.trie_order(batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index, batch.num_rows), 1),
+    ):
+        kernels = [e["name"] for e in traced(makes, tmp_path / "trace.json") if e["cat"] == "kernel"]
+        assert 0 < len(kernels) <= most, kernels
 
 
 def test_gathers_and_sums_copy_nothing_and_wait_for_nothing(tmp_path):
