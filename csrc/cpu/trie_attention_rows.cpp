@@ -144,8 +144,8 @@ Tensor trie_attention_rows_cpu(
     int64_t sliding_window) {
   const char* op = "trie_attention_rows";
   const GivenTables tables{enter, leave, depth, row_of, path, kv_index, cu_seqlens_q, num_nodes};
-  RowsForward p{checked_problem(op, q, k, v, tables, scale, sliding_window, 1, kMultiple, Queries::kOfSomeRows)};
   check_index_like(op, "rows", rows, cpu());
+  RowsForward p{checked_problem(op, q, k, v, tables, scale, sliding_window, 1, kMultiple, Queries::kOfSomeRows)};
   const int64_t count = q.size(0);
   RADIX_CHECK(
       rows.size(0) == count, op, "rows must hold one row for each of the ", count, " queries, got ", rows.size(0));
