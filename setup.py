@@ -16,6 +16,9 @@ TORCH_TARGET_VERSION = "0x020b000000000000"
 # Commands that compile; pip asks others first, which only read what the project says of itself.
 COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
 INSTALL = "pip install --no-build-isolation ."
+# Sources that are compiled for Hopper alone.
+OF_HOPPER = "_sm90.cu"
+HOPPER = "-gencode=arch=compute_90a,code=sm_90a"
 OF_CXX20 = """
 #include <concepts>
 #if !defined(__clang__) && __GNUC__ < 11
@@ -106,6 +109,15 @@ def sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
 
 
+def wants_hopper(architectures: str) -> bool:
+    """Whether TORCH_CUDA_ARCH_LIST asks for Hopper, whose own instructions no other GPU has."""
+    if architectures in ("", "native"):
+        import torch
+
+        return any(torch.cuda.get_device_capability(i) == (9, 0) for i in range(torch.cuda.device_count()))
+    return any(name.split("+")[0] in ("9.0", "9.0a", "Hopper") for name in architectures.replace(" ", ";").split(";"))
+
+
 def extension() -> setuptools.Extension:
     macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
     cxx = [
@@ -130,7 +142,8 @@ def extension() -> setuptools.Extension:
         # Next to a torch without CUDA, setuptools needs to be told where the toolkit is and what to build for.
         cpp_extension.CUDA_HOME = home
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-        files += cuda_files
+        is_wanted = wants_hopper(os.environ["TORCH_CUDA_ARCH_LIST"])
+        files += [path for path in cuda_files if is_wanted or not path.endswith(OF_HOPPER)]
         link.append("-lcudart_static")
     return cpp_extension.CppExtension(
         name="radix_ops._C",
@@ -163,6 +176,20 @@ class BuildExtension(cpp_extension.BuildExtension.with_options(use_ninja=True)):
                 "newer and, for CUDA, nvcc 13.0 or newer; CXX and CUDA_HOME name others. Where memory ran out, "
                 f"MAX_JOBS=1 {INSTALL} compiles one file at a time"
             )
+
+    def build_extension(self, extension: setuptools.Extension) -> None:
+        compile_files = self.compiler.compile
+
+        def compile_apart(files, *arguments, extra_postargs, **options):
+            """Compile files of Hopper with its flag, which keeps torch from adding those of other GPUs."""
+            flags = {**extra_postargs, "nvcc": [*extra_postargs["nvcc"], HOPPER]}
+            of_hopper = [path for path in files if path.endswith(OF_HOPPER)]
+            others = [path for path in files if not path.endswith(OF_HOPPER)]
+            objects = compile_files(of_hopper, *arguments, extra_postargs=flags, **options) if of_hopper else []
+            return objects + compile_files(others, *arguments, extra_postargs=extra_postargs, **options)
+
+        self.compiler.compile = compile_apart
+        super().build_extension(extension)
 
 
 setuptools.setup(

@@ -56,6 +56,9 @@ STABLE_TORCH_LIBRARY(radix, m) {
       "trie_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp,"
       " Tensor enter, Tensor leave, Tensor depth, Tensor row_of, Tensor path, Tensor kv_index, Tensor cu_seqlens_q,"
       " SymInt num_nodes, float scale, int sliding_window=0) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def(
+      "trie_attention_sm90(Tensor q, Tensor k, Tensor v, Tensor leave, Tensor depth, Tensor row_of, Tensor path,"
+      " Tensor kv_index, SymInt num_nodes, float scale, int sliding_window=0) -> (Tensor out, Tensor logsumexp)");
   m.def("lexicographic_order(Tensor input_ids, Tensor starts, Tensor lengths) -> Tensor");
   m.def("common_prefix_lengths(Tensor input_ids, Tensor starts, Tensor lengths, Tensor order) -> Tensor");
   m.def(

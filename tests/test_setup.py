@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 import tarfile
+import types
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,43 @@ def test_an_sdist_holds_the_checkout(tmp_path):
     of_the_repository = (".ci/", ".github/", ".git", ".pre-commit-config.yaml")
     assert [name for name in listed if name not in held and not name.startswith(of_the_repository)] == []
     assert not any(name.endswith((".so", ".pyc")) for name in held)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "is_wanted"),
+    [
+        ("8.0;9.0+PTX", True),
+        ("9.0", True),
+        ("8.0 9.0a", True),
+        ("Hopper", True),
+        ("8.0;8.6+PTX", False),
+        ("10.0", False),
+    ],
+)
+def test_the_kernels_for_hopper_are_built_where_it_is_among_the_architectures(
+    setup, monkeypatch, architectures, is_wanted
+):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
+    monkeypatch.setattr(setup, "cuda_home", lambda: "/usr/local/cuda")
+    built = setup.extension().sources
+    assert any(path.endswith("fold.cu") for path in built)
+    assert any(path.endswith("_sm90.cu") for path in built) == is_wanted
+
+
+def test_the_kernels_for_hopper_are_compiled_for_it_alone(setup, monkeypatch):
+    calls = []
+
+    def compile_files(files, *, extra_postargs, **options):
+        calls.append((files, [flag for flag in extra_postargs["nvcc"] if "arch" in flag]))
+        return [f"{path}.o" for path in files]
+
+    def build_extension(self, extension):
+        flags = {"cxx": [], "nvcc": ["-O3"]}
+        self.objects = self.compiler.compile(extension, output_dir="build", extra_postargs=flags)
+
+    monkeypatch.setattr(setup.BuildExtension.__base__, "build_extension", build_extension)
+    command = setup.BuildExtension.__new__(setup.BuildExtension)
+    command.compiler = types.SimpleNamespace(compile=compile_files)
+    command.build_extension(["a.cpp", "b_sm90.cu", "c.cu"])
+    assert calls == [(["b_sm90.cu"], ["-gencode=arch=compute_90a,code=sm_90a"]), (["a.cpp", "c.cu"], [])]
+    assert sorted(command.objects) == ["a.cpp.o", "b_sm90.cu.o", "c.cu.o"]

@@ -29,6 +29,7 @@ _ALL_OPS = (
     "trie_attention",
     "trie_attention_backward",
     "trie_attention_rows",
+    "trie_attention_sm90",
     "lexicographic_order",
     "common_prefix_lengths",
     "cut_batches",
@@ -67,6 +68,7 @@ for _name in ("flash_attention", "flash_attention_backward"):
 # (op, dispatch key) -> why the op refuses tensors there.
 REFUSALS: dict[tuple[str, str], str] = {}
 _ON_CUDA_ONLY = "tensors must be on a CUDA device; radix::varlen_attention takes others"
+_ON_HOPPER_ONLY = "tensors must be on a GPU of compute capability 9.0; radix::trie_attention takes others"
 _ON_CPU_ONLY = "tensors must be on the CPU; batches are planned there"
 _BUILT_WITHOUT = (
     "a tensor is on a CUDA device, and this build of radix_ops has no CUDA kernel for the op; "
@@ -84,6 +86,7 @@ def _refuse(name: str, key: str, reason: str) -> None:
 
 for _name in ("flash_attention", "flash_attention_backward"):
     _refuse(_name, "CPU", _ON_CUDA_ONLY)
+_refuse("trie_attention_sm90", "CPU", _ON_HOPPER_ONLY)
 for _name in ("lexicographic_order", "common_prefix_lengths", "cut_batches"):
     _refuse(_name, "CUDA", _ON_CPU_ONLY)
 for _name in _ALL_OPS:

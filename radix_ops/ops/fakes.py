@@ -173,6 +173,14 @@ def _trie_attention_rows_fake(q, k, v, rows, *rest):
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
 
 
+@torch.library.register_fake("radix::trie_attention_sm90")
+def _trie_attention_sm90_fake(q, k, v, leave, depth, row_of, path, kv_index, num_nodes, scale, sliding_window=0):
+    tables = {"leave": leave, "depth": depth, "row_of": row_of, "path": path, "kv_index": kv_index}
+    check_index_like("trie_attention_sm90", q.device, **tables)
+    check_devices("trie_attention_sm90", q.device, k=k, v=v)
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), _logsumexp_like(q, torch.float32)
+
+
 def _attention_backward_fake(grad_out, q, k, v, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 

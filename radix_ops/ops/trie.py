@@ -4,10 +4,10 @@ A row sees its ancestors and itself. `trie_order` numbers the rows in depth-firs
 interval: row k is on the path to row q exactly when enter[k] <= enter[q] < leave[k]. At each row the rest of its own
 run comes first, so a run stands side by side in this order too.
 
-On the CPU csrc/cpu computes it. On CUDA in bfloat16 and float16 forward and backward are the kernels of `trie_triton`.
-Other dtypes on CUDA are computed here: the runs are cut into edges, rows side by side of which only the last has
-further branches, and everything below an edge attends to it at once, so that a key is read once for a block of queries,
-not once for each sequence.
+On the CPU csrc/cpu computes it. On CUDA in bfloat16 and float16 forward and backward are the kernels that `trie_launch`
+launches, of `trie_triton` and csrc/cuda. Other dtypes on CUDA are computed here: the runs are cut into edges, rows side
+by side of which only the last has further branches, and everything below an edge attends to it at once, so that a key
+is read once for a block of queries, not once for each sequence.
 """
 
 from __future__ import annotations

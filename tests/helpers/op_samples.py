@@ -25,6 +25,8 @@ ONCE = "once"
 # The op is another's backward, and its own raises.
 BACKWARD = "backward"
 INTEGERS = "takes and makes integers alone"
+# The op is a part of another, which has the gradient.
+PART = "part"
 HALF = "in half precision alone, which gradcheck can't take: tests/attention compares with float64"
 GRADIENTS = {
     "radix::fold": INTEGERS,
@@ -47,6 +49,7 @@ GRADIENTS = {
     "radix::trie_attention": ONCE,
     "radix::trie_attention_backward": BACKWARD,
     "radix::trie_attention_rows": ONCE,
+    "radix::trie_attention_sm90": PART,
     "radix::lexicographic_order": INTEGERS,
     "radix::common_prefix_lengths": INTEGERS,
     "radix::cut_batches": INTEGERS,
@@ -58,10 +61,13 @@ GRADIENTS = {
 WITHOUT_KERNEL = {
     ("radix::flash_attention", "CPU"): "torch's flash attention is CUDA's",
     ("radix::flash_attention_backward", "CPU"): "torch's flash attention is CUDA's",
+    ("radix::trie_attention_sm90", "CPU"): "it is Hopper's",
     ("radix::lexicographic_order", "CUDA"): "batches are planned on the CPU",
     ("radix::common_prefix_lengths", "CUDA"): "batches are planned on the CPU",
     ("radix::cut_batches", "CUDA"): "batches are planned on the CPU",
 }
+# The compute capability of the one kind of GPU that an op has a kernel for.
+CAPABILITIES = {"radix::trie_attention_sm90": (9, 0)}
 # Ops that only tests call.
 FOR_TESTS = {"radix::_fold_by_key": "the CUDA fold under a chosen key, in builds with CUDA"}
 
@@ -220,6 +226,15 @@ def _trie_attention_rows(dtype):
         yield q[rows].clone(), k, v, rows, *rest
 
 
+def _trie_attention_sm90(dtype):
+    batch, runs = _batch()
+    _, leave, depth, row_of, path = RADIX.trie_order(*runs, batch.kv_index, batch.num_rows)
+    tables = leave, depth, row_of, path, batch.kv_index, batch.num_nodes
+    for size in (64, 128):
+        for window in ((), (2,)):
+            yield (*_attention_inputs(batch, batch.num_rows, dtype, (size, size)), *tables, 0.1, *window)
+
+
 def _attention_backward(forward, op, dtype, device="cpu"):
     for arguments in forward(dtype):
         outputs = op(*to(device, arguments))
@@ -291,6 +306,7 @@ SAMPLES = {
     "radix::trie_attention": _trie_attention,
     "radix::trie_attention_backward": functools.partial(_attention_backward, _trie_attention, RADIX.trie_attention),
     "radix::trie_attention_rows": _trie_attention_rows,
+    "radix::trie_attention_sm90": _trie_attention_sm90,
     "radix::lexicographic_order": _lexicographic_order,
     "radix::common_prefix_lengths": _common_prefix_lengths,
     "radix::cut_batches": _cut_batches,

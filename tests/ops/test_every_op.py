@@ -14,11 +14,13 @@ import torch
 
 from helpers import processes
 from helpers.op_samples import (
+    CAPABILITIES,
     FOR_TESTS,
     GRADIENTS,
     HALF,
     INTEGERS,
     ONCE,
+    PART,
     SAMPLES,
     TWICE,
     WITHOUT_KERNEL,
@@ -42,7 +44,9 @@ def runnable_samples(name, device, dtype=None, requires_grad=False):
     assert name in SAMPLES, f"{name} has no samples in helpers/op_samples.py"
     if (name, device.upper()) in WITHOUT_KERNEL:
         pytest.skip(f"{name} on {device}: {WITHOUT_KERNEL[name, device.upper()]}")
-    dtype = dtype or (torch.bfloat16 if GRADIENTS.get(name) == HALF else torch.float64)
+    if device == "cuda" and CAPABILITIES.get(name) not in (None, torch.cuda.get_device_capability()):
+        pytest.skip(f"{name} is for another GPU")
+    dtype = dtype or (torch.bfloat16 if GRADIENTS.get(name) in (HALF, PART) else torch.float64)
     samples = samples_of(name, device, dtype, requires_grad)
     assert samples, f"{name} has no samples in helpers/op_samples.py"
     return samples
@@ -54,8 +58,9 @@ def test_opcheck(name, device):
     dtypes, needs_gradient, tolerance = [torch.float64], [kind == ONCE], {}
     if kind in (TWICE, ONCE) and name.startswith("radix::"):
         dtypes, needs_gradient = [torch.float64, torch.float32, torch.bfloat16], [False, True]
-    elif kind == HALF:
-        dtypes, needs_gradient = [torch.bfloat16, torch.float16], [False, not name.endswith("_backward")]
+    elif kind in (HALF, PART):
+        dtypes = [torch.bfloat16, torch.float16]
+        needs_gradient = [False, kind == HALF and not name.endswith("_backward")]
         tolerance = {"rtol": 1e-2, "atol": 1e-2}  # a backward is not the same bits on every run
     for dtype in dtypes:
         for needed in needs_gradient:
@@ -67,7 +72,7 @@ def test_opcheck(name, device):
 def test_gradient(name, device):
     assert name in GRADIENTS, f"{name} has neither a gradient nor a reason in helpers/op_samples.py"
     kind = GRADIENTS[name]
-    if kind == HALF:
+    if kind in (HALF, PART):
         assert name in SAMPLES
         return
     for arguments in runnable_samples(name, device, requires_grad=kind != INTEGERS):
@@ -81,8 +86,8 @@ def test_kernel(name, key):
     if (name, key) in WITHOUT_KERNEL:
         assert refuses, f"{name} on {key} says no reason to who calls it"
         return
-    if refuses and key == "CUDA" and ("radix::gather", "CUDA") in dispatch.REFUSALS:
-        pytest.skip("this build of radix_ops has no CUDA kernel of any op in C++")
+    if refuses and key == "CUDA" and (name in CAPABILITIES or ("radix::gather", "CUDA") in dispatch.REFUSALS):
+        pytest.skip("this build of radix_ops has no kernels in C++ for CUDA, or for this GPU")
     has_kernel = any(map(op_of(name).has_kernel_for_dispatch_key, (key, "CompositeExplicitAutograd")))
     computes = has_kernel and not refuses
     assert computes, f"{name} has neither a kernel on {key} nor a reason in helpers/op_samples.py"
@@ -97,7 +102,7 @@ def test_compiles_as_one_graph(name, device):
     compiled = torch.compile(lambda *arguments: op(*arguments), backend="aot_eager", fullgraph=True, dynamic=True)
     for arguments in runnable_samples(name, device, requires_grad=needs_gradient)[:3]:
         got, want = (outputs_of(function, arguments) for function in (compiled, op))
-        if GRADIENTS.get(name) == HALF:  # no kernel writes the logsumexp of padding rows
+        if GRADIENTS.get(name) in (HALF, PART):  # no kernel writes the logsumexp of padding rows
             got, want = ([x for x in y if x.dtype != torch.float32] for y in (got, want))
             torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
             continue
