@@ -181,12 +181,22 @@ class BuildExtension(cpp_extension.BuildExtension.with_options(use_ninja=True)):
         compile_files = self.compiler.compile
 
         def compile_apart(files, *arguments, extra_postargs, **options):
-            """Compile files of Hopper with its flag, which keeps torch from adding those of other GPUs."""
-            flags = {**extra_postargs, "nvcc": [*extra_postargs["nvcc"], HOPPER]}
+            """Compile files of Hopper with its flag, all others with those of TORCH_CUDA_ARCH_LIST.
+
+            torch adds these by itself, but not where any flag, such as one with a path, has the letters "arch".
+            """
+
+            def with_nvcc(*flags):
+                return {**extra_postargs, "nvcc": [*extra_postargs["nvcc"], *flags]}
+
             of_hopper = [path for path in files if path.endswith(OF_HOPPER)]
             others = [path for path in files if not path.endswith(OF_HOPPER)]
-            objects = compile_files(of_hopper, *arguments, extra_postargs=flags, **options) if of_hopper else []
-            return objects + compile_files(others, *arguments, extra_postargs=extra_postargs, **options)
+            objects = []
+            if of_hopper:
+                objects += compile_files(of_hopper, *arguments, extra_postargs=with_nvcc(HOPPER), **options)
+            has_cuda = any(path.endswith(".cu") for path in others)
+            further = cpp_extension._get_cuda_arch_flags() if has_cuda else []
+            return objects + compile_files(others, *arguments, extra_postargs=with_nvcc(*further), **options)
 
         self.compiler.compile = compile_apart
         super().build_extension(extension)

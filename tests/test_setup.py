@@ -115,6 +115,7 @@ def test_an_error_of_the_compiler_ends_with_the_remedy(setup, monkeypatch, capsy
         raise RuntimeError("Error compiling objects for extension")
 
     monkeypatch.setattr(setup.BuildExtension.__base__, "build_extensions", fail)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     command = setup.BuildExtension.__new__(setup.BuildExtension)
     with pytest.raises(SystemExit) as stop:
         command.build_extensions()
@@ -160,16 +161,21 @@ def test_the_kernels_for_hopper_are_compiled_for_it_alone(setup, monkeypatch):
     calls = []
 
     def compile_files(files, *, extra_postargs, **options):
-        calls.append((files, [flag for flag in extra_postargs["nvcc"] if "arch" in flag]))
+        calls.append((files, [flag for flag in extra_postargs["nvcc"] if "gencode" in flag]))
         return [f"{path}.o" for path in files]
 
     def build_extension(self, extension):
-        flags = {"cxx": [], "nvcc": ["-O3"]}
+        flags = {"cxx": [], "nvcc": ["-O3", "-ffile-prefix-map=/home/research=."]}
         self.objects = self.compiler.compile(extension, output_dir="build", extra_postargs=flags)
 
     monkeypatch.setattr(setup.BuildExtension.__base__, "build_extension", build_extension)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     command = setup.BuildExtension.__new__(setup.BuildExtension)
     command.compiler = types.SimpleNamespace(compile=compile_files)
     command.build_extension(["a.cpp", "b_sm90.cu", "c.cu"])
-    assert calls == [(["b_sm90.cu"], ["-gencode=arch=compute_90a,code=sm_90a"]), (["a.cpp", "c.cu"], [])]
+    (hopper, of_hopper), (others, of_others) = calls
+    assert hopper == ["b_sm90.cu"]
+    assert of_hopper == ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert others == ["a.cpp", "c.cu"]
+    assert {flag.rpartition("code=")[2] for flag in of_others} == {"sm_80", "sm_90", "compute_90"}
     assert sorted(command.objects) == ["a.cpp.o", "b_sm90.cu.o", "c.cu.o"]
