@@ -82,12 +82,17 @@ def test_int8_numbers_are_between_the_ranges_that_stand_beside_them(tmp_path, te
     assert embed(qwen3, *options, few) == 0
     printed = [json.loads(line)["embedding"] for line in capsys.readouterr().out.splitlines()]
     expected = library.quantize_embeddings(np.load(floats), "int8", ranges=ranges)
-    for found, wanted in [
-        (np.load(documents), expected), (np.load(queries), expected[3:5]), (np.array(printed), expected[3:5]),
-    ]:  # fmt: skip
-        # A number at the border of two steps may fall to either side.
-        assert np.abs(found.astype(int) - wanted).max() <= 1
-        assert (found == wanted).mean() > 0.97
+    # A number at the border of two steps may fall to either side: the least and the most of the texts lie there.
+    steps = (np.load(floats) - ranges[0]) / (ranges[1] - ranges[0]) * 255
+    is_clear = np.abs(steps - steps.round()) > 1e-2
+    assert is_clear.mean() > 0.5
+    for found, rows in [
+        (np.load(documents), slice(None)),
+        (np.load(queries), slice(3, 5)),
+        (np.array(printed), slice(3, 5)),
+    ]:
+        assert np.abs(found.astype(int) - expected[rows]).max() <= 1
+        np.testing.assert_array_equal(found[is_clear[rows]], expected[rows][is_clear[rows]])
     assert np.load(queries).dtype == np.load(documents).dtype == np.int8
     message = failing(capsys, qwen3, "--output", queries, few)
     assert "queries.npy exists and is complete; --overwrite replaces it" in message
