@@ -56,11 +56,14 @@ def test_an_embedder_gives_int8_between_the_ranges_that_it_found(model):
     np.testing.assert_array_equal(ranges, [floats[:6].min(0), floats[:6].max(0)])
     embedder = Embedder(*model, output_dtype="int8", ranges=ranges)
     expected = sentence_transformers.quantize_embeddings(floats, "int8", ranges=ranges)
+    # A number at the border of two steps may fall to either side: the least and the most of the texts lie there.
+    steps = (floats - ranges[0]) / (ranges[1] - ranges[0]) * 255
+    is_clear = np.abs(steps - steps.round()) > 1e-2
+    assert is_clear.mean() > 0.5
     for found in (embedder.embed(TEXTS), np.stack(list(embedder.stream(TEXTS, window=2)))):
         assert found.dtype == np.int8
-        # A number at the border of two steps may fall to either side.
         assert np.abs(found.astype(int) - expected).max() <= 1
-        assert (found == expected).mean() > 0.97
+        np.testing.assert_array_equal(found[is_clear], expected[is_clear])
 
 
 def test_an_embedder_gives_float16(model):
