@@ -32,7 +32,7 @@ MODELS = {
     "llama": lambda: build("llama"),
     "qwen3_sliding": lambda: build("qwen3_sliding"),
     "gpt2": gpt2,
-    "gemma2": lambda: build_from(transformers.Gemma2Config(**SIZES, sliding_window=3)),
+    "gemma2": lambda: build_from(transformers.Gemma2Config(**SIZES, sliding_window=3, attn_implementation="eager")),
     "mixtral": lambda: build_from(transformers.MixtralConfig(**SIZES, **EXPERTS, sliding_window=3)),
 }
 NAMES = [name if name != "gpt2" else pytest.param(name, marks=proven_gpt2) for name in MODELS]
