@@ -50,7 +50,8 @@ def check_gradients(device):
             finite = logits.clamp(min=-3.0) if bent else logits  # a softcap leaves none that are not
             got = head_triton.gradient(finite, terms, bent, torch.float32)
             want = head._Plain.gradient(finite.clone(), terms, bent, torch.float32)
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+            # What is added up is of the size of the vectors, and may cancel.
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(vectors.abs().max()))
             # One step of bfloat16: the interpreter cuts digits off.
             half = head_triton.gradient(finite, terms, bent, torch.bfloat16)
             torch.testing.assert_close(half.float(), got, rtol=2**-7, atol=1e-6)
@@ -108,6 +109,7 @@ def interpret():
     """Run the kernels on the CPU, alone and then as CUDA's losses in half precision use them."""
     from radix_ops.ops import head_triton
 
+    torch.manual_seed(0)
     head_triton._BLOCK = 16
     check_statistics("cpu")
     check_gradients("cpu")
