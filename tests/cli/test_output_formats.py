@@ -105,13 +105,9 @@ def test_a_trec_run_ranks_the_documents(tmp_path, run):
     assert [line[:5] for line in lines] == expected
 
 
-@pytest.mark.parametrize(
-    ("command", "name", "batches"),
-    [("score", "o.csv", 4), ("rerank", "o.run", 6), ("embed", "o.parquet", 2), ("embed", "o.jsonl.gz", 2)],
-)
-def test_a_stopped_run_continues(tmp_path, run, monkeypatch, capsys, command, name, batches):
-    whole = run(command, tmp_path / f"whole-{name}", "--token-budget", 1).read_bytes()
-    output, count, inner = tmp_path / name, 0, Qwen3Runner.states
+def stop_after(batches, run, monkeypatch, command, output):
+    """Run the command with a batch for each row, and interrupt it behind so many."""
+    count, inner = 0, Qwen3Runner.states
 
     def stopping(self, *given):
         nonlocal count
@@ -123,6 +119,16 @@ def test_a_stopped_run_continues(tmp_path, run, monkeypatch, capsys, command, na
     with monkeypatch.context() as patch:
         patch.setattr(Qwen3Runner, "states", stopping)
         run(command, output, "--token-budget", 1, status=130)
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "batches"),
+    [("score", "o.csv", 4), ("rerank", "o.run", 6), ("embed", "o.parquet", 2), ("embed", "o.jsonl.gz", 2)],
+)
+def test_a_stopped_run_continues(tmp_path, run, monkeypatch, capsys, command, name, batches):
+    whole = run(command, tmp_path / f"whole-{name}", "--token-budget", 1).read_bytes()
+    output = tmp_path / name
+    stop_after(batches, run, monkeypatch, command, output)
     assert not output.exists()
     assert "the same command continues" in capsys.readouterr().err
     run(command, output, "--dtype", "bfloat16", status=1)
@@ -221,18 +227,8 @@ def test_a_number_that_was_changed_in_a_stopped_run_is_named(
     tmp_path, run, monkeypatch, capsys, command, name, batches
 ):
     whole = run(command, tmp_path / f"whole-{name}", "--token-budget", 1).read_bytes()
-    output, count, inner = tmp_path / name, 0, Qwen3Runner.states
-
-    def stopping(self, *given):
-        nonlocal count
-        count += 1
-        if count > batches:
-            raise KeyboardInterrupt
-        return inner(self, *given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Qwen3Runner, "states", stopping)
-        run(command, output, "--token-budget", 1, status=130)
+    output = tmp_path / name
+    stop_after(batches, run, monkeypatch, command, output)
     capsys.readouterr()
     under_way = output if name == "o.jsonl" else tmp_path / f"{name}.lines"
     lines = under_way.read_text().splitlines(keepends=True)

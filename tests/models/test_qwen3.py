@@ -9,21 +9,9 @@ from torch.nn import functional as F
 
 import radix_ops
 from helpers.batches import NAMED
-from helpers.qwen3_models import FILLED, LAYOUTS, VARIANTS, VOCABULARY, oracle, run_theirs
+from helpers.qwen3_models import FILLED, LAYOUTS, VOCABULARY, oracle, run_theirs
 from radix_ops import FoldedBatch
 from radix_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
-
-
-@pytest.fixture(params=VARIANTS)
-def pair(request, tmp_path):
-    theirs = oracle(tmp_path, **VARIANTS[request.param])
-    return theirs, Qwen3ForCausalLM.from_pretrained(tmp_path)
-
-
-@pytest.fixture
-def plain(tmp_path):
-    theirs = oracle(tmp_path)
-    return theirs, Qwen3ForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -8,23 +8,11 @@ import transformers
 from torch.nn import functional as F
 
 from helpers.batches import NAMED
-from helpers.qwen3_models import FILLED, LAYOUTS, VARIANTS, oracle, run_theirs
+from helpers.qwen3_models import FILLED, LAYOUTS, oracle, run_theirs
 from radix_ops import FoldedBatch
 from radix_ops.models.qwen3 import Qwen3ForCausalLM
 
 LONG = [[7, 7, *range(40), 3], [7, 7, *range(40), 4, 5, 6], [7, 7, *range(20)], [9, *range(30)], [7, 7, *range(40), 3]]
-
-
-@pytest.fixture(params=VARIANTS)
-def pair(request, tmp_path):
-    theirs = oracle(tmp_path, **VARIANTS[request.param])
-    return theirs, Qwen3ForCausalLM.from_pretrained(tmp_path)
-
-
-@pytest.fixture
-def plain(tmp_path):
-    theirs = oracle(tmp_path)
-    return theirs, Qwen3ForCausalLM.from_pretrained(tmp_path)
 
 
 def some_tokens(sequences, share):
