@@ -186,6 +186,24 @@ class FoldedBatch:
             return self._moved(lambda tensors: copy_together(tensors, device))
         return self._moved(lambda tensors: [x.to(device, non_blocking=non_blocking) for x in tensors])
 
+    def _padded_to(self, num_rows: int) -> FoldedBatch:
+        """Return the batch with padding rows behind it up to `num_rows`, each a copy of the first row, which is there.
+
+        They are finite where that row is, so what a loss gives them, zero, stays zero in sums over rows.
+        """
+        padding = num_rows - self.num_rows
+        if padding == 0:
+            return self
+
+        def padded(x: Tensor, at: int) -> Tensor:
+            return torch.cat([x, x[at].expand(padding)])
+
+        return dataclasses.replace(
+            self,
+            **{name: padded(getattr(self, name), 0) for name in ("input_ids", "position_ids", "fold_index")},
+            **{name: padded(getattr(self, name), -1) for name in ("unfold_indptr", "kv_indptr")},
+        )
+
     def pin_memory(self) -> FoldedBatch:
         """Return the batch, which must be on the CPU, with its tensors side by side in pinned memory.
 

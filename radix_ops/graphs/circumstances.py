@@ -19,17 +19,16 @@ _IS_BLOCKING = os.environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0")
 _HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
-def why_eager(batch: FoldedBatch) -> str | None:
+def why_eager(batch: FoldedBatch, rows: torch.Tensor | None = None) -> str | None:
     """Return why this call, on a batch that is on CUDA or elsewhere, can't be a graph's replay, or None."""
     if torch.is_grad_enabled():
         return "gradients may be asked for"
-    tensors = (batch.input_ids, batch.position_ids, batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index)
+    tables = (batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index)
+    tensors = (batch.input_ids, batch.position_ids, *tables, *(() if rows is None else (rows,)))
     if not all(type(x) is torch.Tensor and x.is_cuda for x in tensors):
         return "a tensor of the batch is on no CUDA device, or of a class of its own"
-    if not all(x.dtype == torch.int32 for x in tensors[2:]):
+    if not all(x.dtype == torch.int32 for x in tables):
         return "a table of the batch is not of int32"
-    if batch.num_nodes == 0:
-        return "the batch is empty"
     if torch.is_autocast_enabled("cuda"):
         return "autocast is on"
     if torch.cuda.is_current_stream_capturing():

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from .._attention import Layout
 from ..batch import FoldedBatch
 from ..ops import flash, trie
-from ..ops.checks import INDEX_DTYPES
 from .buckets import Sizes, sizes_of
 from .capture import Captured, Memory
 from .circumstances import settings, why_eager
@@ -46,12 +45,38 @@ class Call:
     def num_wanted(self) -> int:
         return self.batch.num_rows if self.rows is None else self.rows.shape[0]
 
+    def sizes(self) -> Sizes | None:
+        """Return the sizes that the batch is padded to, or None where it is computed as it is.
+
+        They depend on nothing but the model, the batch and the layout: with gradients and without, replayed or not,
+        products have as many rows, and so the same bits.
+        """
+        batch, layout, weight = self.batch, self.layout, self.weight
+        if weight.dtype not in flash.DTYPES or layout not in _LAYOUTS or batch.num_nodes == 0:
+            return None
+        by_flash, by_trie = _kernels(weight.dtype, weight.device, self.head_dim)
+        if not by_flash or (layout == "trie" and not by_trie):
+            return None
+        if self.rows is not None and self.rows.shape[0] == 0:
+            return None
+        by_trie = layout == "trie" or (layout == "auto" and by_trie and batch.kv_index.shape[0] != batch.num_nodes)
+        sizes = sizes_of(batch, by_trie=by_trie, num_wanted=None if self.rows is None else self.num_wanted)
+        return sizes if self.is_worth_it(sizes.rows) else None
+
+    def run_padded(self, sizes: Sizes) -> Tensor:
+        """Return the result, computed on as many rows as a graph's."""
+        rows, count = self.rows, self.num_wanted
+        if rows is not None and sizes.wanted is not None:
+            # A row that the batch does not have must stay one.
+            there = torch.where(rows < self.batch.num_rows, rows, -1)
+            rows = torch.cat([there, there.new_zeros(sizes.wanted - count)])
+        return self.compute(self.batch._padded_to(sizes.rows), self.layout, rows)[:count]
+
 
 class CapturedForwards:
     """The graphs of one model; copies and pickles of it are empty.
 
-    `run` pads each batch that is worth it, whether there is a graph for it yet or not, so that equal batches give equal
-    bits. The first batch of a kind (sizes, layout, settings of torch) runs eagerly; the second is captured, which takes
+    The first batch of a kind (sizes, layout, settings of torch) runs eagerly; the second is captured, which takes
     about as long as an eager run; later ones are replays. There are at most 64 graphs, in one memory pool: the least
     recently used one goes, unless all are in use. A lock keeps threads apart, and events streams: graphs on a device
     run one after another, those of other models, too. Results are the caller's own. Nothing waits for the device.
@@ -82,33 +107,23 @@ class CapturedForwards:
         self._graphs: Shelf[Captured] = Shelf()
         self._memory: Memory | None = None
 
-    def run(self, call: Call) -> Tensor | None:
-        """Return the call's result, or None where `compute` has to be called on the batch as it is."""
-        key = self._key(call)
+    def run(self, call: Call, sizes: Sizes) -> Tensor | None:
+        """Return the result of a call that is padded to these sizes, or None where no graph may stand in for it."""
+        key = self._key(call, sizes)
         return None if key is None else self._run_watched(key, call)
 
-    def warm_up(self, call: Call) -> bool:
+    def warm_up(self, call: Call, sizes: Sizes) -> bool:
         """Capture the graph of calls like this one, if there is none yet, and return whether there is one."""
-        key = self._key(call)
+        key = self._key(call, sizes)
         if key is not None:
             self._run_watched(key, call, at_once=True)
         return key in self._graphs
 
-    def _key(self, call: Call) -> _Key | None:
+    def _key(self, call: Call, sizes: Sizes) -> _Key | None:
         """Return the kind of a call: what its graph has fixed. None where there is to be no graph for it."""
-        batch, layout, weight = call.batch, call.layout, call.weight
-        if weight.dtype not in flash.DTYPES or why_eager(batch) is not None:
+        if why_eager(call.batch, call.rows) is not None:
             return None
-        by_flash, by_trie = _kernels(weight.dtype, weight.device, call.head_dim)
-        if not by_flash or layout not in _LAYOUTS or (layout == "trie" and not by_trie):
-            return None
-        if call.rows is not None and not _is_index(call.rows, weight.device):
-            return None
-        by_trie = layout == "trie" or (layout == "auto" and by_trie and batch.kv_index.shape[0] != batch.num_nodes)
-        sizes = sizes_of(batch, by_trie=by_trie, num_wanted=None if call.rows is None else call.num_wanted)
-        if not call.is_worth_it(sizes.rows):
-            return None
-        return sizes, layout, settings()
+        return sizes, call.layout, settings()
 
     def _run_watched(self, key: _Key, call: Call, at_once: bool = False) -> Tensor | None:
         weight = call.weight
@@ -188,8 +203,3 @@ def _kernels(dtype: torch.dtype, device: torch.device, head_dim: int) -> tuple[b
         return False, False
     probe = torch.empty(0, 1, head_dim, dtype=dtype, device=device)
     return flash.has_kernels(probe, probe), trie.has_kernels(probe, probe)
-
-
-def _is_index(rows: Tensor, device: torch.device) -> bool:
-    is_plain = type(rows) is Tensor and rows.device == device and rows.dtype in INDEX_DTYPES
-    return is_plain and rows.dim() == 1 and rows.shape[0] > 0

@@ -183,7 +183,7 @@ class Qwen3Model(Pretrained, ReplayingModel):
         twice, and nothing waits for the host to read them. The last layer then computes the keys and values of all
         rows, and all else of those rows alone, unless more than two thirds are wanted. So the last bits differ from
         those of all rows (products choose their kernels by the number of rows). They are the same with and without
-        gradients where `cuda_graphs` is off.
+        gradients.
 
         Raises TypeError for another batch or other rows, ValueError for another device, for a sequence longer than the
         config's positions and, on the CPU and not in compiled code, for positions past them and ids outside the
@@ -192,8 +192,8 @@ class Qwen3Model(Pretrained, ReplayingModel):
         """
         self._check(batch)
         _check_rows(rows, batch)
-        hidden = None if torch.compiler.is_compiling() else self._replay(batch, layout, rows)
-        return self._compute(batch, layout, rows) if hidden is None else hidden
+        run = self._compute if torch.compiler.is_compiling() else self._run_call
+        return run(batch, layout, rows)
 
     def _compute(self, batch: FoldedBatch, layout: Layout, rows: Tensor | None) -> Tensor:
         x = self.embed_tokens(batch.input_ids)

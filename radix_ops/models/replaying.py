@@ -16,7 +16,7 @@ from .qwen3_config import Qwen3Config
 
 
 class ReplayingModel(nn.Module):
-    """A decoder stack, whose forward asks `_replay` before it computes."""
+    """A decoder stack, whose forward calls `_run_call`."""
 
     config: Qwen3Config
     embed_tokens: nn.Embedding
@@ -39,11 +39,11 @@ class ReplayingModel(nn.Module):
 
         It concerns calls in eval mode without gradients on CUDA, in bfloat16 and float16, of so few rows that the host
         matters to their time: on an H100 up to some 8,000 rows of a 0.6B model, and 1,000 of one of 8B. Such a batch is
-        padded to a number of rows that others share, and the last bits of its result are those of the padded batch. The
-        second batch of a size is captured, all later ones are replays, to the same bits. Weights changed in place are
-        read where they are; replaced ones are seen by the next call, and their old memory is kept until then. Calls
-        with hooks, under autocast, in modes and transforms of torch, and models with layers of other classes run as if
-        this were False.
+        padded to a number of rows that others share, whatever this is and with gradients too, so its result has the
+        same bits either way. The second batch of a size is captured, and all later ones are replays. Weights changed in
+        place are read where they are; replaced ones are seen by the next call, and their old memory is kept until then.
+        Calls with hooks, under autocast, in modes and transforms of torch, and models with layers of other classes run
+        as if this were False.
         """
         return self._cuda_graphs
 
@@ -62,16 +62,21 @@ class ReplayingModel(nn.Module):
         batch what the forward does.
         """
         self._check(batch)
+        call = self._call(batch, layout, rows)
+        sizes = call.sizes()
+        if sizes is None or self._graphs is None or not self._may_replay():
+            return False
         with torch.no_grad():
-            if self._graphs is None or not self._may_replay():
-                return False
-            return self._graphs.warm_up(self._call(batch, layout, rows))
+            return self._graphs.warm_up(call, sizes)
 
-    def _replay(self, batch: FoldedBatch, layout: Layout, rows: Tensor | None) -> Tensor | None:
-        """Return what _compute returns, or None where it has to be called."""
-        if self._graphs is None or not self._may_replay():
-            return None
-        return self._graphs.run(self._call(batch, layout, rows))
+    def _run_call(self, batch: FoldedBatch, layout: Layout, rows: Tensor | None) -> Tensor:
+        """Return what _compute returns, on padded rows where the host matters, and as a replay where it may."""
+        call = self._call(batch, layout, rows)
+        sizes = call.sizes()
+        if sizes is None:
+            return self._compute(batch, layout, rows)
+        replayed = self._graphs.run(call, sizes) if self._graphs is not None and self._may_replay() else None
+        return call.run_padded(sizes) if replayed is None else replayed
 
     def _may_replay(self) -> bool:
         return self._cuda_graphs and not self.training and not self._has_graphs_of_torch

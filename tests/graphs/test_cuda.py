@@ -327,6 +327,21 @@ def test_a_default_device_is_no_mode_to_mind(model, monkeypatch):
         model(batch)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("make", [folded, packed])
+def test_bits_are_the_same_with_and_without_gradients(model, make, layout):
+    """A policy that is trained is compared with its reference, which is not."""
+    for name in ("long shared prefix", "long nested", "nothing shared"):
+        batch = make(BATCHES[name])
+        for rows in (None, batch.last_rows):
+            got = replayed(model, batch, layout, rows=rows)
+            assert torch.equal(model(batch, layout, rows), got), name
+            model.train()
+            assert torch.equal(model(batch, layout, rows), got), name
+            model.eval()
+    assert len(model._graphs) >= 6
+
+
 def test_gradients_are_those_of_a_model_without_graphs(model):
     batch = folded()
     replayed(model, batch)
@@ -656,6 +671,8 @@ def test_memory_poisoned_and_tokens_that_are_not_finite_stay_out(model):
         model.embed_tokens.weight[0] = float("nan")
     assert torch.equal(replayed(model, batch), want)
     assert want.isfinite().all()
+    model(batch).float().square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_switch_is_checked(model):

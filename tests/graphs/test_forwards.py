@@ -37,7 +37,7 @@ class StandIn:
 def model(tmp_path, monkeypatch):
     monkeypatch.setattr(forwards, "Captured", StandIn)
     monkeypatch.setattr(forwards, "Memory", lambda *_: torch.empty(0))
-    monkeypatch.setattr(forwards, "why_eager", lambda batch: "gradients" if torch.is_grad_enabled() else None)
+    monkeypatch.setattr(forwards, "why_eager", lambda *_: "gradients" if torch.is_grad_enabled() else None)
     monkeypatch.setattr(forwards, "_kernels", lambda *_: (True, True))
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(replaying, "is_bound_by_host", lambda *_: True)
@@ -94,6 +94,40 @@ def test_equal_batches_give_equal_bits_before_the_capture_and_after(model):
     results = [call(model, batch, rows=rows) for _ in range(4)]
     assert all(torch.equal(result, results[0]) for result in results)
     assert StandIn.made == 2
+
+
+@pytest.mark.parametrize("layout", ["trie", "compact"])
+def test_bits_are_the_same_with_and_without_gradients(model, layout):
+    batch = FoldedBatch.from_sequences(LONG, pad_multiple_of=5)
+    for rows in (None, batch.last_rows):
+        with_gradients = model(batch, layout, rows)
+        assert with_gradients.requires_grad
+        for _ in range(3):
+            assert torch.equal(call(model, batch, layout, rows=rows), with_gradients)
+    assert StandIn.replays == 4
+
+
+def test_padding_rows_take_no_part_in_gradients(model, tmp_path):
+    """Token 0, which older padding has, is NaN; transformers has the same gradients of the rest, to rounding."""
+    sequences = [[1, 2, 3, 4], [1, 2, 5], [6]]
+    weights = {name: w for name, w in model.named_parameters()}
+    with torch.no_grad():
+        weights["embed_tokens.weight"][0] = float("nan")
+    theirs = oracle(tmp_path / "theirs").double()
+    run_theirs(theirs, sequences)[0].square().sum().backward()
+    batch = FoldedBatch.from_sequences(sequences)
+    batch.unfold(model(batch, "trie")).float().square().sum().backward()
+    for name, exact in theirs.model.named_parameters():
+        got = weights[name].grad
+        assert got.isfinite().all(), name
+        assert (got.double() - exact.grad).norm() <= 0.1 * exact.grad.norm(), name
+
+
+def test_rows_that_the_batch_does_not_have_are_refused(model):
+    batch = FoldedBatch.from_sequences(LONG)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled), pytest.raises(RuntimeError, match="-1"):
+            model(batch, "trie", torch.tensor([0, batch.num_rows]))
 
 
 def test_a_change_gives_up_the_graphs_and_the_call_sees_it(model):

@@ -213,7 +213,7 @@ def test_compile_is_one_graph(models, layout):
     ):
         for sequences in batches:
             batch = FoldedBatch.from_sequences(sequences, device="cuda", pad_multiple_of=8)
-            got, want = compiled(batch, layout=layout), ours(batch, layout=layout)
+            got, want = (run(batch, layout=layout)[: batch.num_nodes] for run in (compiled, ours))
             assert (got - want).norm() <= 0.03 * want.norm()
     torch._dynamo.reset()
 
