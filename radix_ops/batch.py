@@ -200,8 +200,11 @@ class FoldedBatch:
 
         return dataclasses.replace(
             self,
-            **{name: padded(getattr(self, name), 0) for name in ("input_ids", "position_ids", "fold_index")},
-            **{name: padded(getattr(self, name), -1) for name in ("unfold_indptr", "kv_indptr")},
+            input_ids=padded(self.input_ids, 0),
+            position_ids=padded(self.position_ids, 0),
+            fold_index=padded(self.fold_index, 0),
+            unfold_indptr=padded(self.unfold_indptr, -1),
+            kv_indptr=padded(self.kv_indptr, -1),
         )
 
     def pin_memory(self) -> FoldedBatch:

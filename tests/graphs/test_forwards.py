@@ -110,7 +110,7 @@ def test_bits_are_the_same_with_and_without_gradients(model, layout):
 def test_padding_rows_take_no_part_in_gradients(model, tmp_path):
     """Token 0, which older padding has, is NaN; transformers has the same gradients of the rest, to rounding."""
     sequences = [[1, 2, 3, 4], [1, 2, 5], [6]]
-    weights = {name: w for name, w in model.named_parameters()}
+    weights = dict(model.named_parameters())
     with torch.no_grad():
         weights["embed_tokens.weight"][0] = float("nan")
     theirs = oracle(tmp_path / "theirs").double()
