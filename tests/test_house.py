@@ -39,22 +39,28 @@ ROOMS = {
     "lm_eval": f"{ROWS} _extras plan hf engine",
     "trainers": f"{ROWS} plan hf",
     "data": "plan engine",
+    "serve": "_extras plan engine",
     "cli": "plan engine data",
     "__main__": "",
 }
 # The rooms that may import a library. Every room may import others.
 LIBRARIES = {
     "argparse": "cli",
+    "fastapi": "serve",
     "http": "",
     "ir_measures": "engine",
     "lm_eval": "lm_eval",
     "matplotlib": "cli",
+    "orjson": "serve",
+    "prometheus_client": "serve",
     "radix_ops_command": "cli __main__",
     "sentence_transformers": "hf.sentences engine",
     "socket": "",
     "transformers": "hf hf.sentences engine trainers",
+    "starlette": "serve",
     "triton": "ops",
     "trl": "trainers",
+    "uvicorn": "serve",
 }
 OPENING = {"open", "read_text", "write_text", "read_bytes", "write_bytes"}
 
