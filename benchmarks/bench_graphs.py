@@ -71,7 +71,8 @@ def measured_row(name: str, model: Qwen3Model, cell: tuple[int, int, int], args)
     assert difference < 0.1, f"{batch.name}: a graph differs by {difference}"
     seconds = bench_qwen3.measure(functions, args.rounds, args.budget)
     folded = radix_ops.fold(batch.ids, batch.cu_seqlens)
-    key = model._graphs._key(model._call(folded, "auto", None))
+    call = model._call(folded, "auto", None)
+    key = model._graphs._key(call, call.sizes())
     replay = gpu_milliseconds(model._graphs._graphs.take(key)._graph.replay)
     first, capture, *_, last = call_milliseconds(model, folded)
     row = {"model": name, "batch": batch.name, "M": batch.rows, "padded": key[0].rows}
