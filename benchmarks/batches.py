@@ -19,6 +19,8 @@ from torch import Tensor
 import radix_ops
 
 VOCABULARY = 151_936
+# (count, shared tokens, own tokens), from shapes where folding can't pay to shapes where it does.
+SMALL_BATCHES = ((2, 16, 16), (4, 32, 8), (8, 64, 16), (16, 96, 16), (32, 112, 16), (8, 256, 256), (16, 512, 512))
 WORKLOADS = (
     "msmarco_rerank_top8",
     "xquad_rerank_top8",

@@ -21,11 +21,9 @@ from transformers import AttentionInterface
 import bench_qwen3
 import harness
 import radix_ops.hf
-from batches import Batch, add_data_options, real_batches
+from batches import SMALL_BATCHES, Batch, add_data_options, real_batches
 
 WORKLOADS = ("gsm8k_8shot_cot", "msmarco_rerank_top8", "mmlu_4shot_4choice")
-# (count, shared tokens, own tokens), from shapes where folding can't pay to shapes where it does.
-SMALL_BATCHES = ((2, 16, 16), (4, 32, 8), (8, 64, 16), (16, 96, 16), (32, 112, 16), (8, 256, 256), (16, 512, 512))
 
 
 def make_packed_attention():

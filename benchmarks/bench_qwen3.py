@@ -1,13 +1,15 @@
 """Qwen3 at its real shapes, random weights: the layouts on a folded batch, the same model packed, and transformers'.
 
-"packed" is our model on `radix_ops.pack`: nothing folded, varlen attention, no CUDA graph. "best packed" is the same as
-users have it, small batches as CUDA graphs. "unfold" is the way of the RadixMLP paper.
+"packed" is our model on `radix_ops.pack`: nothing folded, nothing padded, varlen attention, no CUDA graph. "best
+packed" is the same as users have it, small batches as CUDA graphs. "unfold" is the way of the RadixMLP paper.
 "transformers" is its own model on the padded batch with sdpa, as most users have it. Layers of our model are compiled
 (`compile_layers`) on CUDA. Every time is from ids on the device to hidden states there, the fold and all steps of the
 host included; "fold ms" is the part until the batch is made. Every result is compared with packed's before it is timed.
 "of FLOP ratio" is the best layout's speed-up over the FLOP ratio (see batches.py).
 
 --cells grid, the default, is the paper's: 15 sequences of a shared prefix and their own, and real prompts of --data.
+--cells small has batches whose forward the host may take longer for than the GPU, and some that share nothing; "auto"
+is the one layout there.
 --cells long has contexts of 8,192 to 32,768 tokens and the tries of agents, without transformers, and trains under
 gradient checkpointing.
 """
@@ -23,7 +25,7 @@ import torch
 
 import harness
 import radix_ops
-from batches import VOCABULARY, Batch, add_data_options, agentic_batches, long_batches, real_batches
+from batches import SMALL_BATCHES, VOCABULARY, Batch, add_data_options, agentic_batches, long_batches, real_batches
 from radix_ops.models.qwen3 import Qwen3Config, Qwen3Model
 
 SHAPES = {  # hidden_size, intermediate_size, layers, heads, K/V heads, of the models' config.json
@@ -34,7 +36,10 @@ SHAPES = {  # hidden_size, intermediate_size, layers, heads, K/V heads, of the m
 }
 AT_ONCE = {"0.6B": 7}  # layers that are compiled as one: more where the host is slower than the GPU
 PREFIXES, SUFFIXES = (1, 255, 511, 1023, 2047), (256, 1024)
+SMALL = ((10, 64, 100), (15, 1, 256), (15, 511, 256), (15, 2047, 256), *SMALL_BATCHES)
+NOTHING_SHARED = ((15, 0, 300), (15, 0, 1024), (128, 0, 512))
 LAYOUTS = ("unfold", "compact", "trie")
+WAYS = (*LAYOUTS, "auto")
 PARTS = ("forward", "training")
 WARM_UP = (4, 64, 16)
 TRAINING = {"0.6B": ((32, 2048, 256), (32, 512, 256)), "4B": ((16, 512, 256),), "small": ((8, 128, 32),)}
@@ -131,24 +136,26 @@ def measure(functions: dict, rounds: int, budget: float, least: int = 3) -> dict
     return {name: tuple(map(statistics.median, zip(*values, strict=True))) for name, values in samples.items()}
 
 
-def forward_functions(model: Qwen3Model, theirs, batch: Batch) -> dict:
-    def of(make, layout, graphs=True):
+def forward_functions(model: Qwen3Model, theirs, batch: Batch, layouts: tuple[str, ...] = LAYOUTS) -> dict:
+    def of(make, layout):
         def run():
             made = make(batch.ids, batch.cu_seqlens)
-            at = time.perf_counter()
-            model._cuda_graphs = graphs  # past the property, which would give graphs up
-            return at, model(made, layout)
+            return time.perf_counter(), model(made, layout)
 
         return run
+
+    def run_packed():
+        made = radix_ops.pack(batch.ids, batch.cu_seqlens)
+        return time.perf_counter(), model._compute(made, "compact", None)
 
     def run_theirs():
         made = time.perf_counter()
         return made, theirs(input_ids=batch.padded, attention_mask=batch.mask, use_cache=False).last_hidden_state
 
-    functions = {"packed": of(radix_ops.pack, "compact", graphs=False)}
+    functions = {"packed": run_packed}
     if batch.ids.is_cuda:
         functions["best packed"] = of(radix_ops.pack, "compact")
-    functions |= {layout: of(radix_ops.fold, layout) for layout in LAYOUTS}
+    functions |= {layout: of(radix_ops.fold, layout) for layout in layouts}
     return functions | ({"transformers": run_theirs} if theirs is not None else {})
 
 
@@ -182,27 +189,31 @@ def sizes(name: str, model: Qwen3Model, batch: Batch) -> dict[str, object]:
 def speed_ups(seconds: dict, flop_ratio: float) -> dict[str, float | None]:
     """Return packed's time over each layout's, None where one did not fit, and the best of them over the FLOP ratio."""
     packed = seconds.get("packed", (None,))[0]
-    ratios = {layout: packed / seconds[layout][0] if packed and layout in seconds else None for layout in LAYOUTS}
+    ways = [way for way in WAYS if way in seconds] or LAYOUTS
+    ratios = {way: packed / seconds[way][0] if packed and way in seconds else None for way in ways}
     best = max((ratio for ratio in ratios.values() if ratio), default=None)
     row = {f"packed / {layout}": ratio for layout, ratio in ratios.items()}
     return row | {"of FLOP ratio": best and best / flop_ratio}
 
 
 def forward_row(name: str, model, theirs, batch: Batch, args, matmul_rate: float) -> dict[str, object]:
-    functions = forward_functions(model, theirs, batch)
+    layouts = ("auto",) if args.cells == "small" else LAYOUTS
+    functions = forward_functions(model, theirs, batch, layouts)
     facts = check(functions, batch)
     if batch.ids.is_cuda and batch.rows <= 2**14:  # such may be captured at their second call
         warm_up(functions)
     seconds = measure(functions, args.rounds, args.budget, args.least_rounds)
     row = sizes(name, model, batch)
     row |= {f"{key} ms": value[0] * 1e3 for key, value in seconds.items()}
-    row |= {"transformers ms": row.get("transformers ms"), "fold ms": seconds["compact"][1] * 1e3}
+    row |= {"transformers ms": row.get("transformers ms"), "fold ms": seconds[layouts[-1]][1] * 1e3}
     row |= speed_ups(seconds, row["FLOP ratio"])
-    best = min(seconds[layout][0] for layout in LAYOUTS)
+    best = min(seconds[layout][0] for layout in layouts)
     if "best packed" in seconds:
         row["best packed / best"] = seconds["best packed"][0] / best
+        row["of FLOP ratio, over best packed"] = row["best packed / best"] / row["FLOP ratio"]
     row |= {"transformers / best": seconds["transformers"][0] / best if "transformers" in seconds else None}
-    row |= {"compact over FLOP ideal": seconds["compact"][0] * matmul_rate / batch.flops(model.config)}
+    ideal = batch.flops(model.config) / matmul_rate
+    row |= {f"{layout} over FLOP ideal": seconds[layout][0] / ideal for layout in layouts if layout != "unfold"}
     return row | facts
 
 
@@ -278,6 +289,8 @@ def note(name: str, rows: list[dict[str, object]], save: bool, measured: dict[st
 def forward_batches(args, device: str) -> list[Batch]:
     if args.cells == "long":
         return long_batches(device)
+    if args.cells == "small":
+        return [Batch.synthetic(*shape, device) for shape in (*SMALL, *NOTHING_SHARED)]
     prefixes = PREFIXES[-1:] if args.quick else PREFIXES
     count = 15 if device == "cuda" else 4
     batches = [Batch.synthetic(count, prefix, own, device) for own in SUFFIXES[: len(prefixes)] for prefix in prefixes]
@@ -286,6 +299,8 @@ def forward_batches(args, device: str) -> list[Batch]:
 
 def training_batches(args, name: str, device: str) -> list[Batch]:
     """Return those of a model that is trained; 8B's gradients and states leave no room beside long contexts."""
+    if args.cells == "small":
+        return []
     if args.cells == "long":
         return [] if name in ("4B", "8B") else [*agentic_batches(device), long_batches(device)[0]]
     return [Batch.synthetic(*shape, device) for shape in TRAINING.get(name, ())]
@@ -294,7 +309,9 @@ def training_batches(args, name: str, device: str) -> list[Batch]:
 def main() -> None:
     parser = harness.make_parser(__doc__, rounds=5, devices=harness.DEVICES)
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), help="default: all real ones on CUDA, else small")
-    parser.add_argument("--cells", choices=("grid", "long"), default="grid", help="the batches (default: grid)")
+    parser.add_argument(
+        "--cells", choices=("grid", "small", "long"), default="grid", help="the batches (default: grid)"
+    )
     parser.add_argument("--layers", type=int, help="of each model, from the first on (default: all)")
     add_data_options(parser)
     parser.add_argument("--budget", type=float, default=10.0, help="seconds after which a line has rounds enough")
@@ -309,14 +326,15 @@ def main() -> None:
     matmul_rate = matmul_flops(device, dtype)
     batches = forward_batches(args, device) if "forward" in args.parts else []
     measured = {"matmul TFLOP/s": matmul_rate / 1e12}
-    kind = "long_" if is_long else "quick_" if args.quick else ""
+    kind = f"{args.cells}_" if args.cells != "grid" else "quick_" if args.quick else ""
     for name in args.models or (["small"] if device == "cpu" else ["0.6B", "4B", "8B"]):
         # A layer of long contexts takes the GPU longer than the host.
         model, rows = make_model(name, device, dtype, args.layers, 1 if is_long else None), []
-        theirs = None if args.no_transformers or is_long else make_theirs(model, name)
+        theirs = None if args.no_transformers or args.cells != "grid" else make_theirs(model, name)
         if batches:
             with torch.no_grad():
-                warm_up(forward_functions(model, theirs, Batch.synthetic(*WARM_UP, device)))
+                for shape in (WARM_UP, (4, 0, 64)):
+                    warm_up(forward_functions(model, theirs, Batch.synthetic(*shape, device), WAYS))
                 for batch in batches:
                     rows.append(forward_row(name, model, theirs, batch, args, matmul_rate))
                     note(f"qwen3_{kind}{name}_{device}", rows, args.save, measured)
