@@ -31,7 +31,7 @@ class TokenStore:
             raise ValueError(f"max_memory must not be negative, got {max_memory}")
         self.max_memory = max_memory
         self._ends = array.array("q")
-        self._waiting = np.empty(_LEAST_CAPACITY, np.int32)  # in memory, behind those in the file
+        self._waiting = np.empty(0, np.int32)  # in memory, behind those in the file
         self._num_waiting = 0
         self._num_written = 0  # in the file, which may hold more behind them where a write failed
         self._file: IO[bytes] | None = None
