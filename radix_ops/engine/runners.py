@@ -2,15 +2,15 @@
 
 A runner holds a model: `Qwen3Runner` our Qwen3, on folded or packed batches; `TransformersRunner` a decoder of
 transformers', through `radix_ops.hf.enable` or on padded batches; `ClassifierRunner` one with a classification head.
-A runner serves one thread at a time.
+A runner serves one thread at a time, but for `ahead`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .._attention import Layout
 from .._interrupts import uninterrupted
-from ..batch import fold, pack
+from ..batch import FoldedBatch, fold, pack
 from .errors import UserError
 from .heads import WholeHead
 
@@ -51,6 +51,14 @@ class States:
         return self.at(self.starts + self.lengths - 1)
 
 
+class Ahead(list[np.ndarray]):
+    """The sequences of a batch that is folded, or packed, already."""
+
+    def __init__(self, sequences: list[np.ndarray], batch: FoldedBatch):
+        super().__init__(sequences)
+        self.batch = batch
+
+
 class Runner(Protocol):
     """A model as tasks use it: hidden states, or a classification head's logits, of batches of sequences."""
 
@@ -61,6 +69,7 @@ class Runner(Protocol):
     layout: Layout  # of attention in folded batches, as `radix_ops.attention` has it
     max_padding: float  # of plain batches, as a share of their tokens
     pads_states: bool  # whether hidden states of a folded batch come padded
+    keeps_salts: bool  # whether `ahead` knows salts
 
     @property
     def own_attention(self) -> bool:
@@ -82,6 +91,13 @@ class Runner(Protocol):
     def running(self, folded: bool) -> AbstractContextManager[None]:
         """Return a context in which batches are folded or plain."""
 
+    def ahead(self, sequences: list[np.ndarray], salts: Sequence[bytes] = ()) -> list[np.ndarray]:
+        """Return the sequences for `states`, with what can be done of a batch while another is computed.
+
+        Another thread may do it, within `running`. salts: of each sequence, where the runner keeps them: sequences of
+        different salts share no rows.
+        """
+
     def states(self, sequences: list[np.ndarray], tokens: np.ndarray | None = None) -> States:
         """Compute hidden states of sequences of token ids, int32, none empty; those of some packed `tokens` will do."""
 
@@ -91,6 +107,7 @@ class Qwen3Runner:
 
     max_padding = float("inf")  # packed batches have none
     pads_states = False
+    keeps_salts = True
     own_attention = False  # scores have neither cap nor sinks
 
     def __init__(self, model: Any, hf_config: Any, layout: Layout = "auto"):
@@ -118,10 +135,23 @@ class Qwen3Runner:
         self.folded = folded
         yield
 
+    def ahead(self, sequences: list[np.ndarray], salts: Sequence[bytes] = ()) -> list[np.ndarray]:
+        return Ahead(sequences, self._batch_of(sequences, salts))
+
+    def _batch_of(self, sequences: list[np.ndarray], salts: Sequence[bytes]) -> FoldedBatch:
+        starts = np.cumsum([0] + [len(sequence) for sequence in sequences])
+        ids = np.concatenate(sequences)
+        number_of = {salt: number for number, salt in enumerate(dict.fromkeys(salts))}
+        if not self.folded or len(number_of) < 2:
+            return (fold if self.folded else pack)(torch.from_numpy(ids), torch.from_numpy(starts))
+        # Paths that start with different numbers have no row in common.
+        marked = ids.astype(np.int64)
+        marked[starts[:-1]] |= np.array([number_of[salt] for salt in salts]) << 32
+        batch = fold(torch.from_numpy(marked), torch.from_numpy(starts))
+        return replace(batch, input_ids=torch.from_numpy(ids)[batch.fold_index])
+
     def states(self, sequences: list[np.ndarray], tokens: np.ndarray | None = None) -> States:
-        lengths = np.array([len(sequence) for sequence in sequences])
-        ends = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
-        batch = (fold if self.folded else pack)(torch.from_numpy(np.concatenate(sequences)), ends)
+        batch = sequences.batch if isinstance(sequences, Ahead) else self._batch_of(sequences, ())
         self.rows += batch.num_rows
         rows, token_rows = None, batch.unfold_index
         if tokens is not None:
@@ -130,7 +160,7 @@ class Qwen3Runner:
             token_rows = torch.full_like(token_rows, len(wanted))  # which there is not
             token_rows[torch.from_numpy(tokens)] = torch.from_numpy(place.astype(np.int32))
         hidden = self.stack(batch.to(self.device, non_blocking=True), layout=self.layout, rows=rows)
-        return States(hidden, token_rows, lengths)
+        return States(hidden, token_rows, batch.lengths.numpy())
 
 
 class TransformersRunner:
@@ -138,6 +168,7 @@ class TransformersRunner:
 
     max_padding = 0.05
     pads_states = True
+    keeps_salts = False
 
     def __init__(self, model: Any, layout: Layout = "auto"):
         self.model, self.hf_config, self.layout = model, model.config, layout
@@ -265,6 +296,9 @@ class TransformersRunner:
                         setattr(config, name, value)
                     else:
                         delattr(config, name)
+
+    def ahead(self, sequences: list[np.ndarray], salts: Sequence[bytes] = ()) -> list[np.ndarray]:
+        return sequences  # the model folds
 
     def states(self, sequences: list[np.ndarray], tokens: np.ndarray | None = None) -> States:
         inputs = self._padded(sequences)
