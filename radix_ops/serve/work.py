@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from ..engine.errors import UserError
+
 # Computes one result for each sequence of a batch: the token ids, int32, and what the request says of the sequence. The
 # list that it gets goes to `runner.states` as it is, since it knows how the batch folds.
 Compute: TypeAlias = Callable[[list[np.ndarray], list[Any]], Sequence[Any]]
@@ -33,6 +35,17 @@ class Work:
     def __post_init__(self) -> None:
         if len(self.sequences) != len(self.extras):
             raise ValueError(f"{len(self.sequences)} sequences have {len(self.extras)} extras; each needs one")
+
+    def check(self, vocab_size: int) -> None:
+        """Raise ValueError unless each sequence holds ids of the vocabulary, as int32."""
+        for index, ids in enumerate(self.sequences):
+            if ids.dtype != np.int32 or ids.ndim != 1 or not len(ids):
+                raise ValueError(f"sequences[{index}] must hold token ids as int32, got {ids.dtype} of {ids.shape}")
+            if int(ids.view(np.uint32).max()) >= vocab_size:  # without its sign a negative id is a large one
+                raise UserError(
+                    f"sequence {index} has token ids from {ids.min()} to {ids.max()}; the model's are from 0 to "
+                    f"{vocab_size - 1}"
+                )
 
     @property
     def num_tokens(self) -> int:
