@@ -35,6 +35,7 @@ from .work import Answer, Compute, Size, Work
 State: TypeAlias = Literal["new", "loading", "ready", "draining", "stopped", "dead"]
 
 _TOKENIZERS = 2  # threads
+_LONGEST_WAIT = 3600.0  # seconds; threads can't wait for ever, as a deadline may
 _JOIN = 30.0  # seconds that a stop waits for a batch that is computed
 
 _logger = logging.getLogger(__name__)
@@ -265,15 +266,16 @@ class Batcher:
                     return False
                 now = time.monotonic()
                 expired = self._desk.queue.expired(now)
-                waits = [] if self._desk.queue.next_deadline is None else [self._desk.queue.next_deadline - now]
+                until, deadline = _LONGEST_WAIT, self._desk.queue.next_deadline
+                if deadline is not None:
+                    until = min(until, deadline - now)
                 if not expired and self._slot is None and len(self._desk.queue):
-                    until = self._machine.time_to_plan() - now
-                    if until <= 0:
+                    turn = self._machine.time_to_plan()
+                    until = min(until, turn - now)
+                    if turn <= now:
                         batch = self._desk.queue.choose(self._machine.bounds())
-                    else:
-                        waits.append(until)
                 if batch is None and not expired:
-                    self._to_plan.wait(max(0.0, min(waits)) if waits else None)
+                    self._to_plan.wait(max(0.0, until))
         for request in expired:
             self._desk.fail(request, Expired("the request's time was over before its answer was there"))
         if batch is not None:
