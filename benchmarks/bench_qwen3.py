@@ -1,7 +1,8 @@
 """Qwen3 at its real shapes, random weights: the layouts on a folded batch, the same model packed, and transformers'.
 
 "packed" is our model on `radix_ops.pack`: nothing folded, nothing padded, varlen attention, no CUDA graph. "best
-packed" is the same as users have it, small batches as CUDA graphs. "unfold" is the way of the RadixMLP paper.
+packed" is the same as users have it, small batches as CUDA graphs; it and "auto" run FlashAttention 3 or 4 where that
+is installed (--flash-attention), and all else torch's flash attention. "unfold" is the way of the RadixMLP paper.
 "transformers" is its own model on the padded batch with sdpa, as most users have it. Layers of our model are compiled
 (`compile_layers`) on CUDA. Every time is from ids on the device to hidden states there, the fold and all steps of the
 host included; "fold ms" is the part until the batch is made. Every result is compared with packed's before it is timed.
@@ -136,15 +137,19 @@ def measure(functions: dict, rounds: int, budget: float, least: int = 3) -> dict
     return {name: tuple(map(statistics.median, zip(*values, strict=True))) for name, values in samples.items()}
 
 
-def forward_functions(model: Qwen3Model, theirs, batch: Batch, layouts: tuple[str, ...] = LAYOUTS) -> dict:
-    def of(make, layout):
+def forward_functions(
+    model: Qwen3Model, theirs, batch: Batch, layouts: tuple[str, ...] = LAYOUTS, best_flash: str = "torch"
+) -> dict:
+    def of(make, layout, flash="torch"):
         def run():
+            radix_ops.activate_flash_attention(flash)
             made = make(batch.ids, batch.cu_seqlens)
             return time.perf_counter(), model(made, layout)
 
         return run
 
     def run_packed():
+        radix_ops.activate_flash_attention("torch")
         made = radix_ops.pack(batch.ids, batch.cu_seqlens)
         return time.perf_counter(), model._compute(made, "compact", None)
 
@@ -154,8 +159,9 @@ def forward_functions(model: Qwen3Model, theirs, batch: Batch, layouts: tuple[st
 
     functions = {"packed": run_packed}
     if batch.ids.is_cuda:
-        functions["best packed"] = of(radix_ops.pack, "compact")
-    functions |= {layout: of(radix_ops.fold, layout) for layout in layouts}
+        functions["best packed"] = of(radix_ops.pack, "compact", best_flash)
+    for layout in layouts:
+        functions[layout] = of(radix_ops.fold, layout, best_flash if layout == "auto" else "torch")
     return functions | ({"transformers": run_theirs} if theirs is not None else {})
 
 
@@ -197,8 +203,9 @@ def speed_ups(seconds: dict, flop_ratio: float) -> dict[str, float | None]:
 
 
 def forward_row(name: str, model, theirs, batch: Batch, args, matmul_rate: float) -> dict[str, object]:
-    layouts = ("auto",) if args.cells == "small" else LAYOUTS
-    functions = forward_functions(model, theirs, batch, layouts)
+    flash = args.flash_attention
+    layouts = ("auto",) if args.cells == "small" else LAYOUTS if flash == "torch" else WAYS
+    functions = forward_functions(model, theirs, batch, layouts, flash)
     facts = check(functions, batch)
     if batch.ids.is_cuda and batch.rows <= 2**14:  # such may be captured at their second call
         warm_up(functions)
@@ -209,7 +216,8 @@ def forward_row(name: str, model, theirs, batch: Batch, args, matmul_rate: float
     row |= speed_ups(seconds, row["FLOP ratio"])
     best = min(seconds[layout][0] for layout in layouts)
     if "best packed" in seconds:
-        row["best packed / best"] = seconds["best packed"][0] / best
+        row["flash attention of best packed"] = flash
+        row["best packed / best"] = min(seconds["packed"], seconds["best packed"])[0] / best
         row["of FLOP ratio, over best packed"] = row["best packed / best"] / row["FLOP ratio"]
     row |= {"transformers / best": seconds["transformers"][0] / best if "transformers" in seconds else None}
     ideal = batch.flops(model.config) / matmul_rate
@@ -217,11 +225,12 @@ def forward_row(name: str, model, theirs, batch: Batch, args, matmul_rate: float
     return row | facts
 
 
-def training_functions(model: Qwen3Model, batch: Batch) -> dict:
+def training_functions(model: Qwen3Model, batch: Batch, best_flash: str = "torch") -> dict:
     projection = torch.randn(model.config.hidden_size, device=batch.ids.device, dtype=model.norm.weight.dtype)
 
-    def of(make, layout):
+    def of(make, layout, flash="torch"):
         def run():
+            radix_ops.activate_flash_attention(flash)
             made = make(batch.ids, batch.cu_seqlens)
             at = time.perf_counter()
             # The loss of the packed tokens: a row counts as often as it occurs.
@@ -230,7 +239,10 @@ def training_functions(model: Qwen3Model, batch: Batch) -> dict:
 
         return run
 
-    return {"packed": of(radix_ops.pack, "compact")} | {layout: of(radix_ops.fold, layout) for layout in LAYOUTS}
+    functions = {"packed": of(radix_ops.pack, "compact")}
+    if best_flash != "torch":
+        functions["best packed"] = of(radix_ops.pack, "compact", best_flash)
+    return functions | {layout: of(radix_ops.fold, layout) for layout in LAYOUTS}
 
 
 def training_row(name: str, model: Qwen3Model, batch: Batch, args) -> dict[str, object]:
@@ -241,7 +253,7 @@ def training_row(name: str, model: Qwen3Model, batch: Batch, args) -> dict[str, 
         for part in ("layers.0.self_attn.v_proj.weight", "layers.0.mlp.down_proj.weight")
     }
     fitting, want = {}, None
-    for key, function in training_functions(model, batch).items():
+    for key, function in training_functions(model, batch, args.flash_attention).items():
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         try:
@@ -265,6 +277,11 @@ def training_row(name: str, model: Qwen3Model, batch: Batch, args) -> dict[str, 
             row[f"{key} gradients differ"] = off
     seconds = measure(fitting, args.rounds, args.budget, args.least_rounds)
     row |= {f"{key} ms": seconds[key][0] * 1e3 if key in seconds else None for key in ("packed", *LAYOUTS)}
+    if {"packed", "best packed"} <= seconds.keys():
+        row |= {"best packed ms": seconds["best packed"][0] * 1e3}
+        best = min(seconds[key][0] for key in LAYOUTS if key in seconds)
+        row["best packed / best"] = min(seconds["packed"], seconds["best packed"])[0] / best
+        row["flash attention of best packed"] = args.flash_attention
     for parameter in model.parameters():
         parameter.grad = None
     return row | speed_ups(seconds, row["FLOP ratio"])
@@ -314,6 +331,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, help="of each model, from the first on (default: all)")
     add_data_options(parser)
+    harness.add_flash_option(parser)
     parser.add_argument("--budget", type=float, default=10.0, help="seconds after which a line has rounds enough")
     parser.add_argument("--least-rounds", type=int, default=3, help="of a line that takes longer (default: 3)")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers' model out")

@@ -3,9 +3,10 @@
 Groups are those of GRPO (one prompt, 8 or 16 sampled answers) and of DPO (pairs behind prompts of their own). The loss
 is a policy gradient, a weight for each answer token times its log-probability, by `radix_ops.losses.token_logprobs`;
 prompts have no loss, so the head runs on answer rows alone. "packed" is the same model and the same loss on
-`radix_ops.pack`: nothing folded, varlen attention. Every time is from ids on the device to gradients there, the fold
-and all steps of the host included. Memory is the peak beyond the parameters and the gradients, which stand before the
-step begins. The FLOP ratio is packed's products over folded's: layers, attention and head.
+`radix_ops.pack`: nothing folded, torch's varlen flash attention; "best packed", where FlashAttention 3 or 4 is
+installed, the same by that (--flash-attention). Every time is from ids on the device to gradients there, the fold and
+all steps of the host included. Memory is the peak beyond the parameters and the gradients, which stand before the step
+begins. The FLOP ratio is packed's products over folded's: layers, attention and head.
 """
 
 from __future__ import annotations
@@ -71,9 +72,10 @@ class Groups:
         return packed / flops(self.rows, self.depths, self.head_rows)
 
 
-def step_functions(model, weight, batch: Groups) -> dict:
-    def of(make, layout):
+def step_functions(model, weight, batch: Groups, best_flash: str = "torch") -> dict:
+    def of(make, layout, flash="torch"):
         def run():
+            radix_ops.activate_flash_attention(flash)
             made = make(batch.ids, batch.cu_seqlens)
             at = time.perf_counter()
             logprobs = token_logprobs(model(made, layout), made, batch.labels, weight=weight)
@@ -83,7 +85,10 @@ def step_functions(model, weight, batch: Groups) -> dict:
 
         return run
 
-    return {"packed": of(radix_ops.pack, "compact")} | {layout: of(radix_ops.fold, layout) for layout in LAYOUTS}
+    functions = {"packed": of(radix_ops.pack, "compact")}
+    if best_flash != "torch":
+        functions["best packed"] = of(radix_ops.pack, "compact", best_flash)
+    return functions | {layout: of(radix_ops.fold, layout) for layout in LAYOUTS}
 
 
 def zero_gradients(parameters) -> None:
@@ -98,7 +103,7 @@ def row_of(name: str, model, weight, batch: Groups, args) -> dict[str, object]:
     row["FLOP ratio"] = batch.flop_ratio(model.config)
     parameters = [*model.parameters(), weight]
     fitting, gradients = {}, {}
-    for key, function in step_functions(model, weight, batch).items():
+    for key, function in step_functions(model, weight, batch, args.flash_attention).items():
         try:
             function()
             zero_gradients(parameters)
@@ -127,6 +132,11 @@ def row_of(name: str, model, weight, batch: Groups, args) -> dict[str, object]:
     for key in LAYOUTS:
         both = {"packed", key} <= seconds.keys()
         row[f"packed / {key}"] = seconds["packed"][0] / seconds[key][0] if both else None
+    if {"packed", "best packed"} <= seconds.keys():
+        row["best packed ms"] = seconds["best packed"][0] * 1e3
+        fastest = min(seconds[key][0] for key in LAYOUTS if key in seconds)
+        row["best packed / best"] = min(seconds["packed"], seconds["best packed"])[0] / fastest
+        row["flash attention of best packed"] = args.flash_attention
     best = max((row[f"packed / {key}"] or 0 for key in LAYOUTS), default=0)
     row["best of FLOP ratio"] = best / row["FLOP ratio"] if best else None
     ratio = [row.get(f"{key} GiB") for key in ("trie", "packed")]
@@ -138,6 +148,7 @@ def main() -> None:
     parser = harness.make_parser(__doc__, rounds=5, devices=harness.DEVICES)
     parser.add_argument("--models", nargs="+", choices=list(GRID), help="default: 0.6B and 4B on CUDA, else small")
     parser.add_argument("--budget", type=float, default=4.0, help="seconds after which a line has rounds enough")
+    harness.add_flash_option(parser)
     args = harness.parse(parser)
     device = args.device
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

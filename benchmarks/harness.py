@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import platform
@@ -19,6 +20,7 @@ import radix_ops
 
 RESULTS = Path(__file__).parent / "results"
 DEVICES = ("cpu", "cuda")
+FLASH_PACKAGES = ("fa3-fwd", "flash-attn-4")  # the faster forward before the other
 # A case measures one row of a benchmark's table, in so many rounds.
 Case = Callable[[int], dict[str, object]]
 
@@ -45,6 +47,19 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error("no CUDA device is found; --device cpu measures without one")
     torch.set_num_threads(args.threads)
     return args
+
+
+def add_flash_option(parser: argparse.ArgumentParser) -> None:
+    """Add --flash-attention, which takes the best that is installed where it is not given."""
+    found = "torch"
+    if torch.cuda.is_available():
+        for found in (*FLASH_PACKAGES, "torch"):
+            with contextlib.suppress(RuntimeError):  # not installed
+                radix_ops.activate_flash_attention(found)
+                break
+        radix_ops.activate_flash_attention("torch")
+    help_text = f'whose flash attention "best packed" runs (default: {found}, the best that is installed)'
+    parser.add_argument("--flash-attention", choices=("torch", *FLASH_PACKAGES), default=found, help=help_text)
 
 
 def seconds_per_call(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -146,7 +161,7 @@ def in_terabytes(measured: dict[str, float]) -> dict[str, float]:
 
 def environment() -> dict[str, object]:
     packages = {"radix_ops": radix_ops.__version__}
-    for name in ("torch", "numpy", "radix-mlp", "transformers"):
+    for name in ("torch", "numpy", "radix-mlp", "transformers", *FLASH_PACKAGES):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

@@ -4,8 +4,9 @@
     out = attention(q, k, v, batch)  # of rows, as q, k and v are
     tokens = batch.unfold(out)  # of packed tokens
 
-`fold` and `pack` make a FoldedBatch of packed tokens, folded and for comparison not. The rest stands in modules, which
-are imported by name; `help` of each leads on:
+`fold` and `pack` make a FoldedBatch of packed tokens, folded and for comparison not. `activate_flash_attention` takes
+FlashAttention 3 or 4 where it is installed, and `current_flash_attention` tells which is in use. The rest stands in
+modules, which are imported by name; `help` of each leads on:
 
     radix_ops.hf             enable(model): a model of transformers or sentence-transformers folds its batches
     radix_ops.trainers       enable(trainer): a Trainer of transformers or TRL does
@@ -60,5 +61,14 @@ _load_extension()
 from . import ops  # noqa: E402  (registers fakes and autograd on the schemas that the extension defines)
 from ._attention import attention  # noqa: E402
 from .batch import FoldedBatch, fold, pack  # noqa: E402
+from .ops.flash_packages import activate_flash_attention, current_flash_attention  # noqa: E402
 
-__all__ = ["FoldedBatch", "attention", "fold", "ops", "pack"]
+__all__ = [
+    "FoldedBatch",
+    "activate_flash_attention",
+    "attention",
+    "current_flash_attention",
+    "fold",
+    "ops",
+    "pack",
+]

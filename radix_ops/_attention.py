@@ -61,10 +61,11 @@ def attention(
     bits may change with it.
 
     On CUDA in bfloat16 and float16, compute capability 8.0 or more, head_dim up to 256, kernels do it (torch's flash
-    attention, and ours for "trie", in Triton, which are compiled in a second or two on the first call of a kind: dtype,
-    heads, with a window or without), and nothing waits for the host. All else is correct and, on CUDA, slow: a loop on
-    the host over the runs. Values that are not finite stay in the sequences they come from on the CPU; on CUDA they
-    may spread to rows before them in the same sequence, as in any flash attention, and to other sequences.
+    attention, or that of `radix_ops.activate_flash_attention`, and ours for "trie", in Triton, which are compiled in a
+    second or two on the first call of a kind: dtype, heads, with a window or without), and nothing waits for the host.
+    All else is correct and, on CUDA, slow: a loop on the host over the runs. Values that are not finite stay in the
+    sequences they come from on the CPU; on CUDA they may spread to rows before them in the same sequence, as in any
+    flash attention, and to other sequences.
 
     Returns [num_rows, H, D_v]; padding rows are exactly zero, and so are their gradients. Differentiable once; the
     backward may need the result as it was returned, so don't change it in place.
@@ -213,11 +214,13 @@ def _varlen(
 def _trie_is_faster(q: Tensor, v: Tensor, plan: AttentionPlan) -> bool:
     """Tell whether "auto" takes "trie" for these tensors.
 
-    On an H200 "trie" was 1.0 to 1.3 times as fast as "compact" in whole models, and 0.96 to 1.26 times in training. On
-    CPUs of 2 cores it was faster in float32, forward and backward (benchmarks/bench_attention_cpu.py). In bfloat16 and
-    float16 its forward was faster only from about 16 repeats of a key on, where the CPU multiplies bfloat16 in
-    hardware. Whether a gradient is wanted must not matter: a policy that is trained is compared with its reference,
-    which is not.
+    On an H200 "trie" was 1.0 to 1.3 times as fast as "compact" in whole models, and 0.96 to 1.26 times in training.
+    With FlashAttention 3 (fa3-fwd) in "compact" the forward of attention alone was 0.9 to 1.6 times as fast by "trie"
+    at head_dim 128, and 0.5 to 1 times at 64 (benchmarks/bench_attention_cuda.py): "auto" does not look at whose flash
+    attention runs. On CPUs of 2 cores it was faster in float32, forward and backward
+    (benchmarks/bench_attention_cpu.py). In bfloat16 and float16 its forward was faster only from about 16 repeats of a
+    key on, where the CPU multiplies bfloat16 in hardware. Whether a gradient is wanted must not matter: a policy that
+    is trained is compared with its reference, which is not.
     """
     if q.is_cuda:
         return trie.has_kernels(q, v)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from .parser import Parser, UsageError, meant
 
 PREFIX = "RADIX_OPS_"
+# The variables of that prefix that the library reads.
+LIBRARY = ("RADIX_OPS_FLASH_ATTENTION",)
 _FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
@@ -78,11 +80,11 @@ def of_environment(command: Parser, commands: Mapping[str, Parser], environment:
     every = {name for each in commands.values() for name, action in names_of(each).items() if action.option_strings}
     values: dict[str, Any] = {}
     for variable in sorted(environment):
-        if not variable.startswith(PREFIX):
+        if not variable.startswith(PREFIX) or variable in LIBRARY:
             continue
         name, value = variable.removeprefix(PREFIX).lower().replace("_", "-"), environment[variable]
         if name not in every:
-            known = [PREFIX + each.upper().replace("-", "_") for each in every]
+            known = [*LIBRARY, *(PREFIX + each.upper().replace("-", "_") for each in every)]
             command.error(f"the environment has {variable}, and no option has that name{meant(variable, known)}")
         if name in own:
             is_flag = own[name].nargs == 0

@@ -57,7 +57,7 @@ USES = {
         "torch._ops.OpOverload": TYPE,
     },
     "ops/fakes.py": {"torch._check": DOCUMENTED},
-    "ops/flash.py": {
+    "ops/flash_calls.py": {
         "torch.ops.aten._flash_attention_forward": "varlen_attn has no backward to call; tests/attention on CUDA",
         "torch.ops.aten._flash_attention_backward": "the same",
     },

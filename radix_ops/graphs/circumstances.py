@@ -13,6 +13,7 @@ from torch.nn.modules import module as _every_module
 from torch.utils._device import DeviceContext
 
 from ..batch import FoldedBatch
+from ..ops.flash_packages import current_flash_attention, may_be_captured
 
 # Whoever sets it looks for the launch that fails. CUDA reads it once.
 _IS_BLOCKING = os.environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0")
@@ -29,6 +30,8 @@ def why_eager(batch: FoldedBatch, rows: torch.Tensor | None = None) -> str | Non
         return "a tensor of the batch is on no CUDA device, or of a class of its own"
     if not all(x.dtype == torch.int32 for x in tables):
         return "a table of the batch is not of int32"
+    if not may_be_captured():
+        return "the flash attention in use was not tried in graphs"
     if torch.is_autocast_enabled("cuda"):
         return "autocast is on"
     if torch.cuda.is_current_stream_capturing():
@@ -64,4 +67,5 @@ def settings() -> tuple[Hashable, ...]:
         products.allow_fp16_accumulation,
         torch.backends.cuda.preferred_blas_library(),
         attention.current_flash_attention_impl(),
+        current_flash_attention(),
     )

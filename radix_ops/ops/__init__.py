@@ -36,10 +36,10 @@ The ops that `radix_ops.attention` calls (sliding_window 0: none; logsumexp is f
         dtype; on CUDA it waits for the host and is slow.
     flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, num_queries, max_seqlen_q, max_seqlen_k, scale,
                     sliding_window=0)
-        -> out, logsumexp [H, num_rows]: the same on CUDA in bfloat16 and float16, by torch's flash attention.
-        num_queries is the end of cu_seqlens_q, the largest lengths may be larger than they are. Nothing looks at the
-        values of cu_seqlens, which must be a fold's: torch's kernels trust them, and others read and write outside the
-        tensors. To look would take several launches in every layer.
+        -> out, logsumexp [H, num_rows]: the same on CUDA in bfloat16 and float16, by torch's flash attention or that of
+        `radix_ops.activate_flash_attention`. num_queries is the end of cu_seqlens_q, the largest lengths may be larger
+        than they are. Nothing looks at the values of cu_seqlens, which must be a fold's: torch's kernels trust them,
+        and others read and write outside the tensors. To look would take several launches in every layer.
     trie_order(cu_seqlens_q, cu_seqlens_k, kv_index, num_rows)
         -> enter, leave, depth, row_of, path, int32 [num_rows]: row k is on the path to row q exactly when enter[k] <=
         enter[q] < leave[k]; depth counts the rows above a row; row_of is the inverse of enter; the path to a row begins

@@ -1,10 +1,10 @@
-"""CUDA kernels of radix::flash_attention: torch's varlen flash attention, in bfloat16 and float16.
+"""CUDA kernels of radix::flash_attention: varlen flash attention, in bfloat16 and float16.
 
-They are those of `torch.nn.attention.varlen.varlen_attn`, or of the flash attention that
-`torch.nn.attention.activate_flash_attention_impl` chose; rows behind the last run are zeros. Causal masks are aligned
-at the end of keys.
+They are those of `torch.nn.attention.varlen.varlen_attn`, of the flash attention that
+`torch.nn.attention.activate_flash_attention_impl` chose, or of a package (`flash_packages`); rows behind the last run
+are zeros. Causal masks are aligned at the end of keys.
 
-Torch's kernels take cu_seqlens_q, cu_seqlens_k and the largest lengths at their word, and so do these ops: ends that
+These kernels take cu_seqlens_q, cu_seqlens_k and the largest lengths at their word, and so do these ops: ends that
 fall, or lie past the rows of q or of k, lead outside the tensors, as they do in `varlen_attn`, and a largest length
 that is too small leaves rows out. To look at the values would take several launches in every layer, or a wait for the
 host. `radix::fold_plan` makes sound ones; whoever takes a batch from elsewhere must trust it, or use layout "trie",
@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import MAX_WINDOW, check_gradient, check_index_like, check_qkv, check_saved, check_storages
+from .checks import check_gradient, check_index_like, check_qkv, check_saved, check_storages
+from .flash_calls import Runs
+from .flash_packages import calls_for
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -44,17 +46,9 @@ def flash_attention(
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, num_queries, max_seqlen_q, max_seqlen_k, sliding_window)
     if q.shape[0] == 0 or k.shape[0] == 0:
         return q.new_zeros(*q.shape[:2], v.shape[2]), q.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32)
-    out, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
-        *_pad_heads(q, k, v),
-        cu_seqlens_q.int(),
-        cu_seqlens_k.int(),
-        *_lengths(max_seqlen_q, max_seqlen_k),
-        0.0,
-        sliding_window == 0,
-        False,
-        scale=scale,
-        **_window(sliding_window),
-    )
+    padded = _pad_heads(q, k, v)
+    runs = _runs(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, sliding_window)
+    out, logsumexp = calls_for("forward", padded[0], padded[1], runs).forward(*padded, runs)
     _clear(out, num_queries)
     return _cut(out, v.shape[2]), logsumexp
 
@@ -81,22 +75,10 @@ def flash_attention_backward(
         return tuple(x.new_zeros(x.shape) for x in (q, k, v))
     padded = _pad_heads(q, k, v)
     size = padded[0].shape[2]
-    unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the state of a dropout, which is off
-    grad_q, grad_k, grad_v = torch.ops.aten._flash_attention_backward(
-        _aligned(_pad(grad_out, size).contiguous()),
-        *padded,
-        _pad(out, size).contiguous(),
-        logsumexp,
-        cu_seqlens_q.int(),
-        cu_seqlens_k.int(),
-        *_lengths(max_seqlen_q, max_seqlen_k),
-        0.0,
-        sliding_window == 0,
-        unused,
-        unused,
-        scale=scale,
-        **_window(sliding_window),
-    )
+    saved = *padded, _pad(out, size).contiguous(), logsumexp
+    runs = _runs(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, sliding_window)
+    backward = calls_for("backward", padded[0], padded[1], runs).backward
+    grad_q, grad_k, grad_v = backward(_aligned(_pad(grad_out, size).contiguous()), *saved, runs)
     _clear(grad_q, num_queries)
     return _cut(grad_q, q.shape[2]), _cut(grad_k, k.shape[2]), _cut(grad_v, v.shape[2])
 
@@ -131,15 +113,10 @@ def _clear(rows: Tensor, first: int) -> None:
         rows[first:] = 0
 
 
-def _lengths(max_seqlen_q: int, max_seqlen_k: int) -> tuple[int, int]:
-    # With max_seqlen_q 1 the kernel would take q for one row a run, with no padding rows behind.
-    return max(max_seqlen_q, 2), max_seqlen_k
-
-
-def _window(sliding_window: int) -> dict[str, int]:
-    if not sliding_window:
-        return {}
-    return {"window_size_left": min(sliding_window, MAX_WINDOW) - 1, "window_size_right": 0}
+def _runs(cu_seqlens_q, cu_seqlens_k, max_seqlen_q: int, max_seqlen_k: int, scale: float, window: int) -> Runs:
+    # With max_seqlen_q 1 torch's kernel would take q for one row a run, with no padding rows behind.
+    ends_q, ends_k = (x.int().contiguous() for x in (cu_seqlens_q, cu_seqlens_k))
+    return Runs(ends_q, ends_k, max(max_seqlen_q, 2), max_seqlen_k, scale, window)
 
 
 def _pad_heads(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:

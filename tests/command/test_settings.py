@@ -3,6 +3,8 @@
 import pytest
 
 from helpers.commands import parsed, refused_usage
+from radix_ops.ops import flash_packages
+from radix_ops_command import settings
 from radix_ops_command._main import make_parser
 
 
@@ -122,6 +124,14 @@ def test_a_file_that_is_not_there_is_refused(capsys):
 def test_variables_that_cannot_be_used_are_refused_by_name(capsys, monkeypatch, variable, value, message):
     monkeypatch.setenv(variable, value)
     assert message in refused_usage(capsys, "score", "-m", "m", "q.jsonl")
+
+
+def test_a_variable_of_the_library_is_left_to_it(capsys, monkeypatch):
+    assert settings.LIBRARY == (flash_packages.VARIABLE,)
+    monkeypatch.setenv(flash_packages.VARIABLE, "fa3-fwd")
+    assert not hasattr(parsed("score", "-m", "m", "q.jsonl"), "flash_attention")
+    monkeypatch.setenv("RADIX_OPS_FLASH_ATENTION", "fa3-fwd")
+    assert f"did you mean {flash_packages.VARIABLE}?" in refused_usage(capsys, "score", "-m", "m", "q.jsonl")
 
 
 def test_a_variable_of_another_command_is_left_aside(monkeypatch):

@@ -2,7 +2,9 @@
 
 # Names that programs of others hold on to: one that goes or is renamed breaks them.
 PUBLIC = {
-    "radix_ops": ["FoldedBatch", "attention", "fold", "ops", "pack"],
+    "radix_ops": [
+        "FoldedBatch", "activate_flash_attention", "attention", "current_flash_attention", "fold", "ops", "pack",
+    ],
     "radix_ops.cli": ["main"],
     "radix_ops.compat": ["compute_fold_and_scatter", "compute_fold_and_scatter_torch"],
     "radix_ops.compat.torch": ["compute_fold_and_scatter_torch"],
