@@ -151,6 +151,10 @@ class Classifier(Engine[Row]):
             raise UserError(f"--max-length {self._given_length} is more than the model reads, {longest}")
         return self._given_length or longest
 
+    def _cut(self) -> None:
+        self._cuts = True
+        vars(self).pop("_reader", None)
+
     def _check_reading(self) -> None:
         _ = self._reader, self._max_length
 

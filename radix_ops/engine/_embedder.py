@@ -139,6 +139,9 @@ class Embedder(Engine[Text]):
         messages = recipe.messages and recipe.messages.fitted(self.tokenizer, self.config.model_type)
         return self._with_prompt(recipe.prompt, dataclasses.replace(recipe, max_length=length, messages=messages))
 
+    def _cut(self) -> None:
+        self.truncate_right = True
+
     def _check_reading(self) -> None:
         assert self.recipe is not None
 
@@ -152,6 +155,11 @@ class Embedder(Engine[Text]):
     def prompts(self) -> dict[str, str]:
         """The prompts of the model's folder by name."""
         return dict(self._pooling.prompts)
+
+    @property
+    def poolings(self) -> tuple[Pooling, ...]:
+        """The poolings that an embedding is made of, side by side."""
+        return self._pooling.poolings
 
     @property
     def dim(self) -> int:
@@ -309,6 +317,11 @@ class Embedder(Engine[Text]):
 
     def _parse(self, record: Record) -> Text:
         return embedding.parse_text(self.text_key)(record)
+
+    def encode(self, items: Iterable[Text], prompt_name: str | None = None) -> Texts:
+        """Return the token sequences of the items, behind the prompt of this name or the default one. UserError for an
+        item that the model can't read, and for a name that the model doesn't have."""
+        return self._encode(items, self._recipe(None, prompt_name))
 
     def _encode_items(self, items: Iterable[Text], recipe: Recipe | None = None) -> Texts:
         return embedding.encode(items, self.tokenizer, recipe or self.recipe, self.truncate_right)

@@ -48,6 +48,7 @@ from .shapes.recognition import recognised
 from .tokenizing import check_tokenizer
 
 I = TypeVar("I")  # noqa: E741 (an item)
+E = TypeVar("E", bound="Engine")
 OnProgress = Callable[[int, int], object]
 
 DTypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
@@ -104,7 +105,7 @@ class Engine(ABC, Generic[I]):
     def _finish(self, lazy: bool) -> None:
         """End the construction: check what the tokenizer decides, if there is one, and load the weights."""
         if self._tokenizer is not None or (not lazy and has_tokenizer(self._source)):
-            self._prepare()
+            self.prepare()
         if not lazy:
             self.load()
 
@@ -117,7 +118,7 @@ class Engine(ABC, Generic[I]):
                 check_tokenizer(self._tokenizer)
             return self._tokenizer
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
         """Get ready to read texts. UserError where the tokenizer can't be loaded or doesn't fit to what is asked for.
 
         Records of token ids need none of it.
@@ -152,7 +153,7 @@ class Engine(ABC, Generic[I]):
             self._check_ids(record.where)
             return parse_ids(record, self._limits)
         item = self._parse(record)
-        self._prepare()
+        self.prepare()
         return item
 
     def _check_ids(self, where: str) -> None:
@@ -166,6 +167,17 @@ class Engine(ABC, Generic[I]):
     def encode(self, items: Iterable[I]) -> Items:
         """Return the token sequences of the items. UserError for an item that the model can't read."""
         return ids.encode_each(items, self._encode_items)
+
+    def cutting(self: E) -> E:
+        """Return this engine as one that cuts texts that are too long, where its task can. Both share the model."""
+        with self._lock:
+            self.load()
+            twin = copy.copy(self)
+        twin._cut()
+        return twin
+
+    def _cut(self) -> None:
+        """Cut texts that are too long from here on."""
 
     def result(self, item: I, encoded: list, *numbers: np.ndarray) -> dict[str, Any]:
         """Return the output object of an item by what `encode` made of it and its sequences' numbers, an array of each

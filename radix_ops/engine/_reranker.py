@@ -122,6 +122,9 @@ class Reranker(Engine[Query]):
     def _max_length(self) -> int | None:
         return max_length_of(self._given_length, self.config, self.tokenizer, self._encoder.max_length)
 
+    def _cut(self) -> None:
+        self.truncate_right = True
+
     def _check_reading(self) -> None:
         assert (self._answers, self._chat, self._max_length) is not None
 

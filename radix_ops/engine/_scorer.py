@@ -111,6 +111,9 @@ class Scorer(Engine[Item | Text]):
     def _prompt(self) -> Callable[[str], str] | None:
         return prompter(self.tokenizer, self._system) if self.chat else None
 
+    def _cut(self) -> None:
+        self.truncate_left = True
+
     def _check_reading(self) -> None:
         assert (self.max_length, self._prompt) is not None
 

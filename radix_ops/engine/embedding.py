@@ -12,7 +12,7 @@ import numpy as np
 from torch.nn import functional as F
 
 from .batches import Compute
-from .errors import UserError
+from .errors import TooLong, UserError
 from .inputs import Record
 from .items import Items, shortest_decimals
 from .messages import Chat
@@ -79,7 +79,7 @@ def encode(texts: Iterable[Text], tokenizer, recipe: Recipe, truncate_right: boo
             if not ids:
                 raise UserError(f"{text.where} yields no tokens, so it has no embedding")
             if recipe.max_length is not None and len(ids) > recipe.max_length:
-                raise UserError(
+                raise TooLong(
                     f"{text.where} has {len(ids)} tokens and the most are {recipe.max_length}; "
                     "--truncate-right drops tokens from its end"
                 )

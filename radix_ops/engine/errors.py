@@ -26,6 +26,10 @@ class WrongType(UserError, TypeError):
     """An argument of a type that can't be used, as Python's own functions raise TypeError for."""
 
 
+class TooLong(UserError):
+    """A text, or a text with what stands beside it, of more tokens than the model may read."""
+
+
 class OutOfMemory(UserError, torch.OutOfMemoryError):
     """One sequence alone does not fit into the device's memory."""
 

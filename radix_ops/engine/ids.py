@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import classifying, embedding, reranking, rolling, scoring
-from .errors import UserError
+from .errors import TooLong, UserError
 from .inputs import Record, kind_of
 from .items import Items
 from .prompts import gold_of
@@ -261,7 +261,7 @@ def _kept(record: Record, count: int, where: str) -> slice:
 
 def _check_length(length: int, where: str, limits: Limits, remedy: str = "ids are never cut") -> None:
     if limits.max_length is not None and length > limits.max_length:
-        raise UserError(
+        raise TooLong(
             f"{where} makes {length} tokens of input and the model reads at most {limits.max_length}; {remedy}"
         )
 

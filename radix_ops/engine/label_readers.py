@@ -12,7 +12,7 @@ import numpy as np
 from .batches import Compute
 from .chat import chat_of
 from .classifying import RESERVED_KEYS, Row
-from .errors import UserError
+from .errors import TooLong, UserError
 from .inputs import Record, check_text, kind_of
 from .items import Items
 from .label_prompts import SPECIAL_TOKENS, LabelPrompt
@@ -92,7 +92,7 @@ class HeadReader(Reader):
         if max_length is None or len(ids) <= max_length:
             return ids
         if not self._cuts:
-            raise UserError(
+            raise TooLong(
                 f"{row.where} takes {len(ids)} tokens, and the most are {max_length}; --truncate-right drops tokens "
                 "from its end, of a pair's longer text"
             )
@@ -178,7 +178,7 @@ class PromptReader(Reader):
     def sequences(self, where: str, ids: Any) -> tuple[Any, ...]:
         size = len(ids) + max(map(len, self.words.suffixes))
         if self._max_length is not None and size > self._max_length:
-            raise UserError(
+            raise TooLong(
                 f"{where} takes {size} tokens with the labels' words, and the most are {self._max_length}; a template "
                 "can cut a field: {{ text[:4000] }}"
             )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .batches import Compute
-from .errors import UserError
+from .errors import TooLong, UserError
 from .inputs import Record, check_text, kind_of
 from .items import Items, first_equals, shortest_decimals
 from .messages import Chat
@@ -164,7 +164,7 @@ def _check_length(where: str, length: int, max_length: int | None) -> None:
     if not length:
         raise UserError(f"{where} and its query yield no tokens")
     if max_length is not None and length > max_length:
-        raise UserError(
+        raise TooLong(
             f"{where} takes {length} tokens with its query, and the most are {max_length}; "
             "--truncate-right drops tokens from the document's end"
         )

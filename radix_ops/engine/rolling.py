@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import UserError
+from .errors import TooLong, UserError
 from .inputs import Record
 from .scoring import Choices, encode_texts
 
@@ -57,7 +57,7 @@ def encode(texts: Iterable[Text], tokenizer, max_length: int | None = None, stri
             else:
                 prefix = np.asarray([prefix_id], np.int32)
             if max_length is not None and len(tokens) > max_length and stride is None:
-                raise UserError(
+                raise TooLong(
                     f"{item.where} has {len(tokens):,} tokens and the model reads at most {max_length:,}; --stride N "
                     "scores it in windows, each of which asks for N more"
                 )

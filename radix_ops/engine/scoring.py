@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..plan.budget import Budget
 from .batches import Compute, OnBatch, RunStats, run
-from .errors import UserError
+from .errors import TooLong, UserError
 from .inputs import Record, check_text
 from .items import Items, first_equals
 from .prompts import check_choices, gold_of, with_context
@@ -177,12 +177,12 @@ def _fit(where: str, context, continuation, max_length: int | None, truncate_lef
         raise UserError(f"{where} yields no token of its own; a choice must add at least one to its context")
     extra = 0 if max_length is None else len(context) + len(continuation) - 1 - max_length
     if max_length is not None and extra > 0 and not truncate_left:
-        raise UserError(
+        raise TooLong(
             f"{where} needs {max_length + extra} tokens of input and the model reads at most {max_length}; "
             "--truncate-left drops tokens from the start of the context"
         )
     if extra >= len(context):
-        raise UserError(f"{where} has {len(continuation)} tokens and the model reads at most {max_length}")
+        raise TooLong(f"{where} has {len(continuation)} tokens and the model reads at most {max_length}")
     return (context[extra:] if extra > 0 else context), continuation
 
 
