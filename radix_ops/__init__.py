@@ -11,6 +11,7 @@ modules, which are imported by name; `help` of each leads on:
     radix_ops.hf             enable(model): a model of transformers or sentence-transformers folds its batches
     radix_ops.trainers       enable(trainer): a Trainer of transformers or TRL does
     radix_ops.engine         Scorer, Embedder, Reranker: what the command does, in Python
+    radix_ops.serve          create_app: what the command does, over HTTP
     radix_ops.lm_eval        RadixLM: a model of lm-evaluation-harness
     radix_ops.losses         log-probabilities, entropies and cross entropy from rows, without logits for all of them
     radix_ops.models.qwen3   a Qwen3 on folded batches, to read
@@ -20,7 +21,7 @@ modules, which are imported by name; `help` of each leads on:
     radix_ops.reference      the ops in plain Python, to read
 
 The command is radix-ops, or python -m radix_ops, and main of radix_ops.cli: score, embed, rerank,
-classify and inspect.
+classify, serve and inspect.
 """
 
 from pathlib import Path

@@ -27,14 +27,15 @@ NO_PAGE = {
     "radix_ops.cli": "docs/command.md describes the command",
     "radix_ops.reference": "its functions are those of radix_ops.ops, for readers of the tests",
 }
+LIBRARIES = {"radix_ops.lm_eval": "lm_eval", "radix_ops.serve": "fastapi"}
 DOORS = list(PACKAGE.rglob("__init__.py"))
 # Before anything else is imported, the package's own door loads the ops.
 FURTHER = {"radix_ops": {"_OLDEST_TORCH", "_load_extension"}}
 
 
 def load(name: str) -> ModuleType:
-    if name == "radix_ops.lm_eval":
-        pytest.importorskip("lm_eval")
+    if name in LIBRARIES:
+        pytest.importorskip(LIBRARIES[name])
     return importlib.import_module(name)
 
 

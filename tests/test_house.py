@@ -39,7 +39,7 @@ ROOMS = {
     "lm_eval": f"{ROWS} _extras plan hf engine",
     "trainers": f"{ROWS} plan hf",
     "data": "plan engine",
-    "serve": "_extras plan engine",
+    "serve": "_extras radix_ops plan engine",
     "cli": "plan engine data",
     "__main__": "",
 }
@@ -55,7 +55,8 @@ LIBRARIES = {
     "prometheus_client": "serve",
     "radix_ops_command": "cli __main__",
     "sentence_transformers": "hf.sentences engine",
-    "socket": "",
+    "pydantic": "serve",
+    "socket": "serve",
     "transformers": "hf hf.sentences engine trainers",
     "starlette": "serve",
     "triton": "ops",

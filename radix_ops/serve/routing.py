@@ -1,0 +1,182 @@
+"""Routes: a request is let in, read and answered, and given up when its client goes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from . import shapes
+from .settings import Settings
+from .shapes import Shape, Unusable
+
+_logger = logging.getLogger(__name__)
+
+
+class _JSONRequest(Request):
+    """A request whose body is JSON of bounded size and depth."""
+
+    settings: Settings
+
+    async def body(self) -> bytes:
+        if not hasattr(self, "_body"):
+            length = self.headers.get("content-length", "")
+            if length.isdecimal() and int(length) > self.settings.max_body:
+                raise _too_large(self.settings)
+            parts, size = [], 0
+            async for part in self.stream():
+                size += len(part)
+                if size > self.settings.max_body:
+                    raise _too_large(self.settings)
+                parts.append(part)
+            self._body = b"".join(parts)
+        return self._body
+
+    async def json(self) -> Any:
+        if not hasattr(self, "_json"):
+            self._json = parsed(await self.body(), self.settings.max_depth)
+        return self._json
+
+
+def parsed(body: bytes, max_depth: int) -> Any:
+    """Return the value of a JSON text. Unusable for anything else, and for arrays and objects too deep."""
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise Unusable("malformed", f"the body is no JSON: {error}") from error
+    if body.count(b"[") + body.count(b"{") > max_depth and _is_deeper(value, max_depth):
+        raise Unusable("invalid", f"the body has arrays or objects more than {max_depth} deep")
+    return value
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most + 1):
+        inner = [x for x in level if isinstance(x, (list, dict))]
+        level = [y for x in inner for y in (x.values() if isinstance(x, dict) else x) if isinstance(y, (list, dict))]
+        if not inner:
+            return False
+    return True
+
+
+def _too_large(settings: Settings) -> Unusable:
+    return Unusable("too_large", f"the body has more than {settings.max_body:,} bytes; send it in parts")
+
+
+class Route(APIRoute):
+    """A route of JSON whose errors have a family's shape, and whose work ends when its client goes."""
+
+    shape: Shape = staticmethod(shapes.tei)
+
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        handle = super().get_route_handler()
+
+        async def run(request: Request) -> Response:
+            request.state.arrived = time.monotonic()
+            try:
+                settings = request.app.state.settings
+                check_key(request, settings)
+                read = _JSONRequest(request.scope, request.receive)
+                read.settings = settings
+                if request.method == "POST":
+                    check_media(request)
+                    await read.json()
+                return await _while_connected(read, handle(read))
+            except ClientDisconnect:
+                return Response(status_code=499)
+            except Exception as error:
+                return refused(error, self.shape)
+
+        return run
+
+
+class OpenAIRoute(Route):
+    shape: Shape = staticmethod(shapes.openai)
+
+
+class CohereRoute(Route):
+    shape: Shape = staticmethod(shapes.cohere)
+
+
+def router(route_class: type[Route], tag: str) -> APIRouter:
+    return APIRouter(route_class=route_class, tags=[tag])
+
+
+def refused(error: Exception, shape: Shape) -> Response:
+    """Return the answer to a request that gets no result. A fault of the server's own is logged, without what the
+    request held."""
+    if isinstance(error, RequestValidationError):
+        error = _from_validation(error)
+    status, content, headers = shape(error)
+    if status >= 500 and not isinstance(error, shapes.Refused):
+        _log_fault(error)
+    return Response(orjson.dumps(content), status, headers, "application/json")
+
+
+def _log_fault(error: BaseException) -> None:
+    """Log kinds and places of an error and its causes; messages may quote a request."""
+    while error is not None:
+        places = []
+        trace = error.__traceback__
+        while trace is not None:
+            places.append(f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}")
+            trace = trace.tb_next
+        _logger.error("%s at %s", type(error).__name__, " < ".join(reversed(places[-8:])))
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+
+
+def _from_validation(error: RequestValidationError) -> Unusable:
+    found = [
+        (".".join(str(part) for part in fault["loc"] if part != "body") or "the body", fault["msg"])
+        for fault in error.errors()[:3]
+    ]
+    message = "; ".join(f"{where}: {said[:1].lower()}{said[1:]}" for where, said in found)
+    return Unusable("invalid", message, found[0][0] if found else None)
+
+
+def check_key(request: Request, settings: Settings) -> None:
+    """Unusable unless the request brings one of the API keys, as a bearer or as x-api-key."""
+    if not settings.keys:
+        return
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    given = key.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key")
+    if not settings.admits(None if given is None else given.encode("utf-8", "replace")):
+        raise Unusable("unauthorized", "no API key, or a wrong one; send it as Authorization: Bearer KEY")
+
+
+def check_media(request: Request) -> None:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise Unusable("media", "the body must be JSON, with Content-Type: application/json")
+
+
+async def _while_connected(request: Request, work: Any) -> Response:
+    """Await the work, or cancel it when the client has gone."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, watching):
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await task
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
