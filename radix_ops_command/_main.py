@@ -17,7 +17,7 @@ from .errors import Failure, printable
 from .parser import Parser, UsageError
 
 # Each module's add_parser(commands) adds a parser whose default `run` names the module of run(args).
-COMMANDS = ("inspect", "classify", "embed", "rerank", "score", "schema", "completion")
+COMMANDS = ("inspect", "classify", "embed", "rerank", "score", "serve", "schema", "completion")
 _LONGEST_MESSAGE = 2000
 EPILOG = """\
 Exit status: 0 where all went well, 1 for an error that one sentence on standard error names, 2 for wrong usage, 130

@@ -30,6 +30,7 @@ run at a time can write to an --output, which it holds by --output.lock. A finis
 without a model, by a note in ~/.cache/radix_ops that any change of its files makes void.
 """
 MOST_THREADS = 1024
+_UNITS = {"": 1, "B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}
 
 
 def add_command(commands, name: str, summary: str, description: str, run: str) -> argparse.ArgumentParser:
@@ -180,6 +181,33 @@ def positive_int(text: str) -> int:
     return value
 
 
+def byte_count(text: str) -> int:
+    """A type for arguments: a number of bytes from 1, perhaps in units like 16MB."""
+    number, unit = text.rstrip("BKMGbkmg"), text.lstrip("0123456789").upper()
+    if unit not in _UNITS or not number.isdecimal() or not 1 <= int(number) * _UNITS[unit] < 2**40:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes like 1048576, 512KB or 16MB")
+    return int(number) * _UNITS[unit]
+
+
+def seconds(text: str) -> float:
+    """A type for arguments: a time in seconds, above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
+
+
+def port(text: str) -> int:
+    """A type for arguments: a TCP port; 0 is any that is free."""
+    value = int(text) if text.isdecimal() else -1
+    if not 0 <= value < 2**16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, a whole number from 0 to {2**16 - 1}")
+    return value
+
+
 def thread_count(text: str) -> int:
     """A type for arguments: a number of threads."""
     value = positive_int(text)
@@ -201,6 +229,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, results: str) -> None:
         help="a plain run and a folded one by turns, and both times; results (the folded run's) go to --output only",
         group=mode,
     )
+    add_engine_arguments(parser)
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says how a model runs."""
     parser.add_argument(
         "--token-budget",
         type=positive_int,

@@ -2,6 +2,7 @@
 
 LONGEST_LINE = 64 * 2**20  # bytes
 LONGEST_TEXT = 8 * 2**20  # bytes of UTF-8
+TASKS = ("embed", "rerank", "classify", "score")  # that a server does
 POOLINGS = ("last", "mean", "weightedmean", "mean_sqrt_len_tokens", "max", "cls")
 OUTPUT_DTYPES = ("float32", "float16", "int8")  # of embeddings
 TEMPLATES = ("qwen3-reranker",)

@@ -16,6 +16,7 @@ from pyarrow import parquet
 
 import radix_ops
 import radix_ops_command
+from helpers.commands import parsed
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -206,6 +207,17 @@ def test_commands_run(command, models, workplace):
         section = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
         for extras in re.findall(r"(?:radix-ops|\.)\[([\w,-]+)\]", command):
             assert set(extras.split(",")) <= set(re.findall(r"^([\w-]+) = ", section, re.MULTILINE))
+    elif program == "radix-ops" and arguments[0] == "serve":
+        assert parsed(*arguments).run == "radix_ops.serve._command"
+    elif program == "curl":
+        pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+        from radix_ops.engine import Embedder
+        from radix_ops.serve import create_app
+
+        url, body = arguments[0], arguments[arguments.index("-d") + 1] if "-d" in arguments else "{}"
+        paths = create_app(Embedder(models["base"], lazy=True)).openapi()["paths"]
+        assert url.removeprefix("http://localhost:8080") in paths
+        assert isinstance(json.loads(body), dict)
     elif program == "radix-ops":
         from radix_ops import cli
 

@@ -13,7 +13,7 @@ import torch
 from radix_ops_command.errors import Failure
 
 from ..data.bad_rows import BadRowsError
-from ..engine.errors import UserError
+from ..engine.errors import UserError, needs
 from .finished import answers
 from .progress import hushed
 
@@ -22,6 +22,8 @@ def run(args: argparse.Namespace) -> None:
     """Run the command that `args.run` names. Failure for a UserError, and for lack of memory."""
     try:
         with _warnings_shown(), hushed(args.quiet):
+            for library in getattr(args, "libraries", ()):
+                needs(library, args.command, f"radix-ops {args.command}")
             if not answers(args):
                 importlib.import_module(args.run).run(args)
     except BadRowsError as error:
