@@ -17,6 +17,7 @@ and nothing is drawn, so the same sources, tokenizer and options give the same b
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,9 @@ import radix_ops
 from prompt_sets import Groups
 from radix_ops.engine.errors import UserError
 from radix_ops.engine.loading import load_tokenizer
+
+# Options that name what was downloaded.
+FILES = dict.fromkeys(("gsm8k", "gsm8k-solutions", "humaneval", "xquad", "msmarco"), "file") | {"beir": "folder"}
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -103,8 +107,25 @@ def sets(args: argparse.Namespace) -> Iterator[tuple[str, Groups]]:
                 yield f"msmarco_{end}", prompt_sets.rerank(queries, document_first)
             if args.beir:
                 queries = prompt_sets.beir_queries(args.beir, top, args.candidates, args.split)
-                name = args.beir.resolve().name.replace(".", "_")
-                yield f"{name}_{end}", prompt_sets.rerank(queries, document_first)
+                yield f"{name_of(args.beir)}_{end}", prompt_sets.rerank(queries, document_first)
+
+
+def check_sources(args: argparse.Namespace) -> None:
+    """UserError for a source that is missing, or whose sets would have the names of another's."""
+    for option, kind in FILES.items():
+        path = getattr(args, option.replace("-", "_"))
+        if path is not None and not path.exists():
+            raise UserError(f"--{option} {path} does not exist; it must be a {kind} that was downloaded before")
+    for option in ("xquad", "msmarco"):
+        if args.beir and getattr(args, option) and name_of(args.beir) == option:
+            raise UserError(
+                f"--beir {args.beir} would make sets of the names of --{option}'s; make them in a file of their own"
+            )
+
+
+def name_of(folder: Path) -> str:
+    """Return what the sets of a BEIR folder are called."""
+    return folder.resolve().name.replace(".", "_")
 
 
 def arrays_of(groups: list[list[str]], tokenizer) -> dict[str, np.ndarray]:
@@ -132,6 +153,9 @@ def make(args: argparse.Namespace) -> None:
     """Make the file, whose place holds what it held before until all is made."""
     if not args.output.absolute().parent.is_dir():
         raise UserError(f"--output {args.output}: the folder {args.output.absolute().parent} does not exist")
+    if args.output.is_dir():
+        raise UserError(f"--output {args.output} is a folder; it must be a file")
+    check_sources(args)
     tokenizer = load_tokenizer(args.tokenizer, "--tokenizer")
     found: dict[str, np.ndarray] = {}
     for name, groups in sets(args):
@@ -141,11 +165,21 @@ def make(args: argparse.Namespace) -> None:
             raise UserError(f"{name} has no prompts")
         found.update((f"{name}.{part}", array) for part, array in arrays.items())
         print(describe(name, arrays, len(taken)), flush=True)
-    unfinished = args.output.with_name(f"{args.output.name}.part")
-    with open(unfinished, "wb") as file:
-        np.savez_compressed(file, **found)
-    os.replace(unfinished, args.output)
+    write(args.output, found)
     print(f"written: {args.output}")
+
+
+def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    unfinished = path.with_name(f"{path.name}.part")
+    try:
+        with open(unfinished, "wb") as file:
+            np.savez_compressed(file, **arrays)
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"--output {path} can't be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
 
 
 def main(arguments: list[str] | None = None) -> int:

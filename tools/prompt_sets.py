@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "examples"))  # where the demo makes MMLU's questi
 import mmlu_demo  # noqa: E402
 
 from radix_ops.data.beir import is_beir  # noqa: E402
+from radix_ops.data.kinds import kind_by_name  # noqa: E402
 from radix_ops.data.records import Records  # noqa: E402
 from radix_ops.data.sources import LineSource  # noqa: E402
 from radix_ops.data.streams import ByteFile, StreamError  # noqa: E402
@@ -104,14 +105,8 @@ def humaneval(path: Path) -> Groups:
 
 
 def rows(path: Path, parse: Callable[[Record], Any]) -> Iterable[Any]:
-    """Read a file of rows of any format that the radix-ops command reads."""
-    return Records(existing(path), parse)
-
-
-def existing(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"{path} does not exist; it must be a file that was downloaded before")
-    return path
+    """Read a file of rows, of JSON lines where its name names no other format that the radix-ops command reads."""
+    return Records(path, parse, format=None if path.is_dir() or kind_by_name(str(path)) else "jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +120,7 @@ class Article:
 def xquad(path: Path) -> list[Article]:
     """Read a file of XQuAD, or of SQuAD."""
     try:
-        found = read_object(existing(path))
+        found = read_object(path)
     except ValueError as error:
         raise UserError(str(error)) from error
     articles = []
@@ -189,8 +184,8 @@ def msmarco_queries(path: Path, top: int) -> Iterator[Query]:
     open_queries: dict[str, list[str]] = {}
     done: set[str] = set()
     columns = None
-    source = LineSource(str(path), ByteFile(str(existing(path))), is_text=True)
     try:
+        source = LineSource(str(path), ByteFile(str(path)), is_text=True)
         for row in source:
             if isinstance(row.fields, UserError):
                 raise row.fields
@@ -211,13 +206,20 @@ def msmarco_queries(path: Path, top: int) -> Iterator[Query]:
                 yield query, open_queries.pop(query)[:top]
     except StreamError as error:
         raise UserError(f"{path}{error}") from error
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror or error}") from error
+    if columns is None:
+        raise UserError(f"{path} is empty; it must hold queries with their passages, parted by tabs")
     if not done:
-        raise UserError(f"{path} has no query with {top} documents; --top must be less")
+        most = max(map(len, open_queries.values()))
+        raise UserError(
+            f"{path} has no query with {top} documents; --top must be less: the most that one has are {most}"
+        )
 
 
 def beir_queries(folder: Path, top: int, candidates: str | None, split: str | None) -> Iterator[Query]:
     """Yield the judged queries of a BEIR folder with the first of their candidates; those with fewer are left out."""
-    if not is_beir(existing(folder)):
+    if not is_beir(folder):
         raise UserError(f"{folder} is no folder of BEIR, which holds corpus.jsonl, queries.jsonl and qrels")
     found = 0
     for record in Records(folder, candidates=candidates, split=split):
@@ -246,10 +248,10 @@ def document_first_template() -> Template:
 
 
 def first_groups(groups: Groups, sequences: int) -> list[list[str]]:
-    """Take whole groups until they hold so many prompts, or all there are."""
+    """Take whole groups, none empty, until they hold so many prompts, or all there are."""
     taken: list[list[str]] = []
     count = 0
-    for group in groups:
+    for group in filter(None, groups):
         taken.append(group)
         count += len(group)
         if count >= sequences:

@@ -237,7 +237,22 @@ def test_the_bytes_depend_on_no_run_and_no_seed_of_hashes(tokenizer_folder, tmp_
         (["--msmarco", "two.tsv"], "two.tsv, line 1 has 2 columns; a top1000 file has query id, passage id, query and"),
         (["--msmarco", "mixed.tsv"], "mixed.tsv, line 2 has 3 columns; a top1000 file has"),
         (["--msmarco", "top.tsv"], "top.tsv has no query with 8 documents; --top must be less"),
+        (["--msmarco", "top.tsv"], "--top must be less: the most that one has are 1"),
         (["--msmarco", "latin.tsv"], "latin.tsv, line 1 is not UTF-8: byte 0xe9"),
+        (["--msmarco", "cut.gz"], "cut.gz is cut off: its gzip has no end"),
+        (["--msmarco", "empty"], "empty is empty; it must hold queries with their passages, parted by tabs"),
+        (["--msmarco", "."], ". can't be read: Is a directory"),
+        (["--gsm8k", "no_ending"], "no_ending, line 1 is not JSON"),
+        (
+            ["--xquad", "squad.json", "--beir", "no"],
+            "--beir no does not exist; it must be a folder that was downloaded",
+        ),
+        (["--xquad", "squad.json", "--beir", "xquad"], "--beir xquad would make sets of the names of --xquad's; make"),
+        (["--bbh", "--output", "folder.npz"], "--output folder.npz is a folder; it must be a file"),
+        (
+            ["--msmarco", "top.tsv", "--top", "1", "--output", "held.npz"],
+            "--output held.npz can't be written: Is a dir",
+        ),
         (["--beir", "."], ". is no folder of BEIR, which holds corpus.jsonl, queries.jsonl and qrels"),
     ],
 )
@@ -252,12 +267,41 @@ def test_what_is_missing_is_named(make_prompts, tokenizer_folder, tmp_path, monk
     write(tmp_path / "mixed.tsv", "1\t2\ta\tb", "a\tb\tc")
     write(tmp_path / "top.tsv", "1\t2\ta\tb")
     (tmp_path / "latin.tsv").write_bytes(b"1\t2\tcaf\xe9\tb\n")
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(b"1\t2\ta\tb\n" * 9)[:-9])
+    (tmp_path / "empty").touch()
+    write(tmp_path / "no_ending", "text")
+    for name in ("xquad", "folder.npz", "held.npz.part"):
+        (tmp_path / name).mkdir()
     given = ["--tokenizer", str(tokenizer_folder), "--output", "out.npz", *options]
     assert make_prompts.main(given) == 1
     error = capsys.readouterr().err
     assert error.startswith("make_prompts: ")
     assert message in error
     assert not list(tmp_path.glob("out.npz*"))
+
+
+def test_a_file_that_could_not_be_written_leaves_nothing_and_the_one_before(
+    make_prompts, tokenizer_folder, tmp_path, monkeypatch, capsys
+):
+    def full(file, **arrays):
+        file.write(b"some")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(make_prompts.np, "savez_compressed", full)
+    top, output = write(tmp_path / "top.tsv", "1\t2\ta\tb"), tmp_path / "out.npz"
+    output.write_bytes(b"before")
+    given = ["--tokenizer", tokenizer_folder, "--output", output, "--msmarco", top, "--top", 1]
+    assert make_prompts.main([str(option) for option in given]) == 1
+    assert f"--output {output} can't be written: No space left on device" in capsys.readouterr().err
+    assert output.read_bytes() == b"before"
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out.npz"]
+
+
+def test_a_paragraph_without_questions_is_no_group(made, tmp_path):
+    file = squad(tmp_path / "xquad.json", [("P1.", []), ("P2.", ["a?"])], [("P3.", [])])
+    sets = made("--xquad", file, "--top", 1)
+    with np.load(tmp_path / "prompts.npz") as data:
+        assert all(data[f"{name}.group"].tolist() == [0] for name in sets)
 
 
 def test_a_package_and_a_tokenizer_that_are_missing_are_named(make_prompts, tmp_path, monkeypatch, capsys):
