@@ -4,7 +4,7 @@ Rounding depends on the sizes of products and on the order of sums, so that plai
 padding, differ among themselves, too. Every way scores the same questions by the same weights of transformers' model
 (`radix_ops.engine.Scorer`): plain in padded batches, in smaller ones, and one sequence at a time; folded in the layouts
 compact and trie. An answer is the choice of the largest log-probability, of its sum or per character. "margin" is how
-far plain had its answer above the next, at most, where another way gives another answer. "from float32" counts the
+far plain had its answer by sum above the next, at most, where another way gives another one. "from float32" counts the
 answers that differ from those of the plain model in float32, whose weights are the same before rounding. "difference"
 is that of log-probabilities from plain's, "error" that from float32's.
 
@@ -13,6 +13,7 @@ By default it takes the demo's model and questions; `examples/mmlu_demo.py --eve
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ import demo
 import harness
 from radix_ops.data.records import Records
 from radix_ops.engine import Scorer
+from radix_ops.engine.errors import UserError
+from radix_ops.engine.inputs import Record
+from radix_ops.engine.scoring import parse_item
 
 SMALLER = {"cpu": 1024, "cuda": 8192}  # rows of a batch
 BEST = {"sum": "best", "per character": "best_per_char"}
@@ -57,19 +61,28 @@ def compare(found: list[dict], plain: list[dict], exact: list[dict]) -> dict[str
         pairs = zip(found, others, strict=True)
         differences = np.concatenate([np.abs(np.subtract(a["logprobs"], b["logprobs"])) for a, b in pairs])
         row |= {f"mean {name}": float(differences.mean()), f"largest {name}": float(differences.max())}
-    for name, key in BEST.items():
-        known = [result for result in found if "gold" in result]
-        row[f"right, {name}"] = sum(result[key] == result["gold"] for result in known) if known else None
-    return row
+    return row | {f"right, {name}": right(found, key) for name, key in BEST.items()}
+
+
+def right(found: list[dict], key: str) -> int | None:
+    """Count the right answers, None where none is known."""
+    known = [result for result in found if "gold" in result]
+    return sum(result[key] == result["gold"] for result in known) if known else None
+
+
+def question(record: Record) -> dict:
+    """Return the fields of a question, whose result has answers. UserError for another item."""
+    parse_item(record)
+    return record.fields
 
 
 def main() -> None:
-    parser = harness.make_parser(__doc__, threads=2, rounds=1, devices=harness.DEVICES)
+    parser = harness.make_parser(__doc__, threads=2, rounds=None, devices=harness.DEVICES)
     demo.add_options(parser)
     parser.add_argument("--name", help="of the saved file, behind decisions_ (default: the device)")
     args = harness.parse(parser)
     source = demo.find_model(args)
-    questions = [record.fields for record in Records(args.questions)]
+    questions = list(Records(args.questions, question))
     model, tokenizer = demo.load(source, "float32")
     model.to(args.device)
 
@@ -86,9 +99,12 @@ def main() -> None:
         row = {"way": name, "questions": len(found), "rows": computed}
         rows.append(row | compare(found, plain, exact))
         print(rows[-1], flush=True)
-    right = {f"right in float32, {name}": sum(r[key] == r.get("gold") for r in exact) for name, key in BEST.items()}
-    harness.report(f"decisions_{args.name or args.device}", rows, args.save, right)
+    in_float32 = {f"right in float32, {name}": right(exact, key) for name, key in BEST.items()}
+    harness.report(f"decisions_{args.name or args.device}", rows, args.save, in_float32)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"bench_decisions: {error}")

@@ -75,7 +75,7 @@ def real(data, name: str, budget: int, rng) -> dict:
 
 
 def main() -> None:
-    parser = harness.make_parser(__doc__, threads=2, rounds=1)
+    parser = harness.make_parser(__doc__, threads=2, rounds=None)
     parser.add_argument("--data", type=Path, help="an .npz of real prompts")
     args = harness.parse(parser)
     rng = np.random.default_rng(0)

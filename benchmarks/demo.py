@@ -27,11 +27,14 @@ def find_model(args: argparse.Namespace) -> str:
 
 
 def load(source: str, dtype: str):
-    """Return transformers' model, in eval mode, and its tokenizer."""
+    """Return transformers' model, in eval mode, and its tokenizer. UserError where it can't be loaded."""
     import transformers
+
+    from radix_ops.engine.loading import loading
 
     path = Path(source)
     options = {"trust_remote_code": False} | ({"gguf_file": path.name} if path.suffix == ".gguf" else {})
     place = path.parent if path.suffix == ".gguf" else source
-    model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options).eval()
-    return model, transformers.AutoTokenizer.from_pretrained(place, **options)
+    with loading("model", source):
+        model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options).eval()
+        return model, transformers.AutoTokenizer.from_pretrained(place, **options)

@@ -10,7 +10,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,14 +26,17 @@ Case = Callable[[int], dict[str, object]]
 
 
 def make_parser(
-    description: str, *, threads: int = 1, rounds: int = 7, devices: tuple[str, ...] = ()
+    description: str, *, threads: int = 1, rounds: int | None = 7, devices: tuple[str, ...] = ()
 ) -> argparse.ArgumentParser:
-    """Make a parser of the options that benchmarks have in common; --device where there are several devices."""
+    """Make a parser of the options that benchmarks have in common; --device where there are several devices.
+
+    rounds: None leaves --rounds out.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=threads, help=f"threads of torch (default: {threads})")
-    parser.add_argument(
-        "--rounds", type=int, default=rounds, help=f"alternating rounds, of which the best counts (default: {rounds})"
-    )
+    if rounds is not None:
+        help_text = f"alternating rounds, of which the best counts (default: {rounds})"
+        parser.add_argument("--rounds", type=int, default=rounds, help=help_text)
     if devices:
         found = "cuda" if torch.cuda.is_available() else "cpu"
         parser.add_argument("--device", choices=devices, default=found, help=f"default: {found}, as found")
@@ -204,7 +207,9 @@ def shared_prefix_batch(count: int, prefix: int, own: int, device: str = "cuda")
     return radix_ops.fold(ids.flatten().to(device), (torch.arange(count + 1) * length).to(device))
 
 
-def report(name: str, rows: list[dict[str, object]], save: bool, measured: dict[str, float] | None = None) -> None:
+def report(
+    name: str, rows: list[dict[str, object]], save: bool, measured: Mapping[str, float | None] | None = None
+) -> None:
     """Print the rows as a table and, where asked to, write them with the environment as JSON.
 
     `measured` are figures of the machine that the rows are to be read against.
@@ -221,11 +226,11 @@ def report(name: str, rows: list[dict[str, object]], save: bool, measured: dict[
         print(f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 
 
-def write(name: str, rows: list[dict[str, object]], measured: dict[str, float] | None = None) -> Path:
+def write(name: str, rows: list[dict[str, object]], measured: Mapping[str, float | None] | None = None) -> Path:
     """Write the rows with the environment as JSON."""
     RESULTS.mkdir(exist_ok=True)
     content = {"benchmark": name, "environment": environment()}
-    content |= {"measured": measured} if measured else {}
+    content |= {"measured": dict(measured)} if measured else {}
     content["rows"] = rows
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")

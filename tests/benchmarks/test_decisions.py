@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from helpers.language_models import tiny_model, tiny_tokenizer
+from radix_ops.data.records import Records
+from radix_ops.engine.errors import UserError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -45,6 +47,17 @@ def test_answers_are_counted_against_plain_float32_and_the_right_ones(bench):
     }
     assert bench.compare(plain, plain, exact)["margin"] is None
     assert bench.compare(plain, plain, exact)["right, sum"] is None
+
+
+def test_no_answer_is_right_or_wrong_where_none_is_known(bench):
+    assert bench.right([result(-1.0, -2.0)], "best") is None
+    assert bench.right([result(-1.0, -2.0), result(-1.0, -2.0, gold=1)], "best") == 0
+
+
+def test_items_that_have_no_answers_are_named(bench, tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "a river"}\n')
+    with pytest.raises(UserError, match='texts.jsonl, line 1 has no "context"'):
+        list(Records(tmp_path / "texts.jsonl", bench.question))
 
 
 def test_all_ways_answer_the_questions_of_a_file(bench, tmp_path, monkeypatch, capsys):
