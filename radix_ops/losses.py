@@ -25,9 +25,10 @@ the first of their sequence and whose label is not -100. For a padded batch, `la
 labels [B, T], and `x.new_zeros(B, T).masked_scatter(attention_mask.bool(), x)` puts values [N] back.
 
 Each function is deterministic, and differentiable once in hidden, weight and bias; what needs no gradient costs none.
-On CUDA the host waits for the device twice a call, however many blocks, and never in the backward. All raise ValueError
-for shapes, devices and values (a label outside the vocabulary too, unless it is ignored or a first token's) and
-TypeError for types and dtypes.
+On CUDA the host waits for the device twice a call, however many blocks, and never in the backward; `plan_targets` waits
+before the model runs, so that the device need not wait for the host behind it. All raise ValueError for shapes, devices
+and values (a label outside the vocabulary too, unless it is ignored or a first token's) and TypeError for types and
+dtypes.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ from .ops.head import head_op, head_plan_op
 from .ops.head_plan import IGNORED_LABEL, HeadPlan
 
 __all__ = [
+    "Targets",
     "causal_lm_loss",
+    "plan_targets",
     "sequence_logprobs",
     "token_entropy",
     "token_logprobs",
@@ -57,10 +60,57 @@ __all__ = [
 Reduction: TypeAlias = Literal["mean", "sum", "sequence"]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Targets:
+    """The labels of a batch as its losses need them, on the batch's device. Make them with `plan_targets`."""
+
+    batch: FoldedBatch
+    vocabulary: int
+    plan: HeadPlan
+
+
+def plan_targets(
+    batch: FoldedBatch,
+    labels: Tensor | None = None,
+    *,
+    vocabulary: int,
+    ignore_index: int = IGNORED_LABEL,
+    rows_per_chunk: int | None = None,
+) -> Targets:
+    """Return what losses of this batch take as `labels`: the same results, and no wait for the device in them.
+
+        targets = plan_targets(batch, labels, vocabulary=weight.shape[0])
+        logprobs = token_logprobs(model(batch), batch, targets, weight=weight)
+
+    On CUDA the host waits for it twice, here. Where a step is bound by the host, make it before the model runs: the
+    host then launches the loss while the device computes the model. Several losses of a batch may share it.
+
+    Args:
+        vocabulary: V, the rows of the losses' weight.
+        ignore_index: the label of tokens that are no targets.
+        rows_per_chunk: as that of the losses, to be given here.
+    """
+    if not isinstance(batch, FoldedBatch):
+        raise TypeError(f"batch must be a FoldedBatch, got {type(batch).__name__}")
+    if labels is not None:
+        _check_labels(labels, batch)
+    _check_integer("vocabulary", vocabulary, 1)
+    _check_integer("ignore_index", ignore_index)
+    if rows_per_chunk is not None:
+        _check_integer("rows_per_chunk", rows_per_chunk, 1)
+    return Targets(batch, vocabulary, _plan(batch, labels, vocabulary, ignore_index, rows_per_chunk))
+
+
+def _plan(batch, labels, vocabulary: int, ignore_index: int, rows_per_chunk: int | None) -> HeadPlan:
+    labels = batch.unfold(batch.input_ids) if labels is None else labels
+    batch_tables = batch.unfold_index, batch.cu_seqlens, batch.num_rows
+    return HeadPlan(*head_plan_op(labels, *batch_tables, vocabulary, ignore_index, rows_per_chunk or 0))
+
+
 def token_logprobs(
     hidden: Tensor,
     batch: FoldedBatch,
-    labels: Tensor | None = None,
+    labels: Tensor | Targets | None = None,
     *,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -80,7 +130,7 @@ def token_logprobs(
 def token_logprobs_and_entropy(
     hidden: Tensor,
     batch: FoldedBatch,
-    labels: Tensor | None = None,
+    labels: Tensor | Targets | None = None,
     *,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -98,7 +148,7 @@ def token_logprobs_and_entropy(
 def token_entropy(
     hidden: Tensor,
     batch: FoldedBatch,
-    labels: Tensor | None = None,
+    labels: Tensor | Targets | None = None,
     *,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -119,7 +169,7 @@ def token_entropy(
 def sequence_logprobs(
     hidden: Tensor,
     batch: FoldedBatch,
-    labels: Tensor | None = None,
+    labels: Tensor | Targets | None = None,
     *,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -145,7 +195,7 @@ def sequence_logprobs(
 def causal_lm_loss(
     hidden: Tensor,
     batch: FoldedBatch,
-    labels: Tensor | None = None,
+    labels: Tensor | Targets | None = None,
     *,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -167,8 +217,7 @@ def causal_lm_loss(
             divide the sum by their number.
     """
     _check_choice("reduction", reduction, get_args(Reduction))
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    _check_integer("ignore_index", ignore_index)
     _check_number("label_smoothing", label_smoothing, "from 0 to 1", lambda x: 0 <= x <= 1)
     head = _Head(weight, bias, temperature, logit_scale, softcap, rows_per_chunk)
     extra = "mean" if label_smoothing else "none"
@@ -213,21 +262,15 @@ class _Result(NamedTuple):
 
 
 def _run_head(hidden, batch, labels, head: _Head, extra="none", ignore_index=IGNORED_LABEL) -> _Result:
-    dtype = _check_tensors(hidden, batch, labels, head.weight, head.bias)
+    is_planned = isinstance(labels, Targets)
+    dtype = _check_tensors(hidden, batch, None if is_planned else labels, head.weight, head.bias)
     head.check()
-    labels = batch.unfold(batch.input_ids) if labels is None else labels
-
-    plan = HeadPlan(
-        *head_plan_op(
-            labels,
-            batch.unfold_index,
-            batch.cu_seqlens,
-            batch.num_rows,
-            head.weight.shape[0],
-            ignore_index,
-            head.rows_per_chunk or 0,
-        )
-    )
+    vocabulary = head.weight.shape[0]
+    if is_planned:
+        _check_targets(labels, batch, vocabulary, ignore_index, head.rows_per_chunk)
+        plan = labels.plan
+    else:
+        plan = _plan(batch, labels, vocabulary, ignore_index, head.rows_per_chunk)
     pairs = plan.rows, plan.pair_ranks, plan.pair_labels, plan.blocks
     scalars = float(head.logit_scale), float(head.softcap or 0), float(head.temperature)
     logprobs, extras, _ = head_op(hidden, head.weight, head.bias, *pairs, *scalars, dtype, extra)
@@ -253,7 +296,7 @@ def _check_tensors(hidden, batch, labels, weight, bias) -> torch.dtype:
         raise TypeError(f"batch must be a FoldedBatch, got {type(batch).__name__}")
     given = {"hidden": hidden, "weight": weight}
     given |= {} if bias is None else {"bias": bias}
-    for name, tensor in (given if labels is None else given | {"labels": labels}).items():
+    for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.device != batch.fold_index.device:
@@ -271,13 +314,7 @@ def _check_tensors(hidden, batch, labels, weight, bias) -> torch.dtype:
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
         raise ValueError(f"bias must have shape [V={weight.shape[0]}], got {list(bias.shape)}")
     if labels is not None:
-        if labels.dtype not in INDEX_DTYPES:
-            raise TypeError(f"labels must be int32 or int64, got {labels.dtype}")
-        if labels.dim() != 1 or labels.shape[0] != batch.num_tokens:
-            raise ValueError(
-                f"labels must be packed, one for each of num_tokens={batch.num_tokens}, got shape "
-                f"{list(labels.shape)}; attention_mask.bool() picks those of a padded batch"
-            )
+        _check_labels(labels, batch)
 
     dtypes = [tensor.dtype for tensor in given.values()]
     kind = hidden.device.type
@@ -291,6 +328,37 @@ def _check_tensors(hidden, batch, labels, weight, bias) -> torch.dtype:
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given.values()):
         raise RuntimeError("radix_ops.losses have no forward-mode gradient; use backward mode")
     return torch.get_autocast_dtype(kind) if autocasts else hidden.dtype
+
+
+def _check_labels(labels, batch: FoldedBatch) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.device != batch.fold_index.device:
+        raise ValueError(f"labels is on {labels.device}, but the batch is on {batch.fold_index.device}")
+    if labels.dtype not in INDEX_DTYPES:
+        raise TypeError(f"labels must be int32 or int64, got {labels.dtype}")
+    if labels.dim() != 1 or labels.shape[0] != batch.num_tokens:
+        raise ValueError(
+            f"labels must be packed, one for each of num_tokens={batch.num_tokens}, got shape "
+            f"{list(labels.shape)}; attention_mask.bool() picks those of a padded batch"
+        )
+
+
+def _check_targets(targets: Targets, batch: FoldedBatch, vocabulary: int, ignore_index, rows_per_chunk) -> None:
+    if targets.batch is not batch:
+        raise ValueError("labels are the targets of another batch; plan_targets(batch, ...) makes those of this one")
+    if targets.vocabulary != vocabulary:
+        raise ValueError(f"labels are targets of vocabulary={targets.vocabulary}, but weight has {vocabulary} rows")
+    for name, is_given in (("ignore_index", ignore_index != IGNORED_LABEL), ("rows_per_chunk", rows_per_chunk)):
+        if is_given:
+            raise ValueError(f"{name} must be given to plan_targets, where labels are targets")
+
+
+def _check_integer(name: str, value: int, least: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _check_number(name: str, value: float, allowed: str, is_allowed) -> None:

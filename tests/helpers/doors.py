@@ -15,7 +15,8 @@ PUBLIC = {
     "radix_ops.hf": ["RadixStats", "disable", "enable", "folded"],
     "radix_ops.lm_eval": ["RadixLM"],
     "radix_ops.losses": [
-        "causal_lm_loss", "sequence_logprobs", "token_entropy", "token_logprobs", "token_logprobs_and_entropy",
+        "Targets", "causal_lm_loss", "plan_targets", "sequence_logprobs", "token_entropy", "token_logprobs",
+        "token_logprobs_and_entropy",
     ],
     "radix_ops.models.qwen3": ["Qwen3Config", "Qwen3ForCausalLM", "Qwen3Model"],
     "radix_ops.plan": ["Plan", "TokenStore", "plan_folded", "plan_padded"],

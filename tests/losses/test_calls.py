@@ -302,3 +302,67 @@ def test_bad_input_of_reductions(function, changes, error, message):
     with pytest.raises(error) as caught:
         getattr(losses, function)(HIDDEN, BATCH, **{"weight": WEIGHT} | changes)
     assert message in str(caught.value)
+
+
+OPTIONS = {"softcap": 3.0, "temperature": 0.8}
+
+
+@pytest.mark.parametrize("name", ["nested", "duplicates"])
+def test_targets_made_ahead_give_the_same_bits(name):
+    """They are those of the packed loss of plain torch, up to rounding."""
+    batch = FoldedBatch.from_sequences(NAMED[name], pad_multiple_of=4)
+    hidden, weight, bias = tensors(batch, True)
+    vocabulary = weight.shape[0]
+    labels = random_labels(batch, vocabulary)
+    labels[(labels == -100) | (torch.arange(batch.num_tokens) % 5 == 0)] = -7
+    more = {"weight": weight, "bias": bias, **OPTIONS}
+    for given, options in ((labels, {"ignore_index": -7}), (None, {})):
+        chunks = {"rows_per_chunk": 2}
+        targets = losses.plan_targets(batch, given, vocabulary=vocabulary, **options, **chunks)
+        got = losses.causal_lm_loss(hidden, batch, targets, reduction="sum", **more)
+        want = losses.causal_lm_loss(hidden, batch, given, reduction="sum", **more, **options, **chunks)
+        assert torch.equal(got, want)
+        packed = labels.masked_fill(labels == -7, -100) if given is not None else batch.unfold(batch.input_ids)
+        exact = Packed(hidden, batch, packed, weight, bias, Options(**OPTIONS)).losses().sum()
+        torch.testing.assert_close(got, exact)
+        grads = (torch.autograd.grad(x, (hidden, weight, bias)) for x in (got, want))
+        assert all(map(torch.equal, *grads))
+        # Others of the batch share them.
+        assert losses.sequence_logprobs(hidden, batch, targets, **more).shape == (batch.num_sequences,)
+
+
+OTHER = FoldedBatch.from_sequences([[1, 2, 3], [1, 2, 4]], pad_multiple_of=8)
+TARGETS = losses.plan_targets(BATCH, vocabulary=13)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"batch": OTHER}, ValueError, "labels are the targets of another batch; plan_targets(batch, ...) makes those"),
+        ({"weight": WEIGHT[:12]}, ValueError, "labels are targets of vocabulary=13, but weight has 12 rows"),
+        ({"rows_per_chunk": 3}, ValueError, "rows_per_chunk must be given to plan_targets, where labels are targets"),
+        ({"ignore_index": 3}, ValueError, "ignore_index must be given to plan_targets, where labels are targets"),
+    ],
+)
+def test_targets_that_do_not_fit_a_loss(changes, error, message):
+    with pytest.raises(error) as caught:
+        losses.causal_lm_loss(**{"hidden": HIDDEN, "batch": BATCH, "labels": TARGETS, "weight": WEIGHT} | changes)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"batch": [[1, 2]]}, TypeError, "batch must be a FoldedBatch, got list"),
+        ({"labels": LABELS[1:]}, ValueError, "labels must be packed, one for each of num_tokens=6, got shape [5]"),
+        ({"labels": LABELS + 9}, ValueError, "labels must be from 0 to 12, the last row of weight, or -100"),
+        ({"vocabulary": 0}, ValueError, "vocabulary must be at least 1, got 0"),
+        ({"vocabulary": 13.0}, TypeError, "vocabulary must be an int, got float"),
+        ({"rows_per_chunk": 0}, ValueError, "rows_per_chunk must be at least 1, got 0"),
+        ({"ignore_index": True}, TypeError, "ignore_index must be an int, got bool"),
+    ],
+)
+def test_bad_input_of_targets(changes, error, message):
+    with pytest.raises(error) as caught:
+        losses.plan_targets(**{"batch": BATCH, "vocabulary": 13} | changes)
+    assert message in str(caught.value)
