@@ -4,9 +4,11 @@ Groups are those of GRPO (one prompt, 8 or 16 sampled answers) and of DPO (pairs
 is a policy gradient, a weight for each answer token times its log-probability, by `radix_ops.losses.token_logprobs`;
 prompts have no loss, so the head runs on answer rows alone. "packed" is the same model and the same loss on
 `radix_ops.pack`: nothing folded, torch's varlen flash attention; "best packed", where FlashAttention 3 or 4 is
-installed, the same by that (--flash-attention). Every time is from ids on the device to gradients there, the fold and
-all steps of the host included. Memory is the peak beyond the parameters and the gradients, which stand before the step
-begins. The FLOP ratio is packed's products over folded's: layers, attention and head.
+installed, the same by that (--flash-attention). "graphs" is the trie layout with the model's `training_graphs`: the
+layers of small groups are replayed, forward and backward. All plan their targets before the model runs. Every time is
+from ids on the device to gradients there, the fold and all steps of the host included. Memory is the peak beyond the
+parameters and the gradients, which stand before the step begins; that of graphs is counted whole. The FLOP ratio is
+packed's products over folded's: layers, attention and head.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ import bench_qwen3
 import harness
 import radix_ops
 from batches import VOCABULARY, layers_flops
-from radix_ops.losses import token_logprobs
+from radix_ops.losses import plan_targets, token_logprobs
 
 LAYOUTS = ("compact", "trie")
+WAYS = (*LAYOUTS, "graphs")
 ROLLOUTS = [(1, 16, 2048, 512)]
 ROLLOUTS += [
     (1, count, prompt, answer) for prompt in (1024, 2048, 4096) for answer in (256, 512, 1024) for count in (8, 16)
@@ -73,12 +76,14 @@ class Groups:
 
 
 def step_functions(model, weight, batch: Groups, best_flash: str = "torch") -> dict:
-    def of(make, layout, flash="torch"):
+    def of(make, layout, flash="torch", graphs=False):
         def run():
             radix_ops.activate_flash_attention(flash)
             made = make(batch.ids, batch.cu_seqlens)
             at = time.perf_counter()
-            logprobs = token_logprobs(model(made, layout), made, batch.labels, weight=weight)
+            targets = plan_targets(made, batch.labels, vocabulary=VOCABULARY)
+            model._training_graphs = graphs  # past the property, which would give graphs up
+            logprobs = token_logprobs(model(made, layout), made, targets, weight=weight)
             loss = -(batch.advantages * logprobs).sum() / batch.packed_head_rows
             loss.backward()
             return at, loss.detach()
@@ -88,7 +93,8 @@ def step_functions(model, weight, batch: Groups, best_flash: str = "torch") -> d
     functions = {"packed": of(radix_ops.pack, "compact")}
     if best_flash != "torch":
         functions["best packed"] = of(radix_ops.pack, "compact", best_flash)
-    return functions | {layout: of(radix_ops.fold, layout) for layout in LAYOUTS}
+    functions |= {layout: of(radix_ops.fold, layout) for layout in LAYOUTS}
+    return functions | ({"graphs": of(radix_ops.fold, "trie", graphs=True)} if batch.ids.is_cuda else {})
 
 
 def zero_gradients(parameters) -> None:
@@ -98,19 +104,32 @@ def zero_gradients(parameters) -> None:
         parameter.grad.zero_()
 
 
+def reserved_bytes() -> int:
+    """Return what torch holds of the GPU's memory, without what it could give back."""
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
 def row_of(name: str, model, weight, batch: Groups, args) -> dict[str, object]:
     row = {"model": name, "batch": batch.name, "N": batch.tokens, "M": batch.rows, "N/M": batch.tokens / batch.rows}
     row["FLOP ratio"] = batch.flop_ratio(model.config)
     parameters = [*model.parameters(), weight]
     fitting, gradients = {}, {}
+    model.training_graphs = False  # gives those of the row before back
     for key, function in step_functions(model, weight, batch, args.flash_attention).items():
         try:
-            function()
+            reserved = reserved_bytes()
+            for _ in range(2 if key == "graphs" else 1):  # the second is captured
+                function()
+            pool = reserved_bytes() - reserved if key == "graphs" else 0
             zero_gradients(parameters)
             bench_qwen3.synchronize()
             if batch.ids.is_cuda:
                 torch.cuda.reset_peak_memory_stats()
-                held = torch.cuda.memory_allocated()
+                held = torch.cuda.memory_allocated() - pool
             loss = function()[1]
             if batch.ids.is_cuda:
                 row[f"{key} GiB"] = (torch.cuda.max_memory_allocated() - held) / 2**30
@@ -128,16 +147,17 @@ def row_of(name: str, model, weight, batch: Groups, args) -> dict[str, object]:
             assert abs(loss - gradients["packed"][0]) < 0.02, (batch.name, key, gradients)
             assert off < 0.05, f"{batch.name}: norms of {key}'s gradients differ by {off} from packed's"
     seconds = bench_qwen3.measure(fitting, args.rounds, args.budget)
-    row |= {f"{key} ms": seconds[key][0] * 1e3 if key in seconds else None for key in ("packed", *LAYOUTS)}
-    for key in LAYOUTS:
+    ways = WAYS if batch.ids.is_cuda else LAYOUTS
+    row |= {f"{key} ms": seconds[key][0] * 1e3 if key in seconds else None for key in ("packed", *ways)}
+    for key in ways:
         both = {"packed", key} <= seconds.keys()
         row[f"packed / {key}"] = seconds["packed"][0] / seconds[key][0] if both else None
     if {"packed", "best packed"} <= seconds.keys():
         row["best packed ms"] = seconds["best packed"][0] * 1e3
-        fastest = min(seconds[key][0] for key in LAYOUTS if key in seconds)
+        fastest = min(seconds[key][0] for key in ways if key in seconds)
         row["best packed / best"] = min(seconds["packed"], seconds["best packed"])[0] / fastest
         row["flash attention of best packed"] = args.flash_attention
-    best = max((row[f"packed / {key}"] or 0 for key in LAYOUTS), default=0)
+    best = max((row[f"packed / {key}"] or 0 for key in ways), default=0)
     row["best of FLOP ratio"] = best / row["FLOP ratio"] if best else None
     ratio = [row.get(f"{key} GiB") for key in ("trie", "packed")]
     row["memory, trie / packed"] = ratio[0] / ratio[1] if all(ratio) else None

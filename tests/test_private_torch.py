@@ -30,6 +30,11 @@ USES = {
         "torch.autograd.forward_ad._current_level": TRACING,
         "torch.utils._device.DeviceContext": MODES,
     },
+    "graphs/step.py": {"torch._foreach_copy_": "torch's optimizers copy so, and no public way copies many at once"},
+    "graphs/steps.py": {
+        "torch._C._autograd._top_saved_tensors_default_hooks": "no public way tells them; tests/graphs/test_steps.py",
+        "torch._C._current_graph_task_id": "the same",
+    },
     "hf/cache.py": {
         "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack": TRACING,
         "torch.utils._python_dispatch._disable_current_modes": TRACING,

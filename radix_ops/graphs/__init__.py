@@ -5,4 +5,7 @@ sizes that many batches share (`buckets`), copies it into the buffers of a graph
 padding is rows of a sequence of its own, so a graph computes what the model computes on the padded batch, to the bit.
 A graph reads the model's weights where they lie; `watch` sees where they were replaced, or anything else was changed
 that a graph does not see, and `circumstances` tells the calls that no graph may stand in for.
+
+`CapturedSteps` does so with training steps, forward and backward: gradients come from a `twin` of the layers, whose
+weights are the same memory, and a `step` gives them to autograd.
 """

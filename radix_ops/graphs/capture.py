@@ -45,16 +45,19 @@ class Lane:
             finally:
                 self._done.record(stream)
 
-    def capture(self, function: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
+    def capture(self, function: Callable[[], object], pool: Any, *, has_backward: bool = False) -> torch.cuda.CUDAGraph:
         """Return a graph of what `function`, which was called before, launches; its memory is of `pool`.
 
+        `has_backward` tells that it runs a backward pass of what a capture recorded, in the thread where torch does.
         Other threads may use the device meanwhile. Raises what the function raises, and RuntimeError where it does what
         a graph can't hold.
         """
         with self._lock, torch.cuda.stream(self._capture_stream):
-            one, out = (torch.ones(1, 1, device=self.device) for _ in range(2))
-            with torch.cuda.use_mem_pool(self._workspaces, self.device):
-                torch.mm(one, one, out=out)
+            self._take_workspace()
+            if has_backward:
+                one = torch.ones(1, device=self.device, requires_grad=True)
+                with torch.enable_grad():
+                    torch.autograd.grad(_InBackward.apply(one, self._take_workspace), one)
             graph = torch.cuda.CUDAGraph()
             # Python may collect other graphs meanwhile, which the stricter modes don't allow.
             graph.capture_begin(pool=pool, capture_error_mode="relaxed")
@@ -67,6 +70,12 @@ class Lane:
             self._end(graph, pool)
             return graph
 
+    def _take_workspace(self) -> None:
+        """Let cuBLAS have its workspace for this stream and this thread, of which each has its own."""
+        one, out = (torch.ones(1, 1, device=self.device) for _ in range(2))
+        with torch.cuda.use_mem_pool(self._workspaces, self.device):
+            torch.mm(one, one, out=out)
+
     def _end(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
         try:
             graph.capture_end()
@@ -77,6 +86,20 @@ class Lane:
                 torch._C._cuda_endAllocateToPool(self.device.index, pool)
                 torch._C._cuda_releasePool(self.device.index, pool)
             raise
+
+
+class _InBackward(torch.autograd.Function):
+    """Calls a function where a backward pass runs: on the stream of the forward, in a thread of torch's."""
+
+    @staticmethod
+    def forward(ctx, x, function):
+        ctx.function = function
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.function()
+        return grad, None
 
 
 _lanes: dict[torch.device, Lane] = {}

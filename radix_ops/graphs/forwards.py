@@ -45,6 +45,14 @@ class Call:
     def num_wanted(self) -> int:
         return self.batch.num_rows if self.rows is None else self.rows.shape[0]
 
+    @property
+    def by_trie(self) -> bool:
+        """Whether attention goes by the trie and not by sequences, for a layout and weights that have kernels."""
+        if self.layout != "auto":
+            return self.layout == "trie"
+        is_shared = self.batch.kv_index.shape[0] != self.batch.num_nodes
+        return is_shared and _kernels(self.weight.dtype, self.weight.device, self.head_dim)[1]
+
     def sizes(self) -> Sizes | None:
         """Return the sizes that the batch is padded to, or None where it is computed as it is.
 
@@ -59,8 +67,7 @@ class Call:
             return None
         if self.rows is not None and self.rows.shape[0] == 0:
             return None
-        by_trie = layout == "trie" or (layout == "auto" and by_trie and batch.kv_index.shape[0] != batch.num_nodes)
-        sizes = sizes_of(batch, by_trie=by_trie, num_wanted=None if self.rows is None else self.num_wanted)
+        sizes = sizes_of(batch, by_trie=self.by_trie, num_wanted=None if self.rows is None else self.num_wanted)
         return sizes if self.is_worth_it(sizes.rows) else None
 
     def run_padded(self, sizes: Sizes) -> Tensor:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from .._attention import AttentionPlan, Layout, attend, attend_rows, plan_attention, plan_rows
 from ..batch import FoldedBatch
 from ..graphs.forwards import CapturedForwards
+from ..graphs.steps import CapturedSteps
 from ..ops.checks import INDEX_DTYPES
 from .pretrained import Pretrained
 from .qwen3_config import Qwen3Config
@@ -174,6 +175,7 @@ class Qwen3Model(Pretrained, ReplayingModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._run, self._at_once = _Run(), max(config.num_hidden_layers, 1)
         self._graphs = CapturedForwards(_FORWARDS)
+        self._steps = CapturedSteps(_FORWARDS, Qwen3Model._embed, Qwen3Model._compute_layers)
         self.apply(functools.partial(_initialise, std=config.initializer_range))
 
     def forward(self, batch: FoldedBatch, layout: Layout = "auto", rows: Tensor | None = None) -> Tensor:
@@ -196,7 +198,12 @@ class Qwen3Model(Pretrained, ReplayingModel):
         return run(batch, layout, rows)
 
     def _compute(self, batch: FoldedBatch, layout: Layout, rows: Tensor | None) -> Tensor:
-        x = self.embed_tokens(batch.input_ids)
+        return self._compute_layers(self._embed(batch.input_ids), batch, layout, rows)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self.embed_tokens(ids)
+
+    def _compute_layers(self, x: Tensor, batch: FoldedBatch, layout: Layout, rows: Tensor | None) -> Tensor:
         frequencies, scale = inverse_frequencies(self.config, x.device)
         angles = torch.outer(batch.position_ids.to(torch.float32), frequencies)
         angles = torch.cat([angles, angles], -1)[:, None]

@@ -12,6 +12,7 @@ from .._attention import Layout
 from ..batch import FoldedBatch
 from ..graphs.forwards import Call, CapturedForwards
 from ..graphs.rule import is_bound_by_host
+from ..graphs.steps import CapturedSteps
 from .qwen3_config import Qwen3Config
 
 
@@ -19,10 +20,13 @@ class ReplayingModel(nn.Module):
     """A decoder stack, whose forward calls `_run_call`."""
 
     config: Qwen3Config
+    gradient_checkpointing: bool
     embed_tokens: nn.Embedding
     # Of the class, for models that were pickled without.
     _cuda_graphs = True
     _graphs: CapturedForwards | None = None
+    _training_graphs = False
+    _steps: CapturedSteps | None = None
     _has_graphs_of_torch = False  # those of torch.compile
 
     def _check(self, batch: FoldedBatch) -> None:
@@ -55,6 +59,34 @@ class ReplayingModel(nn.Module):
         if not wanted and self._graphs is not None:
             self._graphs.clear()
 
+    @property
+    def training_graphs(self) -> bool:
+        """Whether training steps bound by the host replay captured CUDA graphs, False at first, since they hold memory.
+
+        It concerns calls with gradients that are otherwise as those of `cuda_graphs`, in training mode too: forward and
+        backward of the layers are a graph each, and the embedding, the head and the loss run as they do. Results and
+        gradients have the same bits as without, where kernels give the same bits twice (the backward of torch's flash
+        attention does not). The second batch of a size is captured, and all later ones are replays.
+
+        Between steps the graphs hold what the largest step takes without them: its activations, or the layers'
+        gradients where those are more. False gives it back.
+
+        One forward at a time is a replay: others before its backward run eagerly, and so do calls under gradient
+        checkpointing, hooks on saved tensors and on parts of the model, anomaly detection, where a process group is
+        there (DDP, FSDP), and with layout "compact" on batches that share rows. Gradients are accumulated, and hooks on
+        weights are called, as without; those of a step come all at once. A second backward through one forward
+        (retain_graph) raises RuntimeError, as do second derivatives.
+        """
+        return self._training_graphs
+
+    @training_graphs.setter
+    def training_graphs(self, wanted: bool) -> None:
+        if not isinstance(wanted, bool):
+            raise TypeError(f"training_graphs must be a bool, got {type(wanted).__name__}")
+        self._training_graphs = wanted
+        if not wanted and self._steps is not None:
+            self._steps.clear()
+
     def warm_up(self, batch: FoldedBatch, layout: Layout = "auto", rows: Tensor | None = None) -> bool:
         """Capture the graph that forward(batch, layout, rows) replays, and return whether it does.
 
@@ -75,11 +107,19 @@ class ReplayingModel(nn.Module):
         sizes = call.sizes()
         if sizes is None:
             return self._compute(batch, layout, rows)
-        replayed = self._graphs.run(call, sizes) if self._graphs is not None and self._may_replay() else None
+        replayed = None
+        if torch.is_grad_enabled():
+            if self._steps is not None and self._may_replay_steps():
+                replayed = self._steps.run(call, sizes)
+        elif self._graphs is not None and self._may_replay():
+            replayed = self._graphs.run(call, sizes)
         return call.run_padded(sizes) if replayed is None else replayed
 
     def _may_replay(self) -> bool:
         return self._cuda_graphs and not self.training and not self._has_graphs_of_torch
+
+    def _may_replay_steps(self) -> bool:
+        return self._training_graphs and not self.gradient_checkpointing and not self._has_graphs_of_torch
 
     def _call(self, batch: FoldedBatch, layout: Layout, rows: Tensor | None) -> Call:
         config = self.config
@@ -94,14 +134,18 @@ class ReplayingModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # What moves or casts weights gives their old memory back at once, and so that of graphs.
-        if self._graphs is not None:
-            self._graphs.clear()
+        self._clear_graphs()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *others: Any) -> None:
-        if self._graphs is not None and local_metadata.get("assign_to_params_buffers"):
-            self._graphs.clear()
+        if local_metadata.get("assign_to_params_buffers"):
+            self._clear_graphs()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+    def _clear_graphs(self) -> None:
+        for graphs in (self._graphs, self._steps):
+            if graphs is not None:
+                graphs.clear()
 
 
 class ReplayingHead(nn.Module):
@@ -117,6 +161,15 @@ class ReplayingHead(nn.Module):
     @cuda_graphs.setter
     def cuda_graphs(self, wanted: bool) -> None:
         self.model.cuda_graphs = wanted
+
+    @property
+    def training_graphs(self) -> bool:
+        """See `Qwen3Model.training_graphs`."""
+        return self.model.training_graphs
+
+    @training_graphs.setter
+    def training_graphs(self, wanted: bool) -> None:
+        self.model.training_graphs = wanted
 
     def warm_up(self, batch: FoldedBatch, layout: Layout = "auto", rows: Tensor | None = None) -> bool:
         """See `Qwen3Model.warm_up`."""
