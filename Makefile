@@ -15,10 +15,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: build test coverage test-elsewhere test-oldest test-oldest-sentences test-oldest-torch oldest-torch sanitize demo lint docs wheel check-wheel bench bench-check models clean help
+.PHONY: build test test-clients clients coverage test-elsewhere test-oldest test-oldest-sentences test-oldest-torch oldest-torch sanitize demo lint docs wheel check-wheel bench bench-check models clean help
 build: $(VENV)/.built  ## build the extension, in a virtual environment of its own
 test: $(VENV)/.built $(VENV)/.deps  ## run the tests
 	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
+
+# Clients that others wrote, in an environment of their own, against servers of this one.
+test-clients: $(VENV)/.built $(VENV)/.deps $(VENV)/.clients  ## run real clients against the server
+	RADIX_PYTHON=$(abspath $(BIN)/python) $(VENV)/clients/bin/python -m pytest -c tests/clients/pytest.ini $(PYTEST_ARGS) tests/clients
+
+clients: $(VENV)/.clients
 
 coverage: $(VENV)/.built $(VENV)/.deps $(VENV)/.coverage  ## run the tests and report which lines of radix_ops they reach
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --cov --cov-report=term --cov-report=html $(PYTEST_ARGS)
@@ -114,6 +120,12 @@ $(VENV)/.constraints: $(VENV)/.torch
 
 $(VENV)/.deps: $(VENV)/.constraints pyproject.toml
 	$(PIP) install --quiet -c $(VENV)/.constraints --group test
+	@touch $@
+
+$(VENV)/.clients: $(VENV)/.venv pyproject.toml
+	$(PYTHON) -m venv $(VENV)/clients
+	$(VENV)/clients/bin/python -m pip install --disable-pip-version-check --quiet --upgrade pip
+	$(VENV)/clients/bin/python -m pip install --disable-pip-version-check --quiet --group clients
 	@touch $@
 
 $(VENV)/.oldest: $(VENV)/.deps
