@@ -21,7 +21,7 @@ LEAST_SHARE = 1 / 8
 _NUMBER_BITS = 40
 _AT_ONCE = 256  # candidates that are sorted; few batches need more of a prefix that thousands share
 _MISFITS = 64  # candidates that don't fit, one after another, before the search ends
-_NEAR = 12  # neighbours on a side that Python looks at one by one
+_NEAR = 32  # neighbours on a side that Python looks at one by one
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,12 @@ class Choice:
         """Return whether a piece is taken."""
         return bool(self._is_taken[self._waiting.position(piece)])
 
-    def take(self, piece: Piece) -> bool:
-        """Take a piece that isn't taken. Return False, and leave it, where it doesn't fit."""
+    def take(self, piece: Piece, share: float = 1.0) -> bool:
+        """Take a piece that isn't taken. Return False, and leave it, where it doesn't fit within the bounds, or within
+        this share of their rows."""
         position = self._waiting.position(piece)
-        if not self._fits(position):
+        rows = self.rows + self._length_of[position] - self._best_of[position]
+        if not self._fits(position) or (self.positions and rows > share * self._bounds.max_rows):
             return False
         self._take(position)
         return True
@@ -125,33 +127,37 @@ class Choice:
         # Those that share more with this piece than it shared with the batch are a stretch around it, and none of them
         # shared more with the batch than it did.
         shared, after = self._shared_of, position + 1
-        if shared[position] > depth and not self._walk(position, depth, -1):
-            least = _least_above(lambda size: self._shared[max(after - size, 1) : after][::-1], depth)
-            self._best[position - len(least) : position] = least[::-1]
-            self._offer(position - len(least), position)
-        if after < len(shared) and shared[after] > depth and not self._walk(position, depth, 1):
-            least = _least_above(lambda size: self._shared[after : after + size], depth)
-            self._best[after : after + len(least)] = least
-            self._offer(after, after + len(least))
+        if shared[position] > depth:
+            if position > _NEAR and min(shared[after - _NEAR : after]) > depth:
+                least = _least_above(lambda size: self._shared[max(after - size, 1) : after][::-1], depth)
+                self._best[position - len(least) : position] = least[::-1]
+                self._offer(position - len(least), position)
+            else:
+                self._walk(depth, range(position - 1, -1, -1), 1)
+        if after < len(shared) and shared[after] > depth:
+            if after + _NEAR < len(shared) and min(shared[after : after + _NEAR]) > depth:
+                least = _least_above(lambda size: self._shared[after : after + size], depth)
+                self._best[after : after + len(least)] = least
+                self._offer(after, after + len(least))
+            else:
+                self._walk(depth, range(after, len(shared)), 0)
 
-    def _walk(self, position: int, depth: int, step: int) -> bool:
-        """Raise what the neighbours on one side share with the batch while it is more than `depth`, and make them
-        candidates. Return False where these are more than a few."""
+    def _walk(self, depth: int, neighbours: range, ahead: int) -> None:
+        """Raise what the few neighbours on one side share with the batch while it is more than `depth`, and make them
+        candidates. ahead: where `shared` says what a neighbour shares with the one nearer to the piece."""
         shared, best, room = self._shared_of, self._best_of, self._bounds.max_rows - self.rows
-        least, ahead = 2**62, 0 if step < 0 else 1
-        for at in range(position + step, position + step * (_NEAR + 1), step):
-            edge = at + 1 - ahead  # in `shared`, between this neighbour and the one nearer to the piece
-            if not 0 < edge < len(shared):
-                return True
-            least = min(least, shared[edge])
-            if least <= depth:
-                return True
+        least = 2**62
+        for at in neighbours:
+            edge = shared[at + ahead]
+            if edge < least:
+                if edge <= depth:
+                    return
+                least = edge
             best[at] = least
             length = self._length_of[at]
             if not self._is_taken[at] and least >= LEAST_SHARE * length and length - least <= room:
                 key = (length - least) << _NUMBER_BITS | self._number_of[at]
                 heapq.heappush(self._heap, (key, at, -1))
-        return False
 
     def _offer(self, first: int, end: int) -> None:
         """Make the mates among many pieces candidates."""
@@ -168,7 +174,7 @@ class Choice:
 
 def _least_above(stretch: Callable[[int], np.ndarray], depth: int) -> np.ndarray:
     """Return the running minima of shared tokens while above `depth`; `stretch` gives these up to a size."""
-    size = 16 * _NEAR
+    size = 8 * _NEAR
     while True:
         least = np.minimum.accumulate(stretch(size))
         reach = int(np.count_nonzero(least > depth))  # the first ones, since they don't rise

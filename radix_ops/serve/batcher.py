@@ -273,7 +273,7 @@ class Batcher:
                     turn = self._machine.time_to_plan()
                     until = min(until, turn - now)
                     if turn <= now:
-                        batch = self._desk.queue.choose(self._machine.bounds())
+                        batch = self._desk.queue.choose(self._machine.bounds)
                 if batch is None and not expired:
                     self._to_plan.wait(max(0.0, until))
         for request in expired:

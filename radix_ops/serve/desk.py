@@ -28,12 +28,13 @@ class Desk:
         self.queue = Queue(limits, max_overtakes)
         self.status = Status()
         self._metrics = metrics
+        metrics.accepted_requests.set_function(lambda: self.queue.requests)
+        metrics.accepted_tokens.set_function(lambda: self.queue.tokens)
 
     def admit(self, request: Request, seconds_of: Callable[[int], float]) -> None:
         """Accept a request, and drop it when its future is cancelled. Errors are those of `Queue.admit`."""
         with self.lock:
             self.queue.admit(request, seconds_of)
-            self._report()
         request.future.add_done_callback(lambda future: self._cancelled(request))
 
     def put(self, request: Request, pieces: list[Piece], seconds_of: Callable[[int], float]) -> None:
@@ -42,7 +43,6 @@ class Desk:
         request.timings.tokenised = request.queued_at - request.submitted
         with self.lock:
             self.queue.put(request, pieces, seconds_of)
-            self._report()
         self._metrics.tokenize_seconds.observe(request.timings.tokenised)
         if not pieces:
             self._finish(request)
@@ -106,7 +106,7 @@ class Desk:
         with self.lock:
             if not self.queue.release(request):
                 return False
-            self._report()
+            self._tell_if_empty()
         if not request.future.set_running_or_notify_cancel():
             self._metrics.cancelled.inc()
             return False
@@ -116,10 +116,8 @@ class Desk:
         with self.lock:
             if self.queue.release(request):  # nobody has settled it
                 self._metrics.cancelled.inc()
-                self._report()
+                self._tell_if_empty()
 
-    def _report(self) -> None:
-        self._metrics.accepted_requests.set(self.queue.requests)
-        self._metrics.accepted_tokens.set(self.queue.tokens)
+    def _tell_if_empty(self) -> None:
         if not self.queue.requests:
             self.changed.notify_all()

@@ -15,6 +15,8 @@ from ..engine.items import Items
 from ..engine.loading import context_length
 from ..plan.choice import Bounds
 
+# A GPU has enough to do in so long; on a CPU a batch that is cut shorter computes shared prefixes more often.
+_SECONDS = {"cuda": 0.2, "cpu": 1.0}
 _LONGEST = 4096  # tokens of the sequences that memory is shared out for; longer ones are batches of their own
 
 
@@ -24,6 +26,7 @@ class Device(Protocol):
     folded: bool  # whether shared prefixes are computed once
     keeps_salts: bool  # whether a batch may hold sequences of several salts, which share nothing; told by `open`
     vocab_size: int  # likewise
+    seconds: float  # likewise: of a batch, where no limit says it
 
     def open(self) -> AbstractContextManager[Bounds]:
         """Load the model, and return the limits of a batch that memory sets; batches run until the end."""
@@ -38,7 +41,7 @@ class Device(Protocol):
 class EngineDevice:
     """The model of an engine, which nothing else may use meanwhile."""
 
-    keeps_salts, vocab_size = True, 0
+    keeps_salts, vocab_size, seconds = True, 0, 1.0
 
     def __init__(self, engine: Engine[Any]):
         self._engine = engine
@@ -50,6 +53,7 @@ class EngineDevice:
         engine.load()
         runner = engine.runner
         self.keeps_salts, self.vocab_size = runner.keeps_salts or not self.folded, runner.vocab_size
+        self.seconds = _SECONDS.get(engine.device.type, 1.0)
         longest = min(context_length(engine.config, None) or _LONGEST, _LONGEST)
         probe = Items()
         probe.append([np.arange(longest) % runner.vocab_size])

@@ -24,18 +24,19 @@ class QueueLimits:
 class BatchLimits:
     """The limits of a batch beside those of memory, and how far sharing may go before fairness.
 
-    seconds: a batch has as many rows as take so long at the measured rate. max_rows: at most, whatever the rate; by
-    default what fits into memory. max_sequences: at most. max_overtakes: how many batches with later requests may run
-    before a request whose turn it is. Raises ValueError for what is out of range.
+    seconds: a batch has as many rows as take so long at the measured pace, or a few times those of its first sequence
+    where these are more; by default 0.2 on CUDA and 1 on the CPU. max_rows: at most, whatever the pace; by default what
+    fits into memory. max_sequences: at most. max_overtakes: how many batches with later requests may run before half of
+    each batch is a request's in its turn. Raises ValueError for what is out of range.
     """
 
-    seconds: float = 0.2
+    seconds: float | None = None
     max_rows: int | None = None
     max_sequences: int = 4096
     max_overtakes: int = 16
 
     def __post_init__(self) -> None:
-        if not self.seconds > 0:
+        if self.seconds is not None and not self.seconds > 0:
             raise ValueError(f"seconds must be above 0, got {self.seconds}")
         if self.max_overtakes < 0:
             raise ValueError(f"max_overtakes must not be negative, got {self.max_overtakes}")

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from .refusals import Failed
 from .work import Compute
 
 _FIRST_ROWS, _LEAST_ROWS = 1024, 256  # of a batch, before and after the pace is known
+_FAMILY = 4  # times the rows of its first sequence: a batch may have so many, else it shares a long prefix with few
 _PATIENCE = 256  # batches that fit into memory before one may be larger again
 _LEAD = 0.002  # seconds before a batch is thought to end at which the next is chosen, beside the time of folding
 # A batch that takes so many times the seconds that were predicted, and so many seconds, is thought to hang.
@@ -67,6 +69,7 @@ class Machine:
         self._device, self._limits, self._metrics = device, limits, metrics
         self._lock = threading.Lock()
         self._pace, self._fold_seconds = Pace(), 0.0
+        self._paces: defaultdict[str, Pace] = defaultdict(Pace)  # of each kind
         self._memory: Bounds | None = None  # the limits that memory sets, as they were found
         self._bounds: Bounds | None = None  # and as they turned out
         self._fitting = self._failures = 0  # batches since one did not fit; requests since one did not fail
@@ -79,14 +82,15 @@ class Machine:
             self._memory = self._bounds = memory
             yield
 
-    def bounds(self) -> Bounds:
-        """Return the limits of the next batch."""
+    def bounds(self, kind: str, first: int) -> Bounds:
+        """Return the limits of the next batch, whose first sequence has so many tokens."""
         limits = self._limits
         with self._lock:
-            memory = self._bounds
+            memory, pace = self._bounds, self._paces[kind]
             assert memory is not None
-            rows = self._pace.rows_in(limits.seconds, _LEAST_ROWS) if self._pace.rows_per_second else _FIRST_ROWS
-        rows = min(rows, memory.max_rows, limits.max_rows or memory.max_rows)
+            seconds = self._device.seconds if limits.seconds is None else limits.seconds
+            rows = pace.rows_in(seconds, _LEAST_ROWS) if pace.rows_per_second else _FIRST_ROWS
+        rows = min(max(rows, _FAMILY * first), memory.max_rows, limits.max_rows or memory.max_rows)
         return Bounds(rows, memory.max_tokens, memory.max_positions, limits.max_sequences)
 
     def prepare(self, batch: Batch) -> Prepared:
@@ -139,7 +143,7 @@ class Machine:
         """Tell that a batch is computed from now on."""
         now = time.monotonic()
         with self._lock:
-            self._running = (batch, now, self._pace.seconds(batch.rows))
+            self._running = (batch, now, self._paces[batch.kind].seconds(batch.rows))
         for piece in batch.pieces:
             request = piece.owner
             if not request.started_at:
@@ -198,7 +202,8 @@ class Machine:
 
     def _succeed(self, batch: Batch, seconds: float) -> None:
         with self._lock:
-            self._pace.add(batch.rows, batch.tokens, seconds)
+            for pace in (self._pace, self._paces[batch.kind]):
+                pace.add(batch.rows, batch.tokens, seconds)
             self._failures = 0
             self._fitting += 1
             memory, bounds = self._memory, self._bounds

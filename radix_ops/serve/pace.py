@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 _KEPT = 0.95  # of the weight that a batch had when the next is measured
+_HICCUP, _KNOWN = 4, 8  # a batch counts at most so many times its prediction, once so many are measured
 _GROWTH = 4  # times the rows of the largest batch that was measured: no further does a prediction reach
 
 
 class Pace:
     """The seconds of a batch as a number for each batch and one for each row, fitted to the last batches by least
-    squares in which a batch counts 5% less than the one behind it. The first batch, which pays for much that is done
-    once, does not count where another was measured."""
+    squares in which a batch counts 5% less than the one behind it, and a pause of the machine little. The first batch,
+    which pays for much that is done once, does not count where another was measured."""
 
     def __init__(self) -> None:
         self._sums = [0.0] * 5  # of 1, rows, rows ** 2, seconds, rows * seconds
@@ -19,6 +20,9 @@ class Pace:
 
     def add(self, rows: int, tokens: int, seconds: float) -> None:
         """Tell of a batch."""
+        predicted = self.seconds(rows)
+        if predicted and self._batches >= _KNOWN:
+            seconds = min(seconds, _HICCUP * predicted)
         kept = 0.0 if self._batches == 1 else _KEPT
         self._batches += 1
         found = (1.0, rows, rows * rows, seconds, rows * seconds)

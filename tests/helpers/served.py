@@ -25,7 +25,7 @@ POISON = 999
 class MadeDevice:
     """A device that folds nothing; it notes what it is given, and waits where it is told to."""
 
-    folded, keeps_salts, vocab_size = True, True, VOCABULARY
+    folded, keeps_salts, vocab_size, seconds = True, True, VOCABULARY, 0.2
 
     def __init__(self, bounds: Bounds | None = None, load_error: BaseException | None = None):
         self.bounds = bounds or Bounds(4096, 32768)

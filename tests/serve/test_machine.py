@@ -110,14 +110,14 @@ def test_batches_shrink_where_memory_ends_and_grow_again(opened, monkeypatch):
 
     gate, device = Small(), MadeDevice(Bounds(512, 4096, 8192, 77))
     machine = opened(gate, device, max_rows=10_000, max_sequences=99)
-    machine._pace.rows_in = lambda seconds, least: 10_000
-    assert machine.bounds().max_rows == 512
+    machine._paces["sum"].rows_in = lambda seconds, least: 10_000
+    assert machine.bounds("sum", 1).max_rows == 512
     results = [done.error for done in machine.compute(machine.prepare(batch_of(*([[1] * 10] for _ in range(40)))))]
     assert results == [None] * 4
     assert device.released == 3
-    assert machine.bounds() == Bounds(100, 100, 8192, 99)
+    assert machine.bounds("sum", 1) == Bounds(100, 100, 8192, 99)
     for expected in (100, 200, 400, 512, 512):
-        assert machine.bounds().max_rows == expected
+        assert machine.bounds("sum", 1).max_rows == expected
         for _ in range(10 - machine._fitting % 10):
             list(machine.compute(machine.prepare(batch_of([[1]]))))
 
@@ -128,10 +128,10 @@ def test_a_sequence_that_does_not_fit_alone_fails_and_shrinks_nothing(opened):
             raise torch.OutOfMemoryError("too much")
 
     machine = opened(Full())
-    before = machine.bounds()
+    before = machine.bounds("sum", 1)
     (done,) = machine.compute(machine.prepare(batch_of([[1] * 5000])))
     assert isinstance(done.error.__cause__, torch.OutOfMemoryError)
-    assert machine.bounds() == before
+    assert machine.bounds("sum", 1) == before
 
 
 def test_a_batch_that_cannot_be_folded_is_halved_as_well(opened):
@@ -176,6 +176,30 @@ def test_batches_do_not_grow_further_than_was_measured():
     for _ in range(3):
         pace.add(1000, 1000, 0.005)
     assert pace.rows_in(0.2, 256) <= 4000
+
+
+def test_a_long_prefix_is_shared_by_more_than_the_target_time_holds(opened):
+    machine = opened(Gate(), MadeDevice(Bounds(9000, 99_000)), max_rows=8000)
+    for _ in range(10):
+        machine._paces["sum"].add(1000, 1000, 1.0)  # 200 rows in the target time
+    found = [machine.bounds("sum", first).max_rows for first in (1, 100, 1000, 5000)]
+    assert found == [256, 400, 4000, 8000]
+
+
+def test_kinds_have_a_pace_each(opened):
+    machine = opened(Gate(), MadeDevice(Bounds(9000, 99_000)))
+    for _ in range(10):
+        machine._paces["fast"].add(1000, 1000, 0.1)
+        machine._paces["slow"].add(1000, 1000, 0.4)
+    assert [machine.bounds(kind, 1).max_rows for kind in ("fast", "slow", "new")] == [2000, 500, 1024]
+
+
+def test_a_pause_of_the_machine_is_soon_forgotten():
+    pace = Pace()
+    for _ in range(20):
+        pace.add(1000, 1000, 0.01)
+    pace.add(1000, 1000, 30.0)
+    assert pace.seconds(1000) < 0.02
 
 
 def test_a_slower_machine_is_noticed():
