@@ -59,6 +59,10 @@ STABLE_TORCH_LIBRARY(radix, m) {
   m.def(
       "trie_attention_sm90(Tensor q, Tensor k, Tensor v, Tensor leave, Tensor depth, Tensor row_of, Tensor path,"
       " Tensor kv_index, SymInt num_nodes, float scale, int sliding_window=0) -> (Tensor out, Tensor logsumexp)");
+  m.def(
+      "trie_attention_backward_sm90(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp,"
+      " Tensor leave, Tensor depth, Tensor row_of, Tensor path, Tensor kv_index, SymInt num_nodes, float scale)"
+      " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   m.def("lexicographic_order(Tensor input_ids, Tensor starts, Tensor lengths) -> Tensor");
   m.def("common_prefix_lengths(Tensor input_ids, Tensor starts, Tensor lengths, Tensor order) -> Tensor");
   m.def(

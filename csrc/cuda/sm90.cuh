@@ -60,10 +60,36 @@ __device__ inline void arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
+// Tells, without a wait, whether the barrier's phase of this parity has ended.
+__device__ inline bool has_ended(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // Copies 16 bytes, or none of them and fills with zeros.
 __device__ inline void copy_16(uint32_t to, const void* from, bool is_copied) {
   const int bytes = is_copied ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+// Ends a group of this thread's copies of 16 bytes.
+__device__ inline void end_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until all but the last `kPending` of this thread's groups of copies have come.
+template <int kPending>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // Copies the box of a tensor map at (column, row, head); its bytes arrive at the barrier.
@@ -75,6 +101,21 @@ __device__ inline void copy_box(uint32_t to, const CUtensorMap& map, int column,
       "r"(column),
       "r"(row),
       "r"(head),
+      "r"(barrier)
+      : "memory");
+}
+
+// The same where heads are grouped, at (column, first head of a group, row, group).
+__device__ inline void copy_group_box(
+    uint32_t to, const CUtensorMap& map, int column, int row, int group, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "[%6];" ::"r"(to),
+      "l"(&map),
+      "r"(column),
+      "r"(0),
+      "r"(row),
+      "r"(group),
       "r"(barrier)
       : "memory");
 }
@@ -103,6 +144,16 @@ __device__ inline void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// A kernel launched to overlap the one before it begins when all thread blocks of that one have called the first, or
+// ended. Whoever calls the second waits until that one has ended, and sees what it wrote.
+__device__ inline void let_next_kernel_begin() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+__device__ inline void wait_for_kernel_before() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // Stores four 8 x 8 matrices; lanes 8i .. 8i + 7 give the addresses of the rows of matrix i.
 __device__ inline void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile(
@@ -118,6 +169,14 @@ __device__ inline uint32_t pack(float low, float high, __nv_bfloat16) {
 __device__ inline uint32_t pack(float low, float high, __half) {
   const __half2 both = __floats2half2_rn(low, high);
   return reinterpret_cast<const uint32_t&>(both);
+}
+
+__device__ inline float to_float(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+
+__device__ inline float to_float(__half x) {
+  return __half2float(x);
 }
 
 __device__ inline float exp2_of(float x) {

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kTrieThreads, 1) trie_forward_kernel(
   __syncthreads();
   if (warp < 4) {
     give_registers<kLoadingRegisters>();
-    Loader<T, D, kWindowed>{p, k_map, v_map, shared, warp, lane}.run();
+    Loader<T, D, kWindowed>{{p, lane}, p, k_map, v_map, shared, warp}.run();
   } else {
     take_registers<kComputingRegisters>();
     Computer<T, D, kWindowed>{p, shared, warp / 4 - 1, warp % 4, lane}.run();

@@ -18,12 +18,9 @@ constexpr int kComputingRegisters = 232;
 constexpr int kTurn = 1;      // 1 and 2: the turn of each computing warp group to issue its products
 constexpr int kOwnGroup = 3;  // 3 and 4: the threads of each
 
-// A call. Rows and heads of k and v stand apart as those of q do; out is [num_rows, heads, D], logsumexp [heads,
-// num_rows] in base 2.
-struct TrieForward {
+// What calls of the forward and of the backward have in common. Rows and heads of q, k and v stand apart as they do.
+struct TrieCall {
   const void* q;
-  void* out;
-  float* logsumexp;
   const void* k;
   const void* v;
   const int32_t* row_of;
@@ -37,19 +34,25 @@ struct TrieForward {
   int num_nodes;
   int heads;
   int kv_heads;
-  int group;    // query heads of a key/value head
-  int members;  // of them in one block
-  int parts;    // blocks that hold a group
-  int numbers;  // of a block
-  int num_items;
-  float factor;  // the scale's absolute value times log2(e), more than 0
-  bool is_negative;
+  int group;      // query heads of a key/value head
+  int members;    // of them in one block
+  int parts;      // blocks that hold a group
+  int numbers;    // of a block
+  int num_items;  // blocks of queries and heads
   int window;
   bool has_maps;  // whether the copy engine takes k and v
 };
 
+// out is [num_rows, heads, D], logsumexp [heads, num_rows] in base 2.
+struct TrieForward : TrieCall {
+  void* out;
+  float* logsumexp;
+  float factor;  // the scale's absolute value times log2(e), more than 0
+  bool is_negative;
+};
+
 // Returns a table's row, or the last for what is none.
-__device__ inline int row_in(const TrieForward& p, int row) {
+__device__ inline int row_in(const TrieCall& p, int row) {
   return static_cast<int>(min(static_cast<unsigned>(row), static_cast<unsigned>(p.num_rows - 1)));
 }
 

@@ -2,46 +2,11 @@
 #pragma once
 
 #include "trie_forward_sm90.cuh"
+#include "trie_map_sm90.cuh"
 
 #include <algorithm>
 
 namespace radix::sm90 {
-
-// Describes x [rows, heads, size] to the copy engine, in boxes of 32 rows and 64 columns. Returns false where the
-// engine can't take it, as with an address that is no multiple of 16.
-inline bool make_map(
-    CUtensorMap& map, const void* x, bool is_bf16, int size, int64_t rows, int64_t heads, int64_t row, int64_t head) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-    return result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
-  }();
-  if (encode == nullptr) {
-    return false;
-  }
-  const cuuint64_t sizes[3] = {
-      static_cast<cuuint64_t>(size), static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(heads)};
-  // The stride of a dimension of size 1 may be any number.
-  const cuuint64_t strides[2] = {
-      static_cast<cuuint64_t>(rows > 1 ? row * 2 : 16), static_cast<cuuint64_t>(heads > 1 ? head * 2 : 16)};
-  const cuuint32_t box[3] = {64, 32, 1};
-  const cuuint32_t steps[3] = {1, 1, 1};
-  return encode(
-             &map,
-             is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-             3,
-             const_cast<void*>(x),
-             sizes,
-             strides,
-             box,
-             steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
 
 template <typename T, int D, bool kWindowed>
 cudaError_t launch_kernel(

@@ -1,119 +1,25 @@
 // The warp group of the trie kernel for Hopper that loads.
 #pragma once
 
-#include "trie_items_sm90.cuh"
-
-#include <climits>
+#include "trie_copy_sm90.cuh"
+#include "trie_find_sm90.cuh"
 
 namespace radix::sm90 {
 
-// How a warp loads its 32 rows of a tile: not at all, as one box, or row by row.
-enum class Way { kNone, kBox, kRows };
-
-constexpr int kNumbersOfLane = kPairs / 32;
-
-// The first number of an item's block; num_nodes behind the last item.
-__device__ inline int first_of(const TrieForward& p, int at) {
-  // The blocks of the largest numbers, which most often lie deepest, come first.
-  return at < p.num_items ? (p.num_items - 1 - at) / (p.kv_heads * p.parts) * p.numbers : p.num_nodes;
-}
-
 template <typename T, int D, bool kWindowed>
-struct Loader {
+struct Loader : Finder<kWindowed> {
   using Shared = TrieShared<T, D>;
+  using Finder<kWindowed>::lane, Finder<kWindowed>::load_rows, Finder<kWindowed>::load_depths;
+  using Finder<kWindowed>::find, Finder<kWindowed>::load_key_row;
   const TrieForward& p;
   const CUtensorMap& k_map;
   const CUtensorMap& v_map;
   Shared& shared;
-  int warp, lane;
-
-  // What items are found by, of each lane's numbers of a block: rows, for an item two rounds on, and depths, for the
-  // next round's. All is loaded a round before it is used, so that nothing here waits for memory.
-  int rows[kNumbersOfLane];
-  int depths[kNumbersOfLane];
-  int first_path;
-
-  __device__ void load_rows(int first) {
-#pragma unroll
-    for (int i = 0; i < kNumbersOfLane; ++i) {
-      const int number = lane + 32 * i;
-      rows[i] = number < p.numbers && first + number < p.num_nodes ? p.row_of[first + number] : 0;
-    }
-  }
-
-  __device__ void load_depths() {
-#pragma unroll
-    for (int i = 0; i < kNumbersOfLane; ++i) {
-      depths[i] = p.depth[row_in(p, rows[i])];
-    }
-    first_path = p.path[row_in(p, rows[0])];
-  }
-
-  __device__ Item find(int at) const {
-    Item item{};
-    item.first = first_of(p, at);
-    const int program = at % (p.kv_heads * p.parts);
-    item.kv_head = program / p.parts;
-    const int member = program % p.parts * p.members;
-    item.head = item.kv_head * p.group + member;
-    item.members = min(p.members, p.group - member);
-    if (item.first >= p.num_nodes) {
-      return item;
-    }
-    const int own = min(p.numbers, p.num_nodes - item.first);
-    int shallowest = INT_MAX, deepest = 0;
-#pragma unroll
-    for (int i = 0; i < kNumbersOfLane; ++i) {
-      if (lane + 32 * i < own) {
-        shallowest = min(shallowest, depths[i]);
-        deepest = max(deepest, depths[i]);
-      }
-    }
-    shallowest = __reduce_min_sync(~0u, shallowest);
-    // The rows of a path have lower numbers, and lie within kv_index.
-    item.length = max(min(__shfl_sync(~0u, depths[0], 0), min(item.first, p.num_keys)), 0);
-    item.path_at = max(min(__shfl_sync(~0u, first_path, 0), p.num_keys - item.length), 0);
-    item.count = item.length + own;
-    const int seen_by_all = max(min(shallowest, item.length), 0);
-    item.full = seen_by_all / kKeys * kKeys;
-    if (kWindowed) {
-      deepest = max(min(__reduce_max_sync(~0u, deepest), p.num_nodes), 0);
-      item.low = max(seen_by_all + 1 - p.window, 0) / kKeys * kKeys;
-      item.full_low = (max(deepest + 1 - p.window, 0) + kKeys - 1) / kKeys * kKeys;
-      item.full_low = max(min(item.full_low, item.full), item.low);
-    }
-    return item;
-  }
-
-  // What the tables say is the row of a key of an item; any number behind the last.
-  __device__ int load_key_row(const Item& item, int key) const {
-    if (key >= item.count) {
-      return 0;
-    }
-    return key < item.length ? p.kv_index[item.path_at + key] : p.row_of[item.first + key - item.length];
-  }
+  int warp;
 
   __device__ int load_query_row(const Item& item) const {
     const int number = item.first + (warp * 32 + lane) / p.members;
     return number < p.num_nodes ? p.row_of[number] : 0;
-  }
-
-  // Begins to copy the row that each lane points to, zeros for a null pointer, to 32 rows of a matrix. `any` is an
-  // address that may be read.
-  __device__ void copy_rows(uint32_t to, const T* row, const void* any, uint32_t barrier) const {
-    constexpr int kChunks = D / 8;
-    constexpr int kRows = 32 / kChunks;  // at once
-    const int chunk = lane % kChunks;
-    const uint32_t piece = to + chunk / 8 * Shared::kPieceBytes;
-#pragma unroll 4
-    for (int i = 0; i < 32; i += kRows) {
-      const int at = i + lane / kChunks;
-      const T* from = reinterpret_cast<const T*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(row), at));
-      const bool is_row = from != nullptr;
-      const uint32_t slot = piece + at * kRowBytes + ((chunk % 8) ^ (at % 8)) * 16;
-      copy_16(slot, is_row ? from + chunk * 8 : any, is_row);
-    }
-    arrive_after_copies(barrier);
   }
 
   // Begins to load this warp's 32 rows of a tile, the first of which is lane 0's.
@@ -130,7 +36,8 @@ struct Loader {
     const uint32_t to = tile + warp * 32 * kRowBytes;
     if (way == Way::kRows) {
       const T* rows_of_head = static_cast<const T*>(from) + kv_head * head_stride;
-      copy_rows(to, row < 0 ? nullptr : rows_of_head + row * row_stride, from, barrier);
+      copy_rows<D, Shared::kPieceBytes>(lane, to, row < 0 ? nullptr : rows_of_head + row * row_stride, from);
+      arrive_after_copies(barrier);
     } else if (way == Way::kBox && lane == 0) {
       announce_bytes(barrier, 32 * D * sizeof(T));
 #pragma unroll
@@ -168,11 +75,12 @@ struct Loader {
     if (warp == 0 && lane == 0) {
       shared.item[slot] = item;
     }
-    copy_rows(
+    copy_rows<D, Shared::kPieceBytes>(
+        lane,
         shared_address(&shared.queries[slot][0][warp * 32][0]),
         is_query ? static_cast<const T*>(p.q) + row * p.q_row + head * p.q_head : nullptr,
-        p.q,
-        barrier);
+        p.q);
+    arrive_after_copies(barrier);
     finish(Way::kRows, barrier);
   }
 

@@ -49,14 +49,18 @@ The ops that `radix_ops.attention` calls (sliding_window 0: none; logsumexp is f
         -> out [num_rows, H, D_v], logsumexp [H, num_rows]: attention to the rows on the path, with no key or value
         unfolded. In every floating dtype; on the CPU, where sums are in fp32 (fp64 for float64) and the bits the same
         for any number of threads, by a kernel for AVX-512, AVX2 or neither (ATEN_CPU_CAPABILITY holds it to less, as it
-        does torch), forward and backward; on CUDA in bfloat16 and float16 by Triton kernels, the forward on compute
-        capability 9.0 at head_dim 128 without a window by trie_attention_sm90, otherwise it waits there for the host
-        and is slow. The index tensors must be a fold's and trie_order's, which is checked on the CPU
-        alone: on CUDA others give wrong results, and lead to no memory outside the arguments.
+        does torch), forward and backward; on CUDA in bfloat16 and float16 by Triton kernels, on compute capability
+        9.0 at head_dim 128 without a window by the two ops below, otherwise it waits there for the host and is slow.
+        The index tensors must be a fold's and trie_order's, which is checked on the CPU alone: on CUDA others give
+        wrong results, and lead to no memory outside the arguments.
     trie_attention_sm90(q, k, v, leave, depth, row_of, path, kv_index, num_nodes, scale, sliding_window=0)
         -> out, logsumexp in base 2: the forward of trie_attention by the kernel for compute capability 9.0, of which it
         is a part; it has no gradient of its own. In bfloat16 and float16, at a head_dim of 64 or 128, of tensors whose
         rows and heads lie at multiples of 16 bytes, by contiguous int32 tables.
+    trie_attention_backward_sm90(grad_out, q, k, v, out, logsumexp, leave, depth, row_of, path, kv_index, num_nodes,
+                                 scale)
+        -> grad_q, grad_k, grad_v: the backward that goes with it, at head_dim 128 without a window; grad_out, out and
+        logsumexp must be contiguous.
     trie_attention_rows(q [W, H, D], k, v, rows [W], the same from enter on)
         -> out [W, H, D_v]: the same for the queries of some rows alone, in any order; rows may come twice, with equal
         queries, of which the first takes the whole gradient. On CUDA few queries walk their paths each on its own.

@@ -30,6 +30,7 @@ _ALL_OPS = (
     "trie_attention_backward",
     "trie_attention_rows",
     "trie_attention_sm90",
+    "trie_attention_backward_sm90",
     "lexicographic_order",
     "common_prefix_lengths",
     "cut_batches",
@@ -86,7 +87,8 @@ def _refuse(name: str, key: str, reason: str) -> None:
 
 for _name in ("flash_attention", "flash_attention_backward"):
     _refuse(_name, "CPU", _ON_CUDA_ONLY)
-_refuse("trie_attention_sm90", "CPU", _ON_HOPPER_ONLY)
+for _name in ("trie_attention_sm90", "trie_attention_backward_sm90"):
+    _refuse(_name, "CPU", _ON_HOPPER_ONLY)
 for _name in ("lexicographic_order", "common_prefix_lengths", "cut_batches"):
     _refuse(_name, "CUDA", _ON_CPU_ONLY)
 for _name in _ALL_OPS:

@@ -185,5 +185,10 @@ def _attention_backward_fake(grad_out, q, k, v, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-for _name in ("varlen_attention_backward", "flash_attention_backward", "trie_attention_backward"):
+for _name in (
+    "varlen_attention_backward",
+    "flash_attention_backward",
+    "trie_attention_backward",
+    "trie_attention_backward_sm90",
+):
     torch.library.register_fake(f"radix::{_name}", _attention_backward_fake)

@@ -50,6 +50,7 @@ GRADIENTS = {
     "radix::trie_attention_backward": BACKWARD,
     "radix::trie_attention_rows": ONCE,
     "radix::trie_attention_sm90": PART,
+    "radix::trie_attention_backward_sm90": PART,
     "radix::lexicographic_order": INTEGERS,
     "radix::common_prefix_lengths": INTEGERS,
     "radix::cut_batches": INTEGERS,
@@ -62,12 +63,13 @@ WITHOUT_KERNEL = {
     ("radix::flash_attention", "CPU"): "torch's flash attention is CUDA's",
     ("radix::flash_attention_backward", "CPU"): "torch's flash attention is CUDA's",
     ("radix::trie_attention_sm90", "CPU"): "it is Hopper's",
+    ("radix::trie_attention_backward_sm90", "CPU"): "it is Hopper's",
     ("radix::lexicographic_order", "CUDA"): "batches are planned on the CPU",
     ("radix::common_prefix_lengths", "CUDA"): "batches are planned on the CPU",
     ("radix::cut_batches", "CUDA"): "batches are planned on the CPU",
 }
 # The compute capability of the one kind of GPU that an op has a kernel for.
-CAPABILITIES = {"radix::trie_attention_sm90": (9, 0)}
+CAPABILITIES = {"radix::trie_attention_sm90": (9, 0), "radix::trie_attention_backward_sm90": (9, 0)}
 # Ops that only tests call.
 FOR_TESTS = {"radix::_fold_by_key": "the CUDA fold under a chosen key, in builds with CUDA"}
 
@@ -235,6 +237,14 @@ def _trie_attention_sm90(dtype):
             yield (*_attention_inputs(batch, batch.num_rows, dtype, (size, size)), *tables, 0.1, *window)
 
 
+def _trie_attention_backward_sm90(dtype):
+    for q, k, v, leave, depth, row_of, path, kv_index, num_nodes, scale, *window in _trie_attention_sm90(dtype):
+        if q.shape[2] == 128 and not window:
+            tables = leave, depth, row_of, path, kv_index, num_nodes, scale
+            out, logsumexp = to("cpu", RADIX.trie_attention_sm90(*to("cuda", (q, k, v, *tables))))
+            yield torch.randn_like(out), q, k, v, out, logsumexp, *tables
+
+
 def _attention_backward(forward, op, dtype, device="cpu"):
     for arguments in forward(dtype):
         outputs = op(*to(device, arguments))
@@ -307,6 +317,7 @@ SAMPLES = {
     "radix::trie_attention_backward": functools.partial(_attention_backward, _trie_attention, RADIX.trie_attention),
     "radix::trie_attention_rows": _trie_attention_rows,
     "radix::trie_attention_sm90": _trie_attention_sm90,
+    "radix::trie_attention_backward_sm90": _trie_attention_backward_sm90,
     "radix::lexicographic_order": _lexicographic_order,
     "radix::common_prefix_lengths": _common_prefix_lengths,
     "radix::cut_batches": _cut_batches,

@@ -258,12 +258,12 @@ def test_results_are_the_same_bits_on_every_run():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("window", [0, 40])
-def test_damaged_tables_change_nothing_but_results(window):
+@pytest.mark.parametrize(("window", "size"), [(0, 64), (40, 64), (0, 128)])
+def test_damaged_tables_change_nothing_but_results(window, size):
     batch = FoldedBatch.from_sequences(LONG + NESTED_RUNS, pad_multiple_of=4, device="cuda")
     names = "enter", "leave", "depth", "row_of", "path", "kv_index", "cu_seqlens_q"
     sound = *order_of(batch), batch.kv_index, batch.cu_seqlens_q
-    inputs = [torch.randn(batch.num_rows, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2)]
+    inputs = [torch.randn(batch.num_rows, heads, size, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2)]
 
     def compute(tables):
         arguments = *tables.values(), batch.num_nodes, 0.125, window

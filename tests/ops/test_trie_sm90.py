@@ -5,38 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.batches import NAMED
-from helpers.tries import APART, LONG, NESTED_RUNS, ancestors_of, dense, order_of, strided
+from helpers.hopper import TRIES, batch_of, marks_of, poison_memory, random_of, tables_of
+from helpers.tries import LONG, NESTED_RUNS, ancestors_of, dense, strided
 from radix_ops import FoldedBatch
-from radix_ops.ops import dispatch
-from radix_ops.ops.trie import TrieTables
 
-NAME = "radix::trie_attention_sm90"
-IS_THERE = (
-    torch.cuda.is_available()
-    and torch.cuda.get_device_capability() == (9, 0)
-    and (NAME, "CUDA") not in dispatch.REFUSALS
-)
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not IS_THERE, reason="needs a GPU of compute capability 9.0, and a build for it"),
-]
+pytestmark = marks_of("radix::trie_attention_sm90")
 
-TRIES = {
-    "long": LONG,
-    "chain of runs": LONG[::-1] + NESTED_RUNS,
-    "apart": APART,
-    "fan": [[*range(70), i] for i in range(300)],
-    # Paths that end before, at and behind the ends of tiles and of half tiles, with branches of up to six tokens.
-    "ragged": [
-        [*range(length), 1000 + i, *range(i % 7)]
-        for i, length in enumerate([5, 130, 64, 300, 127, 128, 129, 255, 256, 257, 63, 65, 1, 191, 192, 193] * 3)
-    ],
-    "one token": NAMED["one_token"],
-    "one row": [[1]],
-    # Every key's row is far from its neighbours' rows: of a path of 400, each row begins a run of its own.
-    "scattered": [[*range(i), 1000 + i] for i in range(1, 400)],
-}
 # Query heads, key/value heads, head_dim, sliding window, scale.
 SHAPES = [
     (2, 2, 128, 0, 0.09),
@@ -53,27 +27,6 @@ SHAPES = [
     (4, 2, 128, 1, 0.09),
     (4, 2, 128, 2**31 - 1, 0.0),
 ]
-
-
-def tables_of(batch):
-    return TrieTables(*order_of(batch), batch.kv_index, batch.cu_seqlens_q, batch.num_nodes)
-
-
-def random_of(batch, heads, kv_heads, size, dtype=torch.bfloat16):
-    """Return q, k and v, which hold NaN in padding rows."""
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for count in (heads, kv_heads, kv_heads):
-        x = torch.randn(batch.num_rows, count, size, generator=generator).to("cuda", dtype)
-        x[batch.num_nodes :] = float("nan")
-        made.append(x)
-    return made
-
-
-def poison_memory(tensor):
-    """Leave NaN in the memory that the next tensors of this size are likely to take."""
-    for x in (torch.empty_like(tensor), torch.empty(tensor.shape[:2], device=tensor.device)):
-        x.fill_(float("nan"))
 
 
 def run(q, k, v, tables, scale, window):
@@ -93,7 +46,7 @@ def by_triton(monkeypatch, *arguments):
 @pytest.mark.parametrize("name", TRIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_results_are_those_of_dense_attention(name, dtype):
-    batch = FoldedBatch.from_sequences(TRIES[name], pad_multiple_of=4, device="cuda")
+    batch = batch_of(name)
     tables, nodes = tables_of(batch), batch.num_nodes
     path = ancestors_of(batch)[:nodes, :nodes].cuda()
     for heads, kv_heads, size, window, scale in SHAPES:
