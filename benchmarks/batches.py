@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -120,24 +121,66 @@ def add_data_options(parser: argparse.ArgumentParser, workloads: tuple[str, ...]
     parser.set_defaults(known_workloads=workloads)
 
 
-def real_batches(args: argparse.Namespace, device: str) -> list[Batch]:
-    """Read the first sequences of the workloads of --data, whose format tools/make_prompts.py describes.
+class Prompts(NamedTuple):
+    """Real prompts, whose tokens stand end to end, groups side by side."""
 
-    SystemExit where the file lacks what is asked for.
+    ids: np.ndarray  # [N]
+    cu: np.ndarray  # [B + 1]: 0, then the end of each prompt
+    group: np.ndarray  # [B]
+
+
+def read_prompts(path: Path) -> dict[str, Prompts]:
+    """Read all workloads of --data. SystemExit where the file is not as tools/make_prompts.py makes it."""
+
+    def fail(reason: object) -> NoReturn:
+        raise SystemExit(f"--data {path} {reason}; tools/make_prompts.py makes one")
+
+    if not path.is_file():
+        fail("is no file")
+    try:
+        data = np.load(path)
+        arrays = {key: data[key] for key in data.files}
+    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        fail(f"can't be read as a .npz: {error}")
+    prompts = {}
+    for name in sorted(key.removesuffix(".ids") for key in arrays if key.endswith(".ids")):
+        missing = [f"{name}.{part}" for part in Prompts._fields if f"{name}.{part}" not in arrays]
+        if missing:
+            fail(f"has {name}.ids, but no {' and no '.join(missing)}")
+        found = Prompts(*(arrays[f"{name}.{part}"] for part in Prompts._fields))
+        if not all(array.ndim == 1 and array.dtype.kind in "iu" for array in found):
+            fail(f"has arrays of {name} that are not 1-D or not of integers")
+        ids, cu, group = found
+        is_whole = len(cu) > 1 and cu[0] == 0 and cu[-1] == len(ids) and (np.diff(cu) > 0).all()
+        if not is_whole or len(group) != len(cu) - 1 or (np.diff(group) < 0).any():
+            fail(f"has arrays of {name} that do not belong together: cu must rise from 0 to len(ids), group not fall")
+        prompts[name] = found
+    return prompts
+
+
+def real_batches(args: argparse.Namespace, device: str) -> list[Batch]:
+    """Make batches of the first sequences of the workloads of --data.
+
+    SystemExit where the file lacks what is asked for, or holds tokens that the models don't have.
     """
     if args.data is None:
         print("real prompts: skipped without --data FILE.npz, which tools/make_prompts.py makes")
         return []
-    if not args.data.is_file():
-        raise SystemExit(f"--data {args.data} is no file; tools/make_prompts.py makes one")
-    with np.load(args.data) as data:
-        held = sorted(key.removesuffix(".ids") for key in data.files if key.endswith(".ids"))
-        names = args.workloads or [name for name in args.known_workloads if name in held]
-        if not names or not set(names) <= set(held):
-            raise SystemExit(f"--data {args.data} holds {', '.join(held)}; --workloads must name some of these")
-        batches = []
-        for name in names:
-            ends = torch.from_numpy(data[f"{name}.cu"])[: args.sequences + 1]
-            ids = torch.from_numpy(data[f"{name}.ids"])[: int(ends[-1])]
-            batches.append(Batch(f"{name} ({len(ends) - 1})", ids, ends, device))
-        return batches
+    if args.sequences < 1:
+        raise SystemExit(f"--sequences must be at least 1, got {args.sequences}")
+    prompts = read_prompts(args.data)
+    names = args.workloads or [name for name in args.known_workloads if name in prompts]
+    if not names or not set(names) <= set(prompts):
+        raise SystemExit(f"--data {args.data} holds {', '.join(prompts)}; --workloads must name some of these")
+    batches = []
+    for name in names:
+        ends = torch.from_numpy(prompts[name].cu)[: args.sequences + 1]
+        ids = torch.from_numpy(prompts[name].ids)[: int(ends[-1])]
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= VOCABULARY:
+            raise SystemExit(
+                f"--data {args.data}: {name} holds tokens from {low} to {high}, and the models have {VOCABULARY:,}; "
+                "make it with the tokenizer of a Qwen3"
+            )
+        batches.append(Batch(f"{name} ({len(ends) - 1})", ids, ends, device))
+    return batches

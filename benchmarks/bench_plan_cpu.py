@@ -1,7 +1,7 @@
 """Plans of batches on the CPU: time and memory for a million sequences and, with --data, the rows of real prompts.
 
 The million sequences of 128 tokens are made in shuffled order and stored; memory is what the process gained from before
-the store to after the plan. Real prompts (an .npz of NAME.ids, NAME.cu and NAME.group) are shuffled and planned;
+the store to after the plan. Real prompts, which tools/make_prompts.py makes, are shuffled and planned;
 "grouped" are the batches of the same budget with the groups side by side, "one trie" all of them in one batch.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import harness
+from batches import Prompts, read_prompts
 from radix_ops.plan import TokenStore, plan_folded
 
 SEQUENCES, LENGTH, GROUP, SHARED = 1_000_000, 128, 8, 96
@@ -52,10 +53,9 @@ def many(rng) -> dict:
     }
 
 
-def real(data, name: str, budget: int, rng) -> dict:
-    ids, ends, group = (data[f"{name}.{part}"] for part in ("ids", "cu", "group"))
-    sequences = [ids[a:b] for a, b in itertools.pairwise(ends)]
-    assert (np.diff(group) >= 0).all()
+def real(name: str, prompts: Prompts, budget: int, rng) -> dict:
+    ids = prompts.ids
+    sequences = [ids[a:b] for a, b in itertools.pairwise(prompts.cu)]
     grouped = TokenStore.from_sequences(sequences)
     shuffled = TokenStore.from_sequences(sequences[i] for i in rng.permutation(len(sequences)))
     plan = plan_folded(shuffled, max_rows=budget)
@@ -76,14 +76,13 @@ def real(data, name: str, budget: int, rng) -> dict:
 
 def main() -> None:
     parser = harness.make_parser(__doc__, threads=2, rounds=None)
-    parser.add_argument("--data", type=Path, help="an .npz of real prompts")
+    parser.add_argument("--data", type=Path, help="a .npz of real prompts, as tools/make_prompts.py makes it")
     args = harness.parse(parser)
+    data = read_prompts(args.data) if args.data else {}
     rng = np.random.default_rng(0)
     harness.report("plan_cpu", [many(rng)], args.save)
-    if args.data:
-        data = np.load(args.data)
-        names = sorted({key.split(".")[0] for key in data.files})
-        results = [real(data, name, budget, rng) for name in names for budget in BUDGETS]
+    if data:
+        results = [real(name, prompts, budget, rng) for name, prompts in data.items() for budget in BUDGETS]
         harness.report("plan_real_cpu", results, args.save)
 
 

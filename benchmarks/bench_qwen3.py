@@ -338,6 +338,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="of the grid the longest prefix alone")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured (default: both)")
     args = harness.parse(parser)
+    if args.data and args.cells != "grid":
+        parser.error("--data belongs to --cells grid")
     device, is_long = args.device, args.cells == "long"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch._dynamo.config.recompile_limit = 64

@@ -161,8 +161,10 @@ def make(args: argparse.Namespace) -> None:
     for name, groups in sets(args):
         taken = prompt_sets.first_groups(groups, args.sequences)
         arrays = arrays_of(taken, tokenizer)
-        if not len(arrays["ids"]):
+        if not taken:
             raise UserError(f"{name} has no prompts")
+        if (np.diff(arrays["cu"]) == 0).any():
+            raise UserError(f"{name} has a prompt of no tokens, the {int(np.diff(arrays['cu']).argmin()) + 1}th")
         found.update((f"{name}.{part}", array) for part, array in arrays.items())
         print(describe(name, arrays, len(taken)), flush=True)
     write(args.output, found)

@@ -237,6 +237,8 @@ def test_the_bytes_depend_on_no_run_and_no_seed_of_hashes(tokenizer_folder, tmp_
         (["--msmarco", "two.tsv"], "two.tsv, line 1 has 2 columns; a top1000 file has query id, passage id, query and"),
         (["--msmarco", "mixed.tsv"], "mixed.tsv, line 2 has 3 columns; a top1000 file has"),
         (["--msmarco", "top.tsv"], "top.tsv has no query with 8 documents; --top must be less"),
+        (["--xquad", "none.json"], "xquad_context_qa has no prompts"),
+        (["--humaneval", "no_text.jsonl"], "humaneval_n8_prefill has a prompt of no tokens, the 9th"),
         (["--msmarco", "top.tsv"], "--top must be less: the most that one has are 1"),
         (["--msmarco", "latin.tsv"], "latin.tsv, line 1 is not UTF-8: byte 0xe9"),
         (["--msmarco", "cut.gz"], "cut.gz is cut off: its gzip has no end"),
@@ -269,6 +271,8 @@ def test_what_is_missing_is_named(make_prompts, tokenizer_folder, tmp_path, monk
     (tmp_path / "latin.tsv").write_bytes(b"1\t2\tcaf\xe9\tb\n")
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b"1\t2\ta\tb\n" * 9)[:-9])
     (tmp_path / "empty").touch()
+    squad(tmp_path / "none.json")
+    write(tmp_path / "no_text.jsonl", {"prompt": "a"}, {"prompt": ""})
     write(tmp_path / "no_ending", "text")
     for name in ("xquad", "folder.npz", "held.npz.part"):
         (tmp_path / name).mkdir()
