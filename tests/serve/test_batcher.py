@@ -522,6 +522,40 @@ def test_clients_that_come_and_go_at_random_are_all_accounted_for():
         assert batcher.drain(SOON) is True
 
 
+def test_ten_times_the_load_is_refused_in_part_and_nothing_accepted_is_lost_by_the_drain():
+    """Clients offer ten times what is served; then the server stops under that load."""
+    gate, limits = Gate(seconds=0.01), QueueLimits(max_requests=64, max_tokens=4000)
+    with serving(gate, queue=limits, batch=BatchLimits(max_rows=400)) as batcher:
+        accepted, refused = [], [0] * 8
+
+        def client(number: int) -> None:
+            rng = np.random.default_rng(number)
+            while True:
+                ids = rng.integers(0, 500, 40).tolist()
+                try:
+                    accepted.append((ids, submit(batcher, ids)))
+                except Overloaded:
+                    refused[number] += 1
+                    time.sleep(0.0002)
+                except Draining:
+                    return
+                snapshot = batcher.snapshot()
+                assert snapshot["requests"] <= limits.max_requests
+                assert snapshot["tokens"] <= limits.max_tokens
+
+        threads = [threading.Thread(target=client, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        time.sleep(1.5)
+        assert batcher.health() is None
+        assert batcher.drain(SOON) is True
+        for thread in threads:
+            thread.join(SOON)
+        assert sum(refused) > len(accepted) > 100
+        assert all(future.result(0).results == [sum(ids)] for ids, future in accepted)
+        assert sum(map(len, gate.batches)) == len(accepted)
+
+
 # Processes
 
 
