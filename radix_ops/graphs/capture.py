@@ -148,3 +148,9 @@ class Captured:
             self._inputs.fill(batch, rows)
             self._graph.replay()
             return self._out[: batch.num_rows if rows is None else rows.shape[0]].clone()
+
+    def replay_as_filled(self) -> Tensor:
+        """Return the result for what its buffers hold, padding included, on the stream of the capture's caller."""
+        with self._lane.turn():
+            self._graph.replay()
+            return self._out.clone()

@@ -55,7 +55,7 @@ def _why_traced() -> str | None:
 
 
 def settings() -> tuple[Hashable, ...]:
-    """Return what else decides which kernels a forward in half precision launches."""
+    """Return what else decides which kernels a forward launches."""
     products: Any = torch.backends.cuda.matmul
     deterministic: Any = torch.utils.deterministic
     return (
@@ -65,6 +65,8 @@ def settings() -> tuple[Hashable, ...]:
         products.allow_fp16_reduced_precision_reduction,
         products.allow_bf16_reduced_precision_reduction,
         products.allow_fp16_accumulation,
+        products.fp32_precision,
+        torch.get_default_dtype(),
         torch.backends.cuda.preferred_blas_library(),
         attention.current_flash_attention_impl(),
         current_flash_attention(),

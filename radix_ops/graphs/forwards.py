@@ -60,10 +60,10 @@ class Call:
         products have as many rows, and so the same bits.
         """
         batch, layout, weight = self.batch, self.layout, self.weight
-        if weight.dtype not in flash.DTYPES or layout not in _LAYOUTS or batch.num_nodes == 0:
+        if not has_kernels(weight, self.head_dim) or layout not in _LAYOUTS or batch.num_nodes == 0:
             return None
-        by_flash, by_trie = _kernels(weight.dtype, weight.device, self.head_dim)
-        if not by_flash or (layout == "trie" and not by_trie):
+        _, by_trie = _kernels(weight.dtype, weight.device, self.head_dim)
+        if layout == "trie" and not by_trie:
             return None
         if self.rows is not None and self.rows.shape[0] == 0:
             return None
@@ -188,19 +188,33 @@ class CapturedForwards:
         """Capture a graph and keep it; return None, and warn, where that fails."""
         count = key[0].rows if key[0].wanted is None else key[0].wanted
         try:
-            captured = Captured(compute, inputs, count, memory)
+            captured = self._captured(compute, inputs, count, memory)
         except Exception as error:
             # What is wrong with the call itself its eager run will tell.
-            self._graphs.refuse(key)
             self._memory = None  # a pool can't be used again
-            warnings.warn(
-                f"radix_ops: batches of {key[0].rows} rows run without a CUDA graph, since it could not be captured: "
-                f"{type(error).__name__}: {error}",
-                stacklevel=2,
-            )
+            self._refuse(key, error)
             return None
         self._graphs.put(key, captured)
         return captured
+
+    def _captured(
+        self, compute: Callable[[StaticInputs], Tensor], inputs: StaticInputs, count: int, memory: Memory
+    ) -> Captured:
+        return Captured(compute, inputs, count, memory)
+
+    def _refuse(self, key: _Key, error: Exception) -> None:
+        """Make no graph for such calls any more, since it could not be captured."""
+        self._graphs.refuse(key)
+        warnings.warn(
+            f"radix_ops: batches of {key[0].rows} rows run without a CUDA graph, since it could not be captured: "
+            f"{type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+
+
+def has_kernels(weight: Tensor, head_dim: int) -> bool:
+    """Return whether a model with such weights attends by kernels that a graph holds."""
+    return weight.dtype in flash.DTYPES and _kernels(weight.dtype, weight.device, head_dim)[0]
 
 
 @functools.cache

@@ -64,6 +64,11 @@ class StaticInputs:
         tables += [batch.kv_index, ramp[num_nodes : sizes.rows], _repeated(ramp, 0, sizes.keys - end)]
         torch.cat([*tables, _repeated(ramp, batch.num_rows, 1)], out=self._tables)
 
+    def shift(self, by: int) -> None:
+        """Make another batch of the same shape: each row takes the token and position of the row `by` before it."""
+        for x in (self.batch.input_ids, self.batch.position_ids):
+            x.copy_(x.roll(by))
+
     def rows(self) -> Tensor | None:
         """Return the rows wanted and padding, or None for all; a row that the batch does not have is -1, as none is."""
         return None if self.sizes.wanted is None else torch.where(self._rows < self._num_rows, self._rows, -1)

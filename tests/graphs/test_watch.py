@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import types
 import weakref
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from helpers.qwen3_models import oracle
-from radix_ops.graphs.watch import Watch, why_not
+from radix_ops.graphs.watch import Watch, forwards_of, why_not
 from radix_ops.models import qwen3
 from radix_ops.models.qwen3 import Qwen3Model
 
@@ -139,11 +140,11 @@ def test_another_model_is_another_one(model, tmp_path):
         ("hook", "a Qwen3Layer has a hook"),
         ("hook before", "a Linear has a hook"),
         (
-            lambda m: m.layers[0].register_buffer("scale", torch.ones(1)),
-            "a Qwen3Layer has a buffer, or changes its weight",
+            lambda m: m.layers[0].register_buffer("scale", torch.ones(1, device="meta")),
+            "it has a buffer of another device or of a class of its own",
         ),
         ("transposed data", "the weight of a Linear is no plain parameter"),
-        ("norm of rows", "a Embedding has a buffer, or changes its weight"),
+        ("norm of rows", "a Embedding changes its weight"),
     ],
 )
 def test_no_graph_stands_in_for_what_it_would_leave_out(model, change, reason):
@@ -188,3 +189,76 @@ def test_a_watched_model_dies_with_its_last_reference(model, tmp_path):
     finally:
         gc.enable()
     assert weight() is None
+
+
+class Scaled(nn.Module):
+    """A module as others write them: a buffer, containers, a config of its own, weights of two dtypes."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.inner.scales, self.inner.merged, self.inner.of = {"default": {"by": 2.0}}, [], (1, [2])
+        self.inner.config = types.SimpleNamespace(theta=7.0, kinds=["a"])
+        self.inner.register_buffer("frequencies", torch.ones(3))
+        self.wide = nn.Linear(4, 4).double()
+
+
+def replaced_buffer(module):
+    module.inner.frequencies = module.inner.frequencies.clone()
+
+
+OTHERS_CHANGES = {
+    "buffer": replaced_buffer,
+    "no buffer": lambda m: m.inner.register_buffer("frequencies", None),
+    "another buffer": lambda m: m.inner.register_buffer("further", torch.ones(1)),
+    "in a dict": lambda m: m.inner.scales["default"].__setitem__("by", 3.0),
+    "in an empty list": lambda m: m.inner.merged.append("default"),
+    "in a tuple": lambda m: m.inner.of[1].append(3),
+    "config": lambda m: setattr(m.inner.config, "theta", 9.0),
+    "in a config": lambda m: m.inner.config.kinds.append("b"),
+    "train": lambda m: m.inner.train(not m.inner.training),
+}
+
+
+@pytest.mark.parametrize("change", OTHERS_CHANGES)
+def test_changes_of_modules_of_others_are_seen(change):
+    module = Scaled()
+    assert why_not(module, None) is None
+    watch = Watch(module, forwards_of(module), keeps_memory=False)
+    assert watch.is_unchanged()
+    OTHERS_CHANGES[change](module)
+    assert not watch.is_unchanged()
+
+
+def test_buffers_that_change_in_place_need_no_watching():
+    module = Scaled()
+    watch = Watch(module, forwards_of(module), keeps_memory=False)
+    module.inner.frequencies.mul_(2)
+    assert watch.is_unchanged()
+
+
+def test_memory_of_weights_is_not_kept_unless_it_is_asked_for():
+    module = Scaled()
+    watch = Watch(module, forwards_of(module), keeps_memory=False)
+    dead = weakref.ref(module.inner.weight.untyped_storage())
+    module.inner.weight.data = module.inner.weight.data.clone()
+    gc.collect()
+    assert dead() is None
+    assert not watch.is_unchanged()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: setattr(m.inner, "extra", object()), "a Linear holds extra, a object"),
+        (lambda m: setattr(m.inner, "extra", {1: torch.ones(1)}), "a Linear holds extra, a dict"),
+        (lambda m: setattr(m.inner, "extra", torch.ones(1)), "a Linear holds extra, a Tensor"),
+        (lambda m: setattr(m, "extra", torch.ones(1)), "a Scaled holds extra, a Tensor"),
+        (lambda m: m.inner.compile(), "a Linear holds code that torch.compile made"),
+        (lambda m: m.inner.register_forward_hook(print), "a Linear has a hook"),
+    ],
+)
+def test_modules_of_others_whose_changes_would_not_be_seen_have_no_graph(change, reason):
+    module = Scaled()
+    change(module)
+    assert why_not(module, None) == reason
