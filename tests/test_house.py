@@ -33,7 +33,7 @@ ROOMS = {
     "plan": "ops _integers",
     "graphs": "ops batch _attention",
     "models": f"{ROWS} _extras _integers graphs",
-    "hf": f"{ROWS} _extras _interrupts hf.sentences",
+    "hf": f"{ROWS} _extras _interrupts graphs hf.sentences",
     "hf.sentences": f"{ROWS} _interrupts hf plan",
     "engine": f"{ROWS} _extras _interrupts plan models hf",
     "lm_eval": f"{ROWS} _extras plan hf engine",

@@ -24,7 +24,13 @@ from .sentences import encode, modules  # noqa: E402
 M = TypeVar("M", bound=nn.Module)
 
 
-def enable(model: M, threshold: float | None = None, layout: Layout = "auto", verify: Verify = "first") -> M:
+def enable(
+    model: M,
+    threshold: float | None = None,
+    layout: Layout = "auto",
+    verify: Verify = "first",
+    cuda_graphs: bool = True,
+) -> M:
     """Make `model` fold its batches, in place, and return it.
 
     Args:
@@ -40,6 +46,7 @@ def enable(model: M, threshold: float | None = None, layout: Layout = "auto", ve
         verify: "first" compares the first folded batch, and the first that is longer than a window of the config, with
             the plain model, again when the config changed; "always" compares every one and "never" none. A comparison
             costs a forward of the plain model without gradients.
+        cuda_graphs: run folded batches of few rows as captured CUDA graphs where that is right (below).
 
     The model takes the same arguments and returns the same output class and shapes, padded as the input: input_ids and
     attention_mask [B, T], padded on either side or both, last_hidden_state [B, T, D]. Values and gradients are equal
@@ -52,6 +59,17 @@ def enable(model: M, threshold: float | None = None, layout: Layout = "auto", ve
     have in the call. Looking inside raises RuntimeError where the model has changed since. Of changes to weights, one
     goes unseen: an update in place through `.data` that misses all of the 8 values that are kept of each weight, and
     moves 64 hidden states that are kept by less than `verify` allows.
+
+    On CUDA in bfloat16 and float16 the host takes longer to launch a batch of few rows than the GPU to compute it. So
+    without gradients, in eval mode and outside autocast, the second folded batch of about the same sizes is captured as
+    a CUDA graph, and later ones replay it. By default and under torch.inference_mode() batches fold then that are
+    otherwise too small or share nothing, from the second one of a shape on. Each graph is compared with the model's
+    forward on two batches before it is used, and all parts of the model are looked at before each replay: replaced
+    weights, hooks, adapters and settings count from the next call on, weights changed in place at once. There are at
+    most 64 graphs, which share their memory, and `disable` gives it back. Models run eagerly whose forward waits for
+    the device or can't be captured for another reason, that have hooks or compiled parts in the decoder stack, or caps
+    or sinks of attention scores. Such batches are padded with rows that nobody sees, with gradients as without, so a
+    batch that folds has the same bits in both.
 
     These calls run as before, with one warning for each reason: an explicit `use_cache=True` or `past_key_values`,
     `output_attentions`, `output_hidden_states` with gradients (rows that sequences share have one together),
@@ -86,7 +104,7 @@ def enable(model: M, threshold: float | None = None, layout: Layout = "auto", ve
     devices or on other devices, and for options out of range. A folded batch that verify finds to be wrong raises
     RuntimeError, and the model is disabled.
     """
-    options = _check_options(threshold, layout, verify)
+    options = _check_options(threshold, layout, verify, cuda_graphs)
     if isinstance(model, nn.DataParallel):
         raise ValueError("DataParallel can't be folded: it calls copies of the model; DistributedDataParallel can")
     encoder = modules.find_encoder(proofs.check_module(model, "enable"))
@@ -97,6 +115,7 @@ def enable(model: M, threshold: float | None = None, layout: Layout = "auto", ve
         for owner, state in zip(owners, states, strict=True):
             state.module.forward = state
             state.options, state.verified, state.stats = options, None, states[0].stats
+            state.replays.clear()
             state.add_owner(owner)
         if encoder is not None:
             encode.install(encoder, states)
@@ -140,7 +159,13 @@ def disable(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def folded(model: M, threshold: float | None = None, layout: Layout = "auto", verify: Verify = "first") -> Iterator[M]:
+def folded(
+    model: M,
+    threshold: float | None = None,
+    layout: Layout = "auto",
+    verify: Verify = "first",
+    cuda_graphs: bool = True,
+) -> Iterator[M]:
     """Enable `model` on entry, and on exit put it back: disabled, or enabled with its former options."""
     encoder = modules.find_encoder(proofs.check_module(model, "folded"))
     before = [(state, state.options, state.verified, [*state.owners]) for state in _states_in(model, encoder)]
@@ -150,7 +175,7 @@ def folded(model: M, threshold: float | None = None, layout: Layout = "auto", ve
     is_enabled = False
     try:
         with uninterrupted():
-            enable(model, threshold, layout, verify)
+            enable(model, threshold, layout, verify, cuda_graphs)
             is_enabled = True
         yield model
     finally:
@@ -176,7 +201,7 @@ def _restore(before: list[tuple], states: list[StackForward]) -> None:
             state.remove()
 
 
-def _check_options(threshold: float | None, layout: Layout, verify: Verify) -> Options:
+def _check_options(threshold: float | None, layout: Layout, verify: Verify, cuda_graphs: bool) -> Options:
     if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
         raise TypeError(f"threshold must be a number or None, got {type(threshold).__name__}")
     if threshold is not None and not 0 <= threshold <= 1:
@@ -184,7 +209,9 @@ def _check_options(threshold: float | None, layout: Layout, verify: Verify) -> O
     for name, value, allowed in (("layout", layout, LAYOUTS), ("verify", verify, VERIFY)):
         if not isinstance(value, str) or value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return Options(threshold, layout, verify)
+    if not isinstance(cuda_graphs, bool):
+        raise TypeError(f"cuda_graphs must be a bool, got {type(cuda_graphs).__name__}")
+    return Options(threshold, layout, verify, cuda_graphs)
 
 
 def _state_of(stack: nn.Module) -> StackForward | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .._attention import AttentionPlan, Layout, attend, cast_for_autocast, check_attention, plan_attention
 from ..batch import FoldedBatch, fold, fold_padded
-from .proofs import class_of
+from .proofs import class_of, proof_of
 from .twins import shallow_copy, twin_of
 
 _ATTENTION_NAME = "radix_ops"
@@ -97,42 +97,51 @@ def wants_hidden_states(stack: PreTrainedModel, arguments: Mapping[str, Any]) ->
     return bool(getattr(stack.config, "output_hidden_states", False) if wanted is None else wanted)
 
 
-def run_folded(
-    stack: PreTrainedModel,
-    padded: PaddedBatch,
-    further_arguments: dict[str, Any],
-    layout: Layout,
-    wanted_calls: int,
-    leaves_rows: bool = False,
-    amend: Callable[[ModelOutput], ModelOutput] | None = None,
-):
-    """Return the stack's output for the batch, in its padded layout.
+def run_rows(
+    stack: PreTrainedModel, batch: FoldedBatch, further_arguments: Mapping[str, Any], layout: Layout, num_rows: int
+) -> ModelOutput:
+    """Return the stack's output for a batch in rows: hidden states [1, batch.num_rows, D].
 
-    `further_arguments` are those of HARMLESS_ARGUMENTS that were given. `amend` may add to the output while its hidden
-    states are rows, [1, num_rows, D]; with `leaves_rows`, last_hidden_state stays so. Raises RuntimeError unless the
-    stack calls its attention `wanted_calls` times.
+    They are computed on `num_rows` rows, padding behind the batch's included. `further_arguments` are those of
+    HARMLESS_ARGUMENTS that were given. Raises RuntimeError unless layers call their attention as often as was proven.
     """
-    wants_dict = further_arguments.pop("return_dict", getattr(stack.config, "return_dict", True))
-    if wants_hidden_states(stack, further_arguments):
+    further = {name: value for name, value in further_arguments.items() if name != "return_dict"}
+    if wants_hidden_states(stack, further):
         # The twin shares the hooks of the stack's modules, but not the note that they are there.
         maybe_install_capturing_hooks(stack)
-    call = _FoldedCall(padded.batch, plan_attention(padded.batch, layout))
+    padded = batch._padded_to(num_rows)
+    call = _FoldedCall(padded, plan_attention(padded, layout))
     outputs = class_of(stack).forward(
         _with_our_attention(stack),
-        input_ids=padded.batch.input_ids[None],
-        position_ids=padded.batch.position_ids[None],
+        input_ids=padded.input_ids[None],
+        position_ids=padded.position_ids[None],
         use_cache=False,
         return_dict=True,
         radix_call=call,
-        **further_arguments,
+        **further,
     )
+    wanted_calls = proof_of(stack).calls * stack.config.num_hidden_layers
     if call.attention_calls != wanted_calls:
         raise RuntimeError(
             f"{type(stack).__name__} called the folded attention {call.attention_calls} times and not {wanted_calls}, "
             "so its output can't be trusted: something replaced its attention after enable"
         )
-    if amend is not None:
-        outputs = amend(outputs)
+    if num_rows > batch.num_rows:
+        cut = {id(rows): rows[:, : batch.num_rows] for rows in _states_in(outputs)}
+        outputs.last_hidden_state = cut[id(outputs.last_hidden_state)]
+        if outputs.get("hidden_states") is not None:
+            outputs.hidden_states = tuple(cut.get(id(rows)) for rows in outputs.hidden_states)
+    return outputs
+
+
+def _states_in(outputs: ModelOutput) -> list[Tensor]:
+    """Return the hidden states of an output, which may select some layers' alone."""
+    states = (outputs.last_hidden_state, *(outputs.get("hidden_states") or ()))
+    return [rows for rows in states if rows is not None]
+
+
+def unfold_output(outputs: ModelOutput, padded: PaddedBatch, *, leaves_rows: bool = False) -> ModelOutput:
+    """Return an output in rows in the batch's padded layout; with `leaves_rows`, last_hidden_state stays in rows."""
     last_rows, hidden_states = outputs.last_hidden_state, outputs.get("hidden_states")
     unfolded: dict[int, Tensor | None] = {id(None): None}
     if not leaves_rows:
@@ -141,7 +150,7 @@ def run_folded(
         outputs.hidden_states = tuple(
             unfolded[id(rows)] if id(rows) in unfolded else padded.unfold(rows) for rows in hidden_states
         )
-    return outputs.to_tuple() if wants_dict is False else outputs
+    return outputs
 
 
 def _with_our_attention(stack: PreTrainedModel) -> nn.Module:

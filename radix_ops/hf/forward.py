@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
-import functools
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,15 +12,17 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .._attention import Layout
 from ..batch import HoleError
 from . import cache, guards, heads, loss, proofs, verify
 from .calls import HOLES, Obstacle, makes_cache, may_return_cache, obstacle_of, size_of
-from .fold import HARMLESS_ARGUMENTS, PaddedBatch, run_folded
+from .fold import HARMLESS_ARGUMENTS, PaddedBatch, run_rows, unfold_output, wants_hidden_states
 from .loss import RowLoss
 from .modes import READ, read_arguments
 from .payoff import may_pay, pays_for
+from .replays import Plan, Replays
 from .stats import RadixStats
 
 Verify: TypeAlias = Literal["first", "always", "never"]
@@ -39,6 +40,7 @@ class Options:
     threshold: float | None = None
     layout: Layout = "auto"
     verify: Verify = "first"
+    cuda_graphs: bool = True
 
 
 # Functions that a decorated one calls may still be compiled, graph by graph.
@@ -146,6 +148,15 @@ class _HeadForward(_Forward):
         return _Request(state, obstacle, lambda: heads.may_run_on_rows(head, state.module, arguments))
 
 
+@dataclasses.dataclass
+class _Folded:
+    """A batch that runs in rows."""
+
+    padded: PaddedBatch
+    plan: Plan | None  # where the host matters
+    outputs: ModelOutput | None = None  # in rows, where a graph has made them
+
+
 class StackForward(_Forward):
     """Folds a batch where that is right and pays; keeps what belongs to the enabled model."""
 
@@ -158,6 +169,10 @@ class StackForward(_Forward):
         self.stats = RadixStats()
         self.owners: list[PreTrainedModel] = []  # the modules whose forwards are ours, but for the stack
         self.warned: set[str] = set()
+        self.replays = Replays()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({"replays": Replays()} | state)  # pickles may be older than graphs
 
     @_outside_compiled_code
     def _call(self, *args, **kwargs):
@@ -174,7 +189,7 @@ class StackForward(_Forward):
         if request is None or request.state is not self:
             request = _Request(self)
         found = self._fold(arguments, request.obstacle)
-        if isinstance(found, PaddedBatch):
+        if isinstance(found, _Folded):
             return self._run(arguments, found, request)
         if not found.is_silent:
             self._warn(f"a batch runs unfolded because {found.reason}")
@@ -183,7 +198,7 @@ class StackForward(_Forward):
         self.stats._add(*size_of(arguments), found.reason.partition("; ")[0], found.sharing)
         return None
 
-    def _fold(self, arguments: dict[str, Any], obstacle: Obstacle | None) -> PaddedBatch | Obstacle:
+    def _fold(self, arguments: dict[str, Any], obstacle: Obstacle | None) -> _Folded | Obstacle:
         """Return the batch in rows, or the reason why it runs as before."""
         stack, threshold = self.module, self.options.threshold
         obstacle = obstacle or obstacle_outside.get() or obstacle_of(stack, arguments)
@@ -193,7 +208,10 @@ class StackForward(_Forward):
         input_ids, mask, positions = (arguments.get(name) for name in READ)
         if threshold == 0:
             return Obstacle("threshold is 0", is_silent=True)
-        if not may_pay(input_ids.numel(), threshold, stack, input_ids.device):
+        has_graphs = self.options.cuda_graphs and not wants_hidden_states(stack, arguments)
+        if not may_pay(input_ids.numel(), threshold, stack, input_ids.device) and not (
+            has_graphs and self.replays.may_pay(stack, input_ids)
+        ):
             return Obstacle("it is too small for folding to pay", is_silent=True)
         proof = proofs.proof_of(stack)
         if positions is None and proof.positions == "columns":
@@ -203,13 +221,18 @@ class StackForward(_Forward):
             padded = PaddedBatch.fold(input_ids, mask, positions, sees_packing=sees_packing)
         except HoleError:
             return HOLES
-        if not pays_for(padded, threshold, stack):
+        plan = self.replays.plan(stack, padded.batch, self.options.layout, may_replay=has_graphs)
+        if not pays_for(padded, threshold, stack) and not (
+            threshold is None and plan is not None and self.replays.pays(stack, plan, input_ids.numel())
+        ):
             sharing = padded.batch.num_tokens, padded.batch.num_rows
             reason = "its sequences share too little for folding to pay"
             if threshold is not None:
                 reason = f"its rows are more than threshold={threshold:g} of its tokens"
             return Obstacle(reason, is_silent=True, sharing=sharing)
-        return self._obstacle_inside() or padded  # last, since it looks at every module
+        outputs = None if plan is None else self.replays.replay(plan)
+        # Last, since it looks at every module, while the GPU may be busy.
+        return self._obstacle_inside() or _Folded(padded, plan, outputs)
 
     def _obstacle_inside(self) -> Obstacle | None:
         """Return what in the model, as it is at this moment, forbids to fold, or None."""
@@ -236,28 +259,33 @@ class StackForward(_Forward):
             return Obstacle("TRL's forward of the model is seen from the next call on", is_silent=True)
         return None
 
-    def _run(self, arguments: dict[str, Any], padded: PaddedBatch, request: _Request):
+    def _run(self, arguments: dict[str, Any], folded: _Folded, request: _Request):
         """Return the stack's output for a batch that is folded, verified where that is due."""
-        stack = self.module
-        further = {name: arguments[name] for name in HARMLESS_ARGUMENTS & arguments.keys()}
-        calls = proofs.proof_of(stack).calls * stack.config.num_hidden_layers
+        stack, padded, plan = self.module, folded.padded, folded.plan
+        outputs = folded.outputs
         scope = guards.config_version(stack), _windows_at_work(stack.config, padded.batch.max_seqlen_k)
         plain = self._plain_states(arguments, scope)
-        leaves_rows = request.may_leave_rows()
-        amend = None
+        if outputs is None and plan is not None:
+            outputs = self.replays.run(plan)
+        is_replayed = outputs is not None and self.replays.has(plan)
+        if outputs is None:
+            further = {name: arguments[name] for name in HARMLESS_ARGUMENTS & arguments.keys()}
+            num_rows = padded.batch.num_rows if plan is None else plan.sizes.rows
+            outputs = run_rows(stack, padded.batch, further, self.options.layout, num_rows)
         if may_return_cache(stack, arguments):
-            amend = functools.partial(
-                cache.add_pending, stack=stack, arguments=arguments, padded=padded, stats=self.stats, warned=self.warned
-            )
-        outputs = run_folded(stack, padded, further, self.options.layout, calls, leaves_rows, amend)
+            outputs = cache.add_pending(outputs, stack, arguments, padded, self.stats, self.warned)
+        leaves_rows = request.may_leave_rows()
+        outputs = unfold_output(outputs, padded, leaves_rows=leaves_rows)
         if plain is not None:
             self._check(outputs[0], plain, padded, leaves_rows)
             self.verified = scope
         if leaves_rows:
             request.leave_rows(padded)
         counts = padded.batch.num_tokens, padded.batch.num_rows
-        self.stats._add(*counts, sharing=counts)
-        return outputs
+        self.stats._add(*counts, sharing=counts, is_replayed=is_replayed)
+        self.stats.no_graphs = self.replays.off
+        wants_dict = arguments.get("return_dict", getattr(stack.config, "return_dict", True))
+        return outputs.to_tuple() if wants_dict is False else outputs
 
     def _plain_states(self, arguments: dict[str, Any], scope: tuple[int, int]) -> Tensor | None:
         """Return what the plain model makes of the batch, or None where that isn't compared.
@@ -313,6 +341,7 @@ class StackForward(_Forward):
     def remove(self) -> None:
         for owner in list(self.owners):
             self.remove_owner(owner)
+        self.replays.clear()
         self.restore()
 
     def check_in_place(self) -> None:

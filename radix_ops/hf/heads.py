@@ -17,6 +17,9 @@ from .guards import has_foreign_hook
 from .modes import why_unreadable
 from .proofs import class_of, is_proven_class, proof_of
 
+# Kinds of heads that may read a masked position without labels.
+_POOLING = ("ForSequenceClassification", "ForQuestionAnswering")
+
 
 def causal_lm_class(config) -> type | None:
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -53,10 +56,13 @@ def head_reads_padding(head: PreTrainedModel, arguments: Mapping[str, Any]) -> b
     input_ids, mask, labels = (arguments.get(name) for name in ("input_ids", "attention_mask", "labels"))
     if not isinstance(input_ids, Tensor) or not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
         return False
-    mask = mask.to(device=input_ids.device, dtype=torch.bool)
-    if mask.all():
-        return False
     kind = _kind_of(head)
+    keeps_some = arguments.get("use_cache") is False and arguments.get("logits_to_keep") is not None
+    if labels is None and not keeps_some and kind not in _POOLING:
+        return False
+    mask = mask.to(device=input_ids.device, dtype=torch.bool)
+    if mask.all():  # where the host waits for a GPU
+        return False
     if kind == "ForSequenceClassification":
         return not mask.gather(1, _pooled_column(head, input_ids)).all()
     if kind == "ForQuestionAnswering":

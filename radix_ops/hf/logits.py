@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 from .._attention import Layout
 from ..batch import FoldedBatch
 from . import guards, proofs
-from .fold import PaddedBatch, run_folded
+from .fold import run_rows
 from .heads import causal_lm_class
 from .twins import shallow_copy, with_part
 
@@ -54,9 +54,7 @@ class RowLogits:
 
     def run(self, batch: FoldedBatch, layout: Layout = "auto") -> ModelOutput:
         """Return the decoder stack's output for a batch on its device; last_hidden_state is [1, num_rows, D]."""
-        packed = PaddedBatch(batch, torch.Size([1, batch.num_tokens]), None)
-        calls = proofs.proof_of(self.stack).calls * self.stack.config.num_hidden_layers
-        return run_folded(self.stack, packed, {"return_dict": True}, layout, calls, leaves_rows=True)
+        return run_rows(self.stack, batch, {}, layout, batch.num_rows)
 
     def logits(self, outputs: ModelOutput, rows: Tensor) -> Tensor:
         """Return the model's logits [len(rows), vocabulary] at `rows` of the batch that `run` made `outputs` of."""

@@ -23,6 +23,8 @@ class RadixStats:
     tokens: real tokens that came in.
     rows: rows that the decoder layers computed; for a skipped batch all its positions, padding included.
     folded: batches that were folded.
+    replayed: those of them that ran as a captured CUDA graph.
+    no_graphs: why no more folded batches will run as CUDA graphs, None where nothing is known that forbids it.
     skipped: batches that ran as before, each step of generate() included.
     reasons: how many of the skipped ones ran as before for which reason.
     tokens_per_row: how many batches shared how much, by N/M, tokens over rows of the trie: {1.5: 2, 2.0: 7} for two
@@ -33,6 +35,9 @@ class RadixStats:
     """
 
     _tokens: int | Tensor  # on a device a count for which nobody waits before it is read
+    # Of the class, for counts that were pickled without.
+    replayed = 0
+    no_graphs: str | None = None
 
     def __init__(
         self,
@@ -73,11 +78,16 @@ class RadixStats:
     def reset(self) -> None:
         """Set all counts back to 0."""
         with _LOCK:
-            self._tokens = self.rows = self.folded = self.skipped = 0
+            self._tokens = self.rows = self.folded = self.skipped = self.replayed = 0
             self._reasons, self._tokens_per_row = {}, {}
 
     def _add(
-        self, tokens: int | Tensor, rows: int, reason: str | None = None, sharing: tuple[int, int] | None = None
+        self,
+        tokens: int | Tensor,
+        rows: int,
+        reason: str | None = None,
+        sharing: tuple[int, int] | None = None,
+        is_replayed: bool = False,
     ) -> None:
         """Count a batch: folded, or skipped for a reason; `sharing` is its tokens and the rows of its trie."""
         with _LOCK:
@@ -85,6 +95,7 @@ class RadixStats:
             self.rows += rows
             self.folded += reason is None
             self.skipped += reason is not None
+            self.replayed += is_replayed
             if reason is not None:
                 if reason not in self._reasons and len(self._reasons) >= _MOST_REASONS:
                     reason = _OTHERS
@@ -110,7 +121,8 @@ class RadixStats:
 
     def __repr__(self) -> str:
         counts = "tokens={}, rows={}, folded={}, skipped={}".format(*self._counts())
-        further = {"reasons": self.reasons, "tokens_per_row": self.tokens_per_row}
+        further: dict[str, Any] = {"replayed": self.replayed, "no_graphs": self.no_graphs}
+        further |= {"reasons": self.reasons, "tokens_per_row": self.tokens_per_row}
         return f"RadixStats({', '.join([counts, *(f'{name}={value}' for name, value in further.items() if value)])})"
 
     def _repr_html_(self) -> str:
@@ -119,8 +131,10 @@ class RadixStats:
             ("tokens", f"{tokens:,}"),
             ("rows", f"{rows:,}" + (f" ({tokens / rows:.2f} tokens a row)" if rows else "")),
             ("batches folded", f"{folded:,}"),
+            *((("of them as CUDA graphs", f"{self.replayed:,}"),) if self.replayed else ()),
             ("batches skipped", f"{skipped:,}"),
             *((f"because {reason}", f"{count:,}") for reason, count in self.reasons.items()),
+            *(() if self.no_graphs is None else (("no CUDA graphs because", html.escape(self.no_graphs)),)),
             *((f"batches of {span} tokens a row", f"{count:,}") for span, count in self._spans()),
         ]
         lines = (f"<tr><th>{html.escape(name)}</th><td>{value}</td></tr>" for name, value in cells)
