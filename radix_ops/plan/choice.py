@@ -1,8 +1,11 @@
 """The choice of a batch of sequences that wait: those that must be in it, and with them those that share most.
 
-choice = Choice(waiting, Bounds(max_rows=16384, max_tokens=131072))
-choice.take(piece)  # the one whose turn it is
-choice.take_mates()  # those that share a prefix with the batch, by the rows that they add
+    choice = Choice(waiting, Bounds(max_rows=16384, max_tokens=131072))
+    choice.take(piece)  # the one whose turn it is
+    choice.take_mates()  # those that share a prefix with the batch, by the rows that they add
+
+Each mate that is taken may bring others closer: documents of its query then add fewer rows than the first document of
+any other query, and follow it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Sequences that wait for a batch, in the order of their tokens, so that those that share a prefix stand side by side.
+"""Sequences that wait for a batch, in the order of their tokens.
 
-waiting = Waiting()
-waiting.add(piece)  # and more, in any order
-waiting.remove(pieces)  # those that a batch took
+    waiting = Waiting()
+    waiting.add(piece)  # and more, in any order
+    waiting.remove(pieces)  # those that a batch took
+
+Those that share a prefix stand side by side, and what any two share is the least that neighbours between them share.
 """
 
 from __future__ import annotations

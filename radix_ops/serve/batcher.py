@@ -319,7 +319,7 @@ class Batcher:
                     continue
                 self._machine.start(live)
                 self._to_plan.notify()
-            return prepared if len(live) == len(prepared.batch) else self._machine.prepare(live)
+            return prepared if live is prepared.batch else self._machine.prepare(live)
 
     # Answers
 

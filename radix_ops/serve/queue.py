@@ -83,10 +83,9 @@ class Batch:
         return len(self.pieces)
 
     def live(self) -> Batch:
-        """Return the batch of those pieces whose request isn't over."""
-        return self.part(
-            i for i, piece in enumerate(self.pieces) if not (piece.owner.is_over or piece.owner.has_failed)
-        )
+        """Return the batch of those pieces whose request isn't over; the same where all are."""
+        lives = [not (piece.owner.is_over or piece.owner.has_failed) for piece in self.pieces]
+        return self if all(lives) else self.part(i for i, alive in enumerate(lives) if alive)
 
     def halves(self) -> tuple[Batch, Batch]:
         """Return the batch in two parts, neighbours together."""

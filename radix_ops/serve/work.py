@@ -81,7 +81,6 @@ class Timings:
     computed: float = 0.0  # from there to the end of the last
     tokens: int = 0
     rows: int = 0  # that its sequences added to their batches, in the order in which these were chosen
-    batches: int = 0
 
 
 @dataclass(frozen=True)

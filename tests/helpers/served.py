@@ -91,3 +91,18 @@ def serving(compute, device=None, **options):
     with batcher:
         assert batcher.wait_until_ready(30)
         yield batcher
+
+
+@contextlib.contextmanager
+def together(batcher: Batcher):
+    """Let the requests that are submitted meanwhile wait for each other, so that one batch may take them."""
+    machine, queue = batcher._machine, batcher._desk.queue
+    plans = machine.time_to_plan
+    machine.time_to_plan = lambda: time.monotonic() + 60
+    before = queue.requests
+    yield
+    while len(queue) < queue.requests - before:
+        time.sleep(0.001)
+    machine.time_to_plan = plans
+    with batcher._lock:
+        batcher._to_plan.notify()

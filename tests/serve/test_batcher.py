@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from helpers.processes import run_python
-from helpers.served import POISON, Gate, MadeDevice, serving, submit, work_of
+from helpers.served import POISON, Gate, MadeDevice, serving, submit, together, work_of
 from radix_ops.engine.errors import UserError
 from radix_ops.serve.batcher import Batcher
 from radix_ops.serve.limits import BatchLimits, QueueLimits
@@ -71,17 +71,26 @@ def test_what_waits_is_folded_while_a_batch_is_computed_and_runs_as_one():
 
 
 def test_rows_of_a_request_are_those_that_it_added():
-    gate = Gate()
-    gate.opened.clear()
-    with serving(gate) as batcher:
-        submit(batcher, [500])
-        assert gate.entered.wait(SOON)
-        futures = [submit(batcher, [1, 2, 3, n], [1, 2, 3, n, 4]) for n in (10, 11)]
-        eventually(lambda: batcher.snapshot()["sequences"] == 5)
-        gate.opened.set()
+    with serving(Gate()) as batcher:
+        with together(batcher):
+            futures = [submit(batcher, [1, 2, 3, n], [1, 2, 3, n, 4]) for n in (10, 11)]
         timings = [future.result(SOON).timings for future in futures]
-    if timings[0].batches == timings[1].batches:
-        assert sorted(timing.rows for timing in timings) in ([2, 5], [5, 5])
+        assert batcher.snapshot()["total_batches"] == 1
+    assert [timing.rows for timing in timings] == [5, 2]
+    assert [timing.tokens for timing in timings] == [9, 9]
+
+
+def test_a_request_larger_than_a_batch_is_answered_by_several():
+    gate = Gate()
+    with serving(gate, batch=BatchLimits(max_rows=50)) as batcher:
+        with together(batcher):
+            large = submit(batcher, *([n] * 20 for n in range(10)))
+            small = submit(batcher, [500] * 20)
+        answer = large.result(SOON)
+        assert answer.results == [20 * n for n in range(10)]
+        assert answer.timings.rows == 200
+        assert small.result(SOON).results == [10_000]
+    assert all(len(batch) <= 2 for batch in gate.batches)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 64])

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-import time
 
 import numpy as np
 import pytest
 import torch
 
 from helpers.language_models import embedding_tokenizer, tiny_model, tiny_tokenizer
-from helpers.served import submit, work_of
+from helpers.served import submit, together, work_of
 from radix_ops.engine import Embedder, Scorer, UserError
 from radix_ops.engine.runners import last_tokens
 from radix_ops.serve.batcher import Batcher
@@ -103,16 +102,10 @@ def test_answers_of_many_clients_are_those_of_each_text_alone(model, plain, salt
 
 
 def rows_of(batcher: Batcher, requests) -> int:
-    """Let requests wait for each other, and return the rows of their batch."""
-    machine, before = batcher._machine, batcher.snapshot()["total_rows"]
-    plans = machine.time_to_plan
-    machine.time_to_plan = lambda: time.monotonic() + SOON
-    futures = [submit(batcher, *sequences, salt=salt) for sequences, salt in requests]
-    while len(batcher._desk.queue) < len(requests):
-        time.sleep(0.001)
-    machine.time_to_plan = plans
-    with batcher._lock:
-        batcher._to_plan.notify()
+    """Return the rows of a batch of requests."""
+    before = batcher.snapshot()["total_rows"]
+    with together(batcher):
+        futures = [submit(batcher, *sequences, salt=salt) for sequences, salt in requests]
     assert all(future.result(SOON) for future in futures)
     return batcher.snapshot()["total_rows"] - before
 
