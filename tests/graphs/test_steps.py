@@ -21,34 +21,36 @@ SHORT = [[3, 4], [3, 5, 6]]
 
 
 class StandIn:
-    """What `CapturedStep` is, with every kernel launched anew. It holds the activations of one forward."""
+    """What `CapturedStep` is, with every kernel launched anew. Its backward reads the weights as they are then."""
 
     made = forwards = backwards = 0
 
     def __init__(self, layers, inputs, states, weights, memory):
         StandIn.made += 1
         self.layers, self.inputs, self.weights, self.needs = layers, inputs, weights, states.requires_grad
-        out = self.run(states)
-        grads = step._gradients(out, [self.leaf, *weights], torch.zeros_like(out))
-        self.has_gradient = [grad is not None for grad in grads]
+        self.states = states
+        self.has_gradient = [grad is not None for grad in self.gradients(self.run()[:0])]
 
-    def run(self, states):
-        self.leaf = states.detach().requires_grad_(self.needs)
-        self.out = self.layers(self.leaf, self.inputs)
-        return self.out
+    def run(self):
+        self.leaf = self.states.detach().requires_grad_(self.needs)
+        return self.layers(self.leaf, self.inputs)
+
+    def gradients(self, grad):
+        with torch.enable_grad():
+            out = self.run()
+        padded = torch.zeros_like(out)
+        padded[: len(grad)] = grad
+        return step._gradients(out, [self.leaf, *self.weights], padded)
 
     def forward(self, batch, rows, embed):
         StandIn.forwards += 1
         self.inputs.fill(batch, rows)
-        states = embed(self.inputs.batch.input_ids.clone())
-        return states, self.run(states)[: batch.num_rows if rows is None else len(rows)].detach().clone()
+        self.states = embed(self.inputs.batch.input_ids.clone())
+        return self.states, self.run()[: batch.num_rows if rows is None else len(rows)].detach().clone()
 
     def backward(self, grad):
         StandIn.backwards += 1
-        padded = torch.zeros_like(self.out)
-        padded[: len(grad)] = grad
-        grads = step._gradients(self.out, [self.leaf, *self.weights], padded)
-        return [grad for grad in grads if grad is not None]
+        return [grad for grad in self.gradients(grad) if grad is not None]
 
 
 class HostMemory(step.StepMemory):
@@ -326,6 +328,13 @@ def test_a_forward_inside_a_backward_runs_eagerly(model):
     assert_equal(gradients(model), want)
 
 
+def test_gradient_checkpointing_takes_no_graphs(model):
+    model.gradient_checkpointing = True
+    for _ in range(3):
+        loss_of(model, batch_of()).backward()
+    assert StandIn.made == 0
+
+
 def test_processes_that_train_together_take_no_graphs(model, tmp_path):
     batch = batch_of()
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
@@ -386,6 +395,7 @@ def test_copies_and_moves_hold_no_graphs(model):
     assert len(model._steps) == 0
 
 
+@pytest.mark.filterwarnings("error:radix_ops")
 def test_keys_that_are_unfolded_take_no_graphs(model):
     batch = batch_of()
     want = eager(model, batch, "compact")[1]

@@ -207,6 +207,16 @@ def test_one_forward_at_a_time_waits_for_its_backward(model):
             model.zero_grad()
 
 
+def test_weights_that_change_before_the_backward_are_an_error_as_ever(model):
+    batch = folded()
+    capture(model, batch, "trie")
+    loss = loss_of(model, batch, "trie")
+    with torch.no_grad():
+        model.layers[1].mlp.up_proj.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_streams_take_turns(model):
     batches = [folded(), folded(LIKE_SHARED)]
     capture(model, batches[0], "trie")
