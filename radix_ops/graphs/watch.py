@@ -150,8 +150,9 @@ class Watch:
 
 
 def _settings_of(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes that are plain values, and the names of all."""
-    return {name: value if isinstance(value, (int, float, str)) else None for name, value in vars(module).items()}
+    """Return the attributes that are plain values or functions, and the names of all."""
+    kinds = int, float, str, types.FunctionType, types.BuiltinFunctionType
+    return {name: value if isinstance(value, kinds) else None for name, value in vars(module).items()}
 
 
 def _fields_of(root: nn.Module) -> dict[str, Any] | None:

@@ -201,6 +201,7 @@ class Scaled(nn.Module):
         self.inner.config = types.SimpleNamespace(theta=7.0, kinds=["a"])
         self.inner.register_buffer("frequencies", torch.ones(3))
         self.wide = nn.Linear(4, 4).double()
+        self.activation = torch.relu
 
 
 def replaced_buffer(module):
@@ -217,6 +218,7 @@ OTHERS_CHANGES = {
     "config": lambda m: setattr(m.inner.config, "theta", 9.0),
     "in a config": lambda m: m.inner.config.kinds.append("b"),
     "train": lambda m: m.inner.train(not m.inner.training),
+    "function": lambda m: setattr(m, "activation", torch.tanh),
 }
 
 
