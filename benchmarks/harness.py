@@ -48,6 +48,9 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     if getattr(args, "device", "cpu") == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is found; --device cpu measures without one")
+    for name in ("threads", "rounds"):
+        if getattr(args, name, 1) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     torch.set_num_threads(args.threads)
     return args
 

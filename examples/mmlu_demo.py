@@ -62,6 +62,8 @@ def main() -> int:
     parser.add_argument("--questions", type=Path, metavar="FILE", help="write the questions there and run nothing")
     parser.add_argument("--every", type=int, default=EVERY, help=f"take every so many subjects (default: {EVERY})")
     given = parser.parse_args()
+    if given.every < 1:
+        parser.error(f"--every must be at least 1, got {given.every}")
     model = None if given.questions else package_file(*MODEL)
     prompts = json.loads(package_file(*PROMPTS).read_text(encoding="utf-8"))
     subjects = sorted(prompts)[:: given.every]

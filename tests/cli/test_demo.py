@@ -50,3 +50,11 @@ def test_demo_reads_every_subject_of_the_package(demo):
 def test_demo_names_a_package_that_is_missing(demo):
     with pytest.raises(SystemExit, match="the demo needs nothing==1: pip install --no-deps nothing==1"):
         demo.package_file("no_such_package", "file", "nothing==1")
+
+
+@pytest.mark.parametrize("every", ["0", "-7"])
+def test_demo_takes_every_so_many_subjects_from_one_on(demo, monkeypatch, capsys, every):
+    monkeypatch.setattr("sys.argv", ["mmlu_demo.py", "--every", every])
+    with pytest.raises(SystemExit):
+        demo.main()
+    assert f"--every must be at least 1, got {every}" in capsys.readouterr().err
