@@ -22,6 +22,7 @@ from .logs import json_logs
 from .settings import Settings, keys_of
 
 _logger = logging.getLogger("radix_ops.serve")
+_BACKLOG = 2048  # connections that wait to be taken
 _MOST_FILE_BYTES = 2**20  # of API keys
 
 
@@ -57,12 +58,12 @@ def run(args: Any) -> None:
         batch=BatchLimits(max_overtakes=args.max_overtakes),
     )
     with json_logs(args.quiet):
-        listener = _listener(args.host, args.port)
+        listener = listener_at(args.host, args.port)
         host, port = listener.getsockname()[:2]
         _logger.info(
             "listening", extra={"fields": {"host": host, "port": port, "task": task, "model": app.state.server.name}}
         )
-        _Uvicorn(app, settings).run(sockets=[listener])
+        Uvicorn(app, settings).run(sockets=[listener])
 
 
 def _keys(path: str) -> tuple[bytes, ...]:
@@ -74,20 +75,24 @@ def _keys(path: str) -> tuple[bytes, ...]:
         raise UserError(f"--api-key-file {path} can't be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _listener(host: str, port: int) -> sockets.socket:
+def listener_at(host: str, port: int) -> sockets.socket:
     """Return a socket that listens at the address. UserError where it can't be had."""
     try:
-        family, _, _, _, address = sockets.getaddrinfo(host, port, type=sockets.SOCK_STREAM, flags=sockets.AI_PASSIVE)[
-            0
-        ]
-        listener = sockets.create_server(address[:2], family=family, backlog=2048)
+        found = sockets.getaddrinfo(
+            host, port, type=sockets.SOCK_STREAM, proto=sockets.IPPROTO_TCP, flags=sockets.AI_PASSIVE
+        )
+        family, kind, protocol, _, address = found[0]
+        # asyncio turns off Nagle's algorithm, which holds answers back for 40 ms, where the protocol says TCP.
+        listener = sockets.socket(family, kind, protocol)
+        listener.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
     except OSError as error:
         raise UserError(f"--host {host} --port {port} can't be listened at: {error.strerror or error}") from error
-    listener.set_inheritable(True)
     return listener
 
 
-class _Uvicorn(uvicorn.Server):
+class Uvicorn(uvicorn.Server):
     """Uvicorn, whose first signal drains: the port stays open and says 503 until what was accepted is answered."""
 
     def __init__(self, app: Any, settings: Settings):
