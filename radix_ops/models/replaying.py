@@ -69,7 +69,7 @@ class ReplayingModel(nn.Module):
         attention does not). The second batch of a size is captured, and all later ones are replays.
 
         Between steps the graphs hold what the largest step takes without them: its activations, or the layers'
-        gradients where those are more; and a few MiB for the graphs of each of at most 64 sizes. False gives it back.
+        gradients where those are more. At most 64 sizes have graphs at a time. False gives all back.
 
         One forward at a time is a replay: others before its backward run eagerly, and so do calls under gradient
         checkpointing, hooks on saved tensors and on parts of the model, anomaly detection, where a process group is
