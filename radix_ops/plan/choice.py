@@ -22,8 +22,9 @@ from .waiting import Piece, Waiting
 # a template, the batch that takes one share gets the others' share without looking for them.
 LEAST_SHARE = 1 / 8
 _NUMBER_BITS = 40
-_AT_ONCE = 256  # candidates that are sorted; few batches need more of a prefix that thousands share
-_MISFITS = 64  # candidates that don't fit, one after another, before the search ends
+_AT_FIRST = 8  # of thousands of candidates that are sorted; each time that they are used up, so many times more
+_PATIENCE = 1024  # steps without a piece that fits before the search ends, of which a misfit counts as
+_MISFIT = 16
 _NEAR = 32  # neighbours on a side that Python looks at one by one
 
 
@@ -86,8 +87,8 @@ class Choice:
     def take_mates(self) -> None:
         """Take pieces that share a prefix with the batch while they fit: that which adds the fewest rows, then that
         which came first."""
-        heap, misfits = self._heap, 0
-        while heap and misfits < _MISFITS:
+        heap, steps = self._heap, 0
+        while heap and steps < _PATIENCE:
             key, position, run = heap[0]
             rows = key >> _NUMBER_BITS
             is_current = not self._is_taken[position] and rows == self._length_of[position] - self._best_of[position]
@@ -99,12 +100,12 @@ class Choice:
             else:
                 heapq.heappop(heap)
             if not is_current:
-                continue  # it is in the batch, or shares more with it since
-            if self._fits(position):
+                steps += 1  # it is in the batch, or shares more with it since
+            elif self._fits(position):
                 self._take(position)
-                misfits = 0
+                steps = 0
             else:
-                misfits += 1
+                steps += _MISFIT
 
     def _fits(self, position: int) -> bool:
         if not self.positions:
@@ -192,6 +193,7 @@ class _Run:
     def __init__(self, keys: np.ndarray, positions: np.ndarray):
         self._keys, self._positions = keys, positions
         self._sorted: list[tuple[int, int]] = []  # the next ones, the last first
+        self._size = _AT_FIRST
 
     def next(self) -> tuple[int, int] | None:
         """Return the next candidate's key and position, or None."""
@@ -204,9 +206,10 @@ class _Run:
     def _sort_some(self) -> None:
         keys, positions = self._keys, self._positions
         self._keys, self._positions = keys[:0], positions[:0]
-        if len(keys) > 2 * _AT_ONCE:
-            order = np.argpartition(keys, _AT_ONCE)
-            self._keys, self._positions = keys[order[_AT_ONCE:]], positions[order[_AT_ONCE:]]
-            keys, positions = keys[order[:_AT_ONCE]], positions[order[:_AT_ONCE]]
+        size, self._size = self._size, _AT_FIRST * self._size
+        if len(keys) > 2 * size:
+            order = np.argpartition(keys, size)
+            self._keys, self._positions = keys[order[size:]], positions[order[size:]]
+            keys, positions = keys[order[:size]], positions[order[:size]]
         order = np.argsort(keys)[::-1]
         self._sorted = list(zip(keys[order].tolist(), positions[order].tolist(), strict=True))
