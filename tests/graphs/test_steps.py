@@ -9,53 +9,16 @@ import pickle
 import pytest
 import torch
 
+from helpers.captured_steps import HostMemory, StandIn
 from helpers.qwen3_models import oracle, run_theirs
 from radix_ops import FoldedBatch
-from radix_ops.graphs import forwards, step, steps
+from radix_ops.graphs import forwards, steps
 from radix_ops.models import replaying
 from radix_ops.models.qwen3 import Qwen3Model
 
 LONG = [[7, 8] * 40 + [i] * (20 + i) for i in range(5)]
 LIKE_LONG = [[5, 6, 9] * 26 + [30 + i] * (20 + i) for i in range(5)]  # of its sizes
 SHORT = [[3, 4], [3, 5, 6]]
-
-
-class StandIn:
-    """What `CapturedStep` is, with every kernel launched anew. Its backward reads the weights as they are then."""
-
-    made = forwards = backwards = 0
-
-    def __init__(self, layers, inputs, states, weights, memory):
-        StandIn.made += 1
-        self.layers, self.inputs, self.weights, self.needs = layers, inputs, weights, states.requires_grad
-        self.states = states
-        self.has_gradient = [grad is not None for grad in self.gradients(self.run()[:0])]
-
-    def run(self):
-        self.leaf = self.states.detach().requires_grad_(self.needs)
-        return self.layers(self.leaf, self.inputs)
-
-    def gradients(self, grad):
-        with torch.enable_grad():
-            out = self.run()
-        padded = torch.zeros_like(out)
-        padded[: len(grad)] = grad
-        return step._gradients(out, [self.leaf, *self.weights], padded)
-
-    def forward(self, batch, rows, embed):
-        StandIn.forwards += 1
-        self.inputs.fill(batch, rows)
-        self.states = embed(self.inputs.batch.input_ids.clone())
-        return self.states, self.run()[: batch.num_rows if rows is None else len(rows)].detach().clone()
-
-    def backward(self, grad):
-        StandIn.backwards += 1
-        return [grad for grad in self.gradients(grad) if grad is not None]
-
-
-class HostMemory(step.StepMemory):
-    def __init__(self, device):
-        self.device, self._awaited = device, None
 
 
 @pytest.fixture
