@@ -10,14 +10,13 @@ Those that share a prefix stand side by side, and what any two share is the leas
 from __future__ import annotations
 
 import bisect
-import itertools
 from array import array
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-_FEW = 32  # that are cheaper removed one by one
+_FEW = 8  # that are cheaper removed one by one
 
 
 class Piece:
@@ -124,27 +123,26 @@ class Waiting:
 
     def remove_at(self, positions: Iterable[int]) -> None:
         """Take the pieces at positions away."""
-        positions = sorted(positions, reverse=True)
-        if len(positions) > _FEW:
-            self._remove_many(positions)
-            return
-        for at in positions:
+        positions = sorted(positions)
+        # What a piece shares with the last one that stays before it is the least on the way there.
+        for at in reversed(positions):
             if at + 1 < len(self._pieces):
                 self._shared[at + 1] = min(self._shared[at], self._shared[at + 1])
-            for column in (self._keys, self._pieces, self._shared, self._lengths, self._numbers):
-                del column[at]
+        self._keys, self._pieces = _without(self._keys, positions), _without(self._pieces, positions)
+        self._shared, self._lengths = _without(self._shared, positions), _without(self._lengths, positions)
+        self._numbers = _without(self._numbers, positions)
 
-    def _remove_many(self, positions: list[int]) -> None:
-        stays = np.ones(len(self._pieces), bool)
-        stays[positions] = False
-        kept = np.flatnonzero(stays)
-        # What a piece shares with the last one that stays before it is the least on the way there.
-        shared = self.shared
-        if len(kept):
-            shared = np.minimum.reduceat(shared[: kept[-1] + 1], np.concatenate([[0], kept[:-1] + 1]))
-        chosen = stays.tobytes()
-        self._keys = list(itertools.compress(self._keys, chosen))
-        self._pieces = list(itertools.compress(self._pieces, chosen))
-        self._shared = array("q", shared[: len(kept)].tobytes())
-        self._lengths = array("q", self.lengths[kept].tobytes())
-        self._numbers = array("q", self.numbers[kept].tobytes())
+
+def _without(column: Any, positions: list[int]) -> Any:
+    """Return a list or an array without the elements at positions, which ascend."""
+    if len(positions) <= _FEW:
+        for at in reversed(positions):
+            del column[at]
+        return column
+    kept, start = column[: positions[0]], positions[0] + 1
+    for at in positions[1:]:
+        if at > start:
+            kept += column[start:at]
+        start = at + 1
+    kept += column[start:]
+    return kept
