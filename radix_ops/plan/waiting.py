@@ -125,7 +125,7 @@ class Waiting:
         """Take the pieces at positions away."""
         positions = sorted(positions)
         # What a piece shares with the last one that stays before it is the least on the way there.
-        for at in reversed(positions):
+        for at in positions:
             if at + 1 < len(self._pieces):
                 self._shared[at + 1] = min(self._shared[at], self._shared[at + 1])
         self._keys, self._pieces = _without(self._keys, positions), _without(self._pieces, positions)
