@@ -55,7 +55,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--msmarco", type=Path, metavar="FILE", help="msmarco_rerank_topK, of a TSV of top 1000 passages or of triples"
     )
     sources.add_argument("--beir", type=Path, metavar="FOLDER", help="FOLDER_rerank_topK, of a folder of BEIR")
-    parser.add_argument("--candidates", metavar="FILE", help="of --beir: a run of a first stage in TREC format")
+    parser.add_argument(
+        "--candidates", metavar="FILE", help="of --beir, which needs it: a first stage's run in TREC format"
+    )
     parser.add_argument("--split", help="of --beir: the judgements of its queries (default: test)")
     parser.add_argument(
         "--top", type=int, nargs="+", default=[8], metavar="K", help="documents of a query; a set for each (default: 8)"
@@ -116,6 +118,8 @@ def check_sources(args: argparse.Namespace) -> None:
         path = getattr(args, option.replace("-", "_"))
         if path is not None and not path.exists():
             raise UserError(f"--{option} {path} does not exist; it must be a {kind} that was downloaded before")
+    if args.beir:
+        prompt_sets.check_beir(args.beir, args.candidates)
     for option in ("xquad", "msmarco"):
         if args.beir and getattr(args, option) and name_of(args.beir) == option:
             raise UserError(

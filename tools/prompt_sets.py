@@ -217,10 +217,16 @@ def msmarco_queries(path: Path, top: int) -> Iterator[Query]:
         )
 
 
-def beir_queries(folder: Path, top: int, candidates: str | None, split: str | None) -> Iterator[Query]:
-    """Yield the judged queries of a BEIR folder with the first of their candidates; those with fewer are left out."""
+def check_beir(folder: Path, candidates: str | None) -> None:
+    """UserError for what is no folder of BEIR, and without candidates: the first of a corpus are nobody's."""
     if not is_beir(folder):
         raise UserError(f"{folder} is no folder of BEIR, which holds corpus.jsonl, queries.jsonl and qrels")
+    if candidates is None:
+        raise UserError("--beir needs --candidates, a run whose first documents each query gets")
+
+
+def beir_queries(folder: Path, top: int, candidates: str, split: str | None) -> Iterator[Query]:
+    """Yield the judged queries of a BEIR folder with the first of their candidates; those with fewer are left out."""
     found = 0
     for record in Records(folder, candidates=candidates, split=split):
         documents = record.fields["documents"][:top]

@@ -249,7 +249,9 @@ def test_the_bytes_depend_on_no_run_and_no_seed_of_hashes(tokenizer_folder, tmp_
             ["--xquad", "squad.json", "--beir", "no"],
             "--beir no does not exist; it must be a folder that was downloaded",
         ),
-        (["--xquad", "squad.json", "--beir", "xquad"], "--beir xquad would make sets of the names of --xquad's; make"),
+        (["--xquad", "squad.json", "--beir", "xquad"], "xquad is no folder of BEIR, which holds corpus"),
+        (["--beir", "beir"], "--beir needs --candidates, a run whose first documents each query gets"),
+        (["--xquad", "squad.json", "--beir", "in/xquad", "--candidates", "run"], "--beir in/xquad would make sets of"),
         (["--bbh", "--output", "folder.npz"], "--output folder.npz is a folder; it must be a file"),
         (
             ["--msmarco", "top.tsv", "--top", "1", "--output", "held.npz"],
@@ -274,8 +276,11 @@ def test_what_is_missing_is_named(make_prompts, tokenizer_folder, tmp_path, monk
     squad(tmp_path / "none.json")
     write(tmp_path / "no_text.jsonl", {"prompt": "a"}, {"prompt": ""})
     write(tmp_path / "no_ending", "text")
-    for name in ("xquad", "folder.npz", "held.npz.part"):
-        (tmp_path / name).mkdir()
+    for name in ("xquad", "folder.npz", "held.npz.part", "beir", "in/xquad"):
+        (tmp_path / name).mkdir(parents=True)
+    for folder in (tmp_path / "beir", tmp_path / "in" / "xquad"):
+        write(folder / "corpus.jsonl", {"_id": "d", "text": "a"})
+        write(folder / "queries.jsonl", {"_id": "q", "text": "b"})
     given = ["--tokenizer", str(tokenizer_folder), "--output", "out.npz", *options]
     assert make_prompts.main(given) == 1
     error = capsys.readouterr().err
