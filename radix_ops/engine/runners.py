@@ -160,7 +160,7 @@ class Qwen3Runner:
             token_rows = torch.full_like(token_rows, len(wanted))  # which there is not
             token_rows[torch.from_numpy(tokens)] = torch.from_numpy(place.astype(np.int32))
         hidden = self.stack(batch.to(self.device, non_blocking=True), layout=self.layout, rows=rows)
-        return States(hidden, token_rows, batch.lengths.numpy())
+        return States(hidden, token_rows, batch.lengths.numpy().astype(np.int64))
 
 
 class TransformersRunner:

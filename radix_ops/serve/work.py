@@ -1,8 +1,10 @@
 """A request's work as the batcher takes it, and its answer.
 
-def encode() -> Work: ...  # on a thread that may tokenise; raises UserError for inputs that can't be used
+    def encode() -> Work: ...  # on a thread that may tokenise; raises UserError for inputs that can't be used
 
-def compute(sequences, extras): ...  # on the engine's thread: one result for each sequence
+    def compute(sequences, extras): ...  # on the engine's thread: one result for each sequence
+
+The batcher looks at token ids alone; what `extras` and results are is between whoever encodes and whoever computes.
 """
 
 from __future__ import annotations

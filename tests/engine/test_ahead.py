@@ -37,6 +37,9 @@ def test_states_are_those_of_transformers(theirs, folded, salts):
         states = runner.states(runner.ahead(arrays(), salts))
         tokens = np.arange(sum(map(len, SEQUENCES)))
         torch.testing.assert_close(states.at(tokens), hidden, rtol=1e-4, atol=1e-4)
+    # Poolings multiply lengths with each other, which int32 does not hold for a text of 50,000 tokens.
+    assert states.lengths.dtype == np.int64
+    assert states.lengths.tolist() == [len(ids) for ids in SEQUENCES]
     assert runner.rows == (ROWS[salts] if folded else len(tokens))
 
 
