@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from radix_ops import FoldedBatch
 from radix_ops.ops import dispatch
@@ -22,6 +23,13 @@ def marks_of(name):
     )
     reason = "needs a GPU of compute capability 9.0, and a build for it"
     return [pytest.mark.cuda, pytest.mark.skipif(not is_there, reason=reason)]
+
+
+def ops_called(function):
+    """Call a function, and return its result and the names of all ops that ran, those inside others too."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        result = function()
+    return result, {event.key for event in profiler.key_averages()}
 
 
 TRIES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.hopper import TRIES, batch_of, marks_of, poison_memory, random_of, tables_of
+from helpers.hopper import TRIES, batch_of, marks_of, ops_called, poison_memory, random_of, tables_of
 from helpers.tries import LONG, NESTED_RUNS, ancestors_of, dense, strided
 from radix_ops import FoldedBatch
 
@@ -94,12 +94,11 @@ def test_it_is_the_backward_of_trie_attention_where_it_fits(monkeypatch):
     for size, window, is_taken in ((128, 0, True), (128, 40, False), (64, 0, False)):
         q, k, v = random_of(batch, 4, 2, size)
         saved = torch.randn_like(q), q, k, v, *torch.ops.radix.trie_attention(q, k, v, *tables, 0.1, window)
-        got = torch.ops.radix.trie_attention_backward(*saved, *tables, 0.1, window)
+        got, ops = ops_called(lambda: torch.ops.radix.trie_attention_backward(*saved, *tables, 0.1, window))  # noqa: B023
         with monkeypatch.context() as patch:
             patch.setattr(trie_launch, "_is_for_hopper", lambda q, v, window: False)
             want = trie_launch.backward(*saved, tables, 0.1, window)
-        assert trie_launch._is_for_hopper(q, v, window) == is_taken
-        assert all(map(torch.equal, got, want)) == (not is_taken)
+        assert ("radix::trie_attention_backward_sm90" in ops) == is_taken
         for x, y in zip(got, want, strict=True):
             assert error_of(x, y.double()) < 1e-2
 
