@@ -30,12 +30,14 @@ _NEAR = 32  # neighbours on a side that Python looks at one by one
 
 @dataclass(frozen=True)
 class Bounds:
-    """The limits of a batch: rows of its trie, packed tokens, sequences times the longest, and sequences."""
+    """The limits of a batch: rows of its trie, packed tokens, sequences times the longest, sequences, and padding as a
+    share of its tokens."""
 
     max_rows: int
     max_tokens: int = 2**62
     max_positions: int | None = None
     max_sequences: int = 2**62
+    max_padding: float | None = None
 
 
 class Choice:
@@ -107,16 +109,33 @@ class Choice:
             else:
                 steps += _MISFIT
 
+    def take_alike(self) -> None:
+        """Take pieces while they fit, first those whose length is nearest to the longest of the batch's."""
+        apart = np.abs(self._lengths - self.longest)
+        steps = 0
+        for position in np.lexsort((self._numbers, apart)).tolist():
+            if self._is_taken[position]:
+                continue
+            if self._fits(position):
+                self._take(position)
+                steps = 0
+            else:
+                steps += _MISFIT
+                if steps >= _PATIENCE:
+                    return
+
     def _fits(self, position: int) -> bool:
         if not self.positions:
             return True
         bounds, length = self._bounds, self._length_of[position]
-        count = len(self.positions) + 1
+        count, tokens = len(self.positions) + 1, self.tokens + length
+        padded = count * max(self.longest, length)
         return (
             count <= bounds.max_sequences
-            and self.tokens + length <= bounds.max_tokens
+            and tokens <= bounds.max_tokens
             and self.rows + length - self._best_of[position] <= bounds.max_rows
-            and (bounds.max_positions is None or count * max(self.longest, length) <= bounds.max_positions)
+            and (bounds.max_positions is None or padded <= bounds.max_positions)
+            and (bounds.max_padding is None or padded - tokens <= bounds.max_padding * tokens)
         )
 
     def _take(self, position: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,11 +60,11 @@ class EngineDevice:
         probe.append([np.arange(longest) % runner.vocab_size])
         engine.check(probe, self.folded)
         budget = engine.budget_of(probe)
-        limits = budget.limits(runner.pads_states)
-        if not self.folded and runner.pads_states:
-            limits["max_positions"] = budget.max_rows  # each of which is a row
+        bounds = Bounds(**budget.limits(runner.pads_states))
+        if not self.folded and runner.pads_states:  # each position is a row
+            bounds = replace(bounds, max_positions=budget.max_rows, max_padding=runner.max_padding)
         with torch.inference_mode(), runner.running(self.folded):
-            yield Bounds(**limits)
+            yield bounds
 
     def prepare(self, sequences: list[np.ndarray], salts: list[bytes]) -> list[np.ndarray]:
         return self._engine.runner.ahead(sequences, salts)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,7 @@ class Machine:
             seconds = self._device.seconds if limits.seconds is None else limits.seconds
             rows = pace.rows_in(seconds, _LEAST_ROWS) if pace.rows_per_second else _FIRST_ROWS
         rows = min(max(rows, _FAMILY * first), memory.max_rows, limits.max_rows or memory.max_rows)
-        return Bounds(rows, memory.max_tokens, memory.max_positions, limits.max_sequences)
+        return replace(memory, max_rows=rows, max_sequences=min(memory.max_sequences, limits.max_sequences))
 
     def prepare(self, batch: Batch) -> Prepared:
         """Fold a batch."""
@@ -209,7 +209,7 @@ class Machine:
             memory, bounds = self._memory, self._bounds
             if self._fitting % _PATIENCE == 0 and memory is not None and bounds is not None and bounds != memory:
                 rows, tokens = min(2 * bounds.max_rows, memory.max_rows), min(2 * bounds.max_tokens, memory.max_tokens)
-                self._bounds = Bounds(rows, tokens, bounds.max_positions, bounds.max_sequences)
+                self._bounds = replace(bounds, max_rows=rows, max_tokens=tokens)
 
     def _fail(self, batch: Batch, error: Exception, started: float) -> Computed:
         _logger.warning("a request failed: %s", type(error).__name__)
@@ -228,6 +228,6 @@ class Machine:
             bounds = self._bounds
             assert bounds is not None
             rows, tokens = min(bounds.max_rows, batch.rows // 2), min(bounds.max_tokens, batch.tokens // 2)
-            self._bounds = Bounds(max(1, rows), max(1, tokens), bounds.max_positions, bounds.max_sequences)
+            self._bounds = replace(bounds, max_rows=max(1, rows), max_tokens=max(1, tokens))
             self._fitting = 0
         _logger.warning("out of memory: going on with batches of %d rows at most", max(1, rows))

@@ -227,8 +227,11 @@ class Queue:
         key = min(self._groups, key=lambda key: next(iter(self._groups[key].arrived)))
         group = self._groups[key]
         first = next(_pieces(group.arrived.values()))
-        choice = Choice(group.waiting, bounds_of(key[0], len(first)))
+        bounds = bounds_of(key[0], len(first))
+        choice = Choice(group.waiting, bounds)
         self._take_first(choice, group)
+        if bounds.max_padding is not None:
+            choice.take_alike()
         choice.take_mates()
         for piece in _pieces(group.arrived.values()):
             if not choice.has(piece):

@@ -111,6 +111,22 @@ def test_mates_are_those_that_add_the_fewest_rows(sequences, max_rows):
     assert fill(waiting, pieces, bounds).pieces == brute_fill(pieces, bounds)
 
 
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 300), st.sampled_from([0.0, 0.05, 0.5]))
+def test_padded_batches_take_those_of_about_one_length(lengths, max_positions, max_padding):
+    waiting, pieces = waiting_of([([1] * length, b"") for length in lengths])
+    choice = Choice(waiting, Bounds(2**62, max_positions=max_positions, max_padding=max_padding))
+    choice.take(pieces[0])
+    choice.take_alike()
+    found = [len(piece) for piece in choice.pieces]
+    positions = len(found) * max(found)
+    assert len(found) == 1 or positions <= max_positions
+    assert positions - sum(found) <= max_padding * sum(found)
+    # Equal ones come first, and all of them where they fit.
+    equal = lengths.count(lengths[0])
+    assert found.count(lengths[0]) == max(1, min(equal, max_positions // lengths[0]))
+
+
 def made(kind: str, count: int) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     prompt = rng.integers(0, 1000, 100)

@@ -124,6 +124,21 @@ def test_salts_share_no_rows_in_the_model(model):
             assert engine.runner.rows - before == rows
 
 
+def test_plain_batches_of_a_model_of_transformers_hold_little_padding(tmp_path):
+    """As those of the engine, with which the folded ones are compared."""
+    tiny_model("Llama").save_pretrained(tmp_path)
+    engine, rng = scorer_of(tmp_path, plain=True), random.Random(0)
+    with served(engine, batch=BatchLimits(max_overtakes=1000)) as batcher:
+        assert batcher.wait_until_ready(SOON)
+        before = engine.runner.rows
+        with together(batcher):
+            futures = [submit(batcher, [1] * rng.randrange(1, 100)) for _ in range(300)]
+        assert all(future.result(SOON) for future in futures)
+        snapshot = batcher.snapshot()
+        assert snapshot["total_tokens"] < engine.runner.rows - before <= 1.05 * snapshot["total_tokens"] + 1
+        assert snapshot["total_batches"] < 100
+
+
 def test_the_engine_s_own_embeddings_come_out_of_the_event_loop(tmp_path):
     tiny_model("Qwen3").model.save_pretrained(tmp_path)
     embedding_tokenizer().save_pretrained(tmp_path)

@@ -108,14 +108,14 @@ def test_batches_shrink_where_memory_ends_and_grow_again(opened, monkeypatch):
                 raise torch.OutOfMemoryError("too much")
             return super().__call__(sequences, extras)
 
-    gate, device = Small(), MadeDevice(Bounds(512, 4096, 8192, 77))
+    gate, device = Small(), MadeDevice(Bounds(512, 4096, 8192, max_padding=0.5))
     machine = opened(gate, device, max_rows=10_000, max_sequences=99)
     machine._paces["sum"].rows_in = lambda seconds, least: 10_000
     assert machine.bounds("sum", 1).max_rows == 512
     results = [done.error for done in machine.compute(machine.prepare(batch_of(*([[1] * 10] for _ in range(40)))))]
     assert results == [None] * 4
     assert device.released == 3
-    assert machine.bounds("sum", 1) == Bounds(100, 100, 8192, 99)
+    assert machine.bounds("sum", 1) == Bounds(100, 100, 8192, 99, 0.5)
     for expected in (100, 200, 400, 512, 512):
         assert machine.bounds("sum", 1).max_rows == expected
         for _ in range(10 - machine._fitting % 10):
