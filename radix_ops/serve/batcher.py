@@ -36,7 +36,7 @@ State: TypeAlias = Literal["new", "loading", "ready", "draining", "stopped", "de
 
 _TOKENIZERS = 2  # threads
 _LONGEST_WAIT = 3600.0  # seconds; threads can't wait for ever, as a deadline may
-_JOIN = 30.0  # seconds that a stop waits for a batch that is computed
+_JOIN, _JOIN_LOADING = 30.0, 1.0  # seconds that a stop waits for a batch that is computed, and for a load
 
 _logger = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ class Batcher:
         self._lock = self._desk.lock
         self._to_plan, self._to_compute = threading.Condition(self._lock), threading.Condition(self._lock)
         self._slot: Prepared | None = None
+        self._is_loaded = False
         self._done: queues.SimpleQueue[Computed | None] = queues.SimpleQueue()
         self._pool = ThreadPoolExecutor(_TOKENIZERS, "radix-tokenize")
         self._threads = [
@@ -127,7 +128,7 @@ class Batcher:
         return is_done
 
     def stop(self) -> None:
-        """Stop at once: what has no answer fails with Draining. A batch that is computed is waited for."""
+        """Stop at once: what has no answer fails with Draining. A batch that is computed is waited for, not a load."""
         if os.getpid() != self._process:
             return  # its threads, and perhaps one that holds the lock, are the parent's
         with self._lock:
@@ -143,7 +144,7 @@ class Batcher:
         if was_running:
             for thread in self._threads:
                 if thread is not threading.current_thread():
-                    thread.join(_JOIN)
+                    thread.join(_JOIN if self._is_loaded else _JOIN_LOADING)
 
     def __enter__(self) -> Batcher:
         self.start()
@@ -293,6 +294,7 @@ class Batcher:
                 if self._warm_up:
                     self._warm_up()
                 with self._lock:
+                    self._is_loaded = True
                     self._desk.queue.settle(self._device.folded, self._device.keeps_salts)
                     if self._state == "loading":
                         self._state = "ready"

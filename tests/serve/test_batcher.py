@@ -294,6 +294,21 @@ def test_a_model_that_cannot_be_loaded_is_told():
             submit(batcher, [1])
 
 
+@pytest.mark.parametrize("end", ["stop", "drain"])
+def test_a_stop_while_the_model_is_loaded_does_not_wait_for_it(end):
+    device = MadeDevice()
+    device.may_load.clear()
+    batcher = Batcher(device)
+    batcher.start()
+    started = time.monotonic()
+    getattr(batcher, end)()
+    assert time.monotonic() - started < 10
+    assert batcher.state == "stopped"
+    device.may_load.set()
+    eventually(lambda: not any(thread.is_alive() for thread in batcher._threads))
+    assert batcher.state == "stopped"
+
+
 def test_it_starts_once():
     with serving(Gate()) as batcher, pytest.raises(RuntimeError, match="it starts once"):
         batcher.start()
