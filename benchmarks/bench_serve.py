@@ -138,7 +138,7 @@ def overload(args, clients: Clients, server: Server, requests: list[serving.Requ
     refused = [answer for answer in answers if answer.status == -1]  # the port is closed
     reached = [answer for answer in answers if answer.status != -1]
     row: dict[str, object] = {"case": "overload, then SIGTERM", "server": "folded", "seconds": elapsed}
-    row |= {"prompts/s": sum(a.count for a in reached if a.status == 200) / elapsed, "exit": server.stop()}
+    row |= {"prompts/s": sum(a.count for a in reached if a.status == 200) / elapsed, "exit": server.wait()}
     row |= {"503": sum(answer.status == 503 for answer in reached), "not connected": len(refused)}
     return row | latencies(reached) | {"MB grown": (most - before) / 2**20}
 

@@ -126,11 +126,15 @@ class Child:
         self.pipe.send(command)
         return self.pipe.recv()
 
-    def stop(self) -> int | None:
-        """Send SIGTERM and return the exit status."""
-        self.process.terminate()
+    def wait(self) -> int | None:
+        """Wait for the end of the process and return its exit status."""
         self.process.join(LONGEST)
         return self.process.exitcode
+
+    def stop(self) -> int | None:
+        """Send SIGTERM, unless the process has ended, and return the exit status."""
+        self.process.terminate()
+        return self.wait()
 
 
 class Server(Child):

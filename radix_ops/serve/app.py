@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send  # noqa: E402
 from .. import __version__  # noqa: E402
 from ..engine import Classifier, Embedder, Reranker, Scorer  # noqa: E402
 from . import openai_routes, replies, rerank_routes, scoring_routes, shapes, tei_routes  # noqa: E402
+from .bodies import Bodies  # noqa: E402
 from .limits import BatchLimits, QueueLimits  # noqa: E402
 from .routing import Route, refused, router  # noqa: E402
 from .server import Server, server_of  # noqa: E402
@@ -72,6 +73,7 @@ def create_app(
         description="Embeddings, rankings, labels and log-probabilities; what requests share is computed once.",
     )  # fmt: skip
     app.state.server, app.state.settings = server, server.settings
+    app.state.bodies = Bodies(server.settings.max_bodies)
     for routes in (
         tei_routes.routes, openai_routes.routes, rerank_routes.routes, scoring_routes.routes, scoring_routes.own,
         _guarded,

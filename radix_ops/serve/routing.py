@@ -17,60 +17,11 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from . import shapes
+from .bodies import JSONRequest, in_time
 from .settings import Settings
 from .shapes import Shape, Unusable
 
 _logger = logging.getLogger(__name__)
-
-
-class _JSONRequest(Request):
-    """A request whose body is JSON of bounded size and depth."""
-
-    settings: Settings
-
-    async def body(self) -> bytes:
-        if not hasattr(self, "_body"):
-            length = self.headers.get("content-length", "")
-            if length.isdecimal() and int(length) > self.settings.max_body:
-                raise _too_large(self.settings)
-            parts, size = [], 0
-            async for part in self.stream():
-                size += len(part)
-                if size > self.settings.max_body:
-                    raise _too_large(self.settings)
-                parts.append(part)
-            self._body = b"".join(parts)
-        return self._body
-
-    async def json(self) -> Any:
-        if not hasattr(self, "_json"):
-            self._json = parsed(await self.body(), self.settings.max_depth)
-        return self._json
-
-
-def parsed(body: bytes, max_depth: int) -> Any:
-    """Return the value of a JSON text. Unusable for anything else, and for arrays and objects too deep."""
-    try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise Unusable("malformed", f"the body is no JSON: {error}") from error
-    if body.count(b"[") + body.count(b"{") > max_depth and _is_deeper(value, max_depth):
-        raise Unusable("invalid", f"the body has arrays or objects more than {max_depth} deep")
-    return value
-
-
-def _is_deeper(value: Any, most: int) -> bool:
-    level = [value]
-    for _ in range(most + 1):
-        inner = [x for x in level if isinstance(x, (list, dict))]
-        level = [y for x in inner for y in (x.values() if isinstance(x, dict) else x) if isinstance(y, (list, dict))]
-        if not inner:
-            return False
-    return True
-
-
-def _too_large(settings: Settings) -> Unusable:
-    return Unusable("too_large", f"the body has more than {settings.max_body:,} bytes; send it in parts")
 
 
 class Route(APIRoute):
@@ -86,12 +37,13 @@ class Route(APIRoute):
             try:
                 settings = request.app.state.settings
                 check_key(request, settings)
-                read = _JSONRequest(request.scope, request.receive)
-                read.settings = settings
-                if request.method == "POST":
-                    check_media(request)
-                    await read.json()
-                return await _while_connected(read, handle(read))
+                if request.method != "POST":
+                    return await handle(request)
+                check_media(request)
+                with request.app.state.bodies.reading() as held:
+                    read = JSONRequest(request.scope, request.receive, settings, held)
+                    await in_time(read.json(), settings.request_timeout)
+                    return await _while_connected(read, handle(read))
             except ClientDisconnect:
                 return Response(status_code=499)
             except Exception as error:

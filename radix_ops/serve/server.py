@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,10 @@ class Server:
         self.engine, self.settings, self.queue = engine, settings, queue
         self.names = settings.names or (engine.name,)
         self.metrics = Metrics()
-        warm_up = self._warm_up if settings.warm_up else None
-        self.batcher = Batcher(EngineDevice(engine), queue=queue, batch=batch, metrics=self.metrics, warm_up=warm_up)
+        self.on_loaded: Callable[[], object] | None = None  # called once the weights are there, on the engine's thread
+        self.batcher = Batcher(
+            EngineDevice(engine), queue=queue, batch=batch, metrics=self.metrics, warm_up=self._loaded
+        )
         self.tasks = Tasks(engine, self.batcher)
         self.started = time.time()
         self._lock = threading.Lock()
@@ -44,6 +46,12 @@ class Server:
             if not self._is_started:
                 self._is_started = True
                 self.batcher.start()
+
+    def _loaded(self) -> None:
+        if self.settings.warm_up:
+            self._warm_up()
+        if self.on_loaded is not None:
+            self.on_loaded()
 
     def _warm_up(self) -> None:
         """Run batches of sequences of several lengths, so that graphs and kernels of small batches are made."""

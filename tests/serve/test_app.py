@@ -11,7 +11,10 @@ from helpers.serving import httpx, served
 from radix_ops.engine import Embedder
 from radix_ops.engine.errors import UserError
 from radix_ops.serve import Settings
+from radix_ops.serve.bodies import Bodies, parsed
+from radix_ops.serve.refusals import Overloaded
 from radix_ops.serve.settings import keys_of
+from radix_ops.serve.shapes import Unusable
 
 KEYS = (b"first-key", b"second-key")
 
@@ -110,6 +113,29 @@ def test_a_body_without_a_length_is_bounded_too(client):
             return await inner.post("/embed", content=parts(), headers={"Content-Type": "application/json"})
 
     assert asyncio.run(send()).status_code == 413
+
+
+@pytest.mark.parametrize("depth", range(1, 12))
+def test_depth_is_counted_exactly(depth):
+    deep = b"[" * depth + b"]" * depth
+    wide = b"[" + b",".join([b"[]"] * 20) + b"]"
+    for body, levels in ((deep, depth), (b'{"a": ' + deep + b"}", depth + 1), (wide, 2)):
+        if levels <= 5:
+            parsed(body, 5)
+        else:
+            with pytest.raises(Unusable, match="more than 5 deep"):
+                parsed(body, 5)
+
+
+def test_bodies_that_are_held_are_bounded_together():
+    bodies = Bodies(100)
+    with bodies.reading() as first, bodies.reading() as second:
+        first(60)
+        second(40)
+        with pytest.raises(Overloaded):
+            second(1)
+    with bodies.reading() as third:
+        third(100)
 
 
 @pytest.mark.parametrize("key", KEYS)

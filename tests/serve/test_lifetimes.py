@@ -223,3 +223,19 @@ def test_another_application_may_mount_it(engine):
     wait_until(lambda: outer.get("/models/one/ready").status_code == 200)
     assert len(outer.post("/models/one/embed", {"inputs": "a"}).json()[0]) == 32
     stop(Client(inner))
+
+
+def test_a_body_that_does_not_come_gets_504(engine):
+    client = fresh(engine, request_timeout=0.2)
+
+    async def parts():
+        yield b'{"inputs": '
+        await asyncio.sleep(60)
+
+    async def send():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(client.app), base_url="http://test") as inner:
+            return await inner.post("/embed", content=parts(), headers={"Content-Type": "application/json"})
+
+    found = asyncio.run(send())
+    stop(client)
+    assert (found.status_code, found.json()["error"]) == (504, "the body was not there within 0.2 seconds")
