@@ -109,6 +109,7 @@ class Watch:
         self._hooks = [own[name] for own in self._attributes for name in _HOOKS]
         self._first_children = _Entries([root._modules])
         self._children = _Entries(own["_modules"] for own in attributes)
+        self._classes = [*map(type, self._children.values)]
         lists = [own["_modules"] for own, module in zip(attributes[1:], others, strict=True)
                  if isinstance(module, nn.ModuleList)]  # fmt: skip
         buffers = (own["_buffers"] for own in attributes)
@@ -140,6 +141,7 @@ class Watch:
             and not any(self._hooks)
             and self._sizes.are_the_same()
             and self._children.are_the_same()
+            and [*map(type, self._children.values)] == self._classes
             and self._weights.are_in_place()
             and self._settings.are_the_same()
             and self._contents.are_the_same()
@@ -184,7 +186,7 @@ class _Entries:
         found = [(entries, name) for entries in dicts for name in entries if name not in leave_out]
         self._dicts = [entries for entries, _ in found]
         self._names = [name for _, name in found]
-        self._values = self._read()
+        self.values = self._read()
 
     def _read(self) -> list[Any]:
         """Return the entries, none where one is missing."""
@@ -196,7 +198,7 @@ class _Entries:
     def are_the_same(self) -> bool:
         """Return whether each is the object that it was."""
         values = self._read()
-        return len(values) == len(self._values) and all(map(is_, values, self._values))
+        return len(values) == len(self.values) and all(map(is_, values, self.values))
 
 
 class _Sizes:

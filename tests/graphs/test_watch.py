@@ -58,6 +58,7 @@ CHANGES = {
     "layer left out": lambda m: m.layers.__delitem__(2),
     "layers in another order": lambda m: setattr(m, "layers", nn.ModuleList([m.layers[1], m.layers[0], m.layers[2]])),
     "class": replaced_norm_class,
+    "class in place": lambda m: setattr(m.layers[0].mlp, "__class__", type("OtherMLP", (qwen3.Qwen3MLP,), {})),
     "forward": lambda m: setattr(m.layers[0].mlp, "forward", lambda x: x),
     "hook": lambda m: m.layers[0].register_forward_hook(lambda *_: None),
     "hook before": lambda m: m.layers[0].mlp.up_proj.register_forward_pre_hook(lambda *_: None),
