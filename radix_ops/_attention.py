@@ -96,13 +96,18 @@ class AttentionPlan(NamedTuple):
     repeats: float = 0.0  # how often unfolding would repeat a key, where that is known
 
 
+def check_layout(layout: Layout) -> None:
+    """Raise ValueError for a layout that does not exist."""
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
+
+
 def plan_attention(batch: FoldedBatch, layout: Layout) -> AttentionPlan:
     """Choose how all layers attend, without waiting for the device.
 
     Raises ValueError for a layout that does not exist; on the CPU, RuntimeError for a batch altered by hand.
     """
-    if not isinstance(layout, str) or layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
+    check_layout(layout)
     is_compiling = torch.compiler.is_compiling()
     if batch.cu_seqlens_q.device.type == "cpu" and not is_compiling:
         batch._check_num_nodes()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .._attention import AttentionPlan, Layout, attend, attend_rows, plan_attention, plan_rows
+from .._attention import AttentionPlan, Layout, attend, attend_rows, check_layout, plan_attention, plan_rows
 from ..batch import FoldedBatch
 from ..graphs.forwards import CapturedForwards
 from ..graphs.steps import CapturedSteps
@@ -192,8 +192,7 @@ class Qwen3Model(Pretrained, ReplayingModel):
         vocabulary (on CUDA a device assert); RuntimeError for rows that there are not (on CUDA a device assert), and in
         training with dropout, which tokens that share a row can't have apart.
         """
-        self._check(batch)
-        _check_rows(rows, batch)
+        self._check(batch, layout, rows)
         run = self._compute if torch.compiler.is_compiling() else self._run_call
         return run(batch, layout, rows)
 
@@ -241,15 +240,17 @@ class Qwen3Model(Pretrained, ReplayingModel):
         """Return embeddings [B, dim] in fp32, of length 1: the state of each sequence's last token.
 
         It is cut to its first `dim` numbers (Matryoshka; all of them by default). Raises ValueError if a sequence is
-        empty or dim out of range.
+        empty or dim out of range, TypeError if dim is no int.
         """
         size = self.config.hidden_size
-        if dim is not None and not 1 <= dim <= size:
-            raise ValueError(f"dim must be from 1 to hidden_size={size}, got {dim}")
+        if dim is not None:
+            _check_is_int("dim", dim)
+            if not 1 <= dim <= size:
+                raise ValueError(f"dim must be from 1 to hidden_size={size}, got {dim}")
         self._check(batch)
         return F.normalize(self(batch, layout, batch.last_rows)[:, :dim].float(), dim=-1)
 
-    def _check(self, batch: FoldedBatch) -> None:
+    def _check(self, batch: FoldedBatch, layout: Layout = "auto", rows: Tensor | None = None) -> None:
         if not isinstance(batch, FoldedBatch):
             raise TypeError(f"batch must be a FoldedBatch, got {type(batch).__name__}")
         ids, weight = batch.input_ids, self.embed_tokens.weight
@@ -263,6 +264,8 @@ class Qwen3Model(Pretrained, ReplayingModel):
                 f"attention_dropout={self.config.attention_dropout}: tokens that share a row can't be dropped apart; "
                 "set it to 0, or the model to eval()"
             )
+        check_layout(layout)
+        _check_rows(rows, batch)
         longest = self.config.longest_sequence
         if torch.compiler.is_compiling():
             torch._check(batch.max_seqlen_k <= longest, lambda: "a sequence is longer than the config's positions")
@@ -283,6 +286,11 @@ class Qwen3Model(Pretrained, ReplayingModel):
                     f"position_ids must be from 0 to {longest - 1}, the last position of the config, got values "
                     f"from {low} to {high}"
                 )
+
+
+def _check_is_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
 def _check_rows(rows: Tensor | None, batch: FoldedBatch) -> None:
@@ -336,9 +344,10 @@ class Qwen3ForCausalLM(Pretrained, ReplayingHead):
         """Return [B] in fp32: after each sequence, the probability of token `yes_id` against `no_id`.
 
         It is the score of Qwen3-Reranker, whose tokenizer has these ids for "yes" and "no". Raises ValueError if a
-        sequence is empty or an id outside the vocabulary.
+        sequence is empty or an id outside the vocabulary, TypeError if one is no int.
         """
         for name, token in (("yes_id", yes_id), ("no_id", no_id)):
+            _check_is_int(name, token)
             if not 0 <= token < self.config.vocab_size:
                 raise ValueError(f"{name} must be from 0 to {self.config.vocab_size - 1}, got {token}")
         self.model._check(batch)

@@ -29,8 +29,8 @@ class ReplayingModel(nn.Module):
     _steps: CapturedSteps | None = None
     _has_graphs_of_torch = False  # those of torch.compile
 
-    def _check(self, batch: FoldedBatch) -> None:
-        """Raise what the forward does for a batch."""
+    def _check(self, batch: FoldedBatch, layout: Layout = "auto", rows: Tensor | None = None) -> None:
+        """Raise what the forward does for its arguments."""
         raise NotImplementedError
 
     def _compute(self, batch: FoldedBatch, layout: Layout, rows: Tensor | None) -> Tensor:
@@ -90,10 +90,10 @@ class ReplayingModel(nn.Module):
     def warm_up(self, batch: FoldedBatch, layout: Layout = "auto", rows: Tensor | None = None) -> bool:
         """Capture the graph that forward(batch, layout, rows) replays, and return whether it does.
 
-        Batches of about the same sizes share a graph; `embed` and `rerank` ask for `batch.last_rows`. Raises for a
-        batch what the forward does.
+        Batches of about the same sizes share a graph; `embed` and `rerank` ask for `batch.last_rows`. Raises for
+        its arguments what the forward does.
         """
-        self._check(batch)
+        self._check(batch, layout, rows)
         call = self._call(batch, layout, rows)
         sizes = call.sizes()
         if sizes is None or self._graphs is None or not self._may_replay():

@@ -186,6 +186,19 @@ def test_warm_up_captures_at_once(model):
     assert not model.warm_up(batch, "trie")
 
 
+def test_warm_up_raises_what_the_call_does(model):
+    batch = FoldedBatch.from_sequences(LONG)
+    for arguments, error, message in (
+        ((batch, "tree"), ValueError, "layout must be one of 'auto', .*got 'tree'"),
+        ((batch, "trie", [1]), TypeError, "rows must be a 1-D tensor of int32 or int64, got list"),
+        (([[1, 2]],), TypeError, "batch must be a FoldedBatch, got list"),
+    ):
+        for function in (model, model.warm_up):
+            with pytest.raises(error, match=message):
+                function(*arguments)
+    assert StandIn.made == 0
+
+
 def test_calls_that_are_none_of_a_graphs_do_not_take_one(model):
     batch = FoldedBatch.from_sequences(LONG)
     for _ in range(3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -205,6 +206,18 @@ def test_wrong_arguments_are_refused(plain):
     for method in (model.embed, lambda batch: model.rerank(batch, yes_id=1, no_id=2)):
         with pytest.raises(ValueError, match="a sequence of the batch is empty"):
             method(FoldedBatch.from_sequences([[1], []]))
+
+
+@pytest.mark.parametrize(("value", "kind"), [(True, "bool"), (2.5, "float"), ("4", "str")])
+def test_numbers_that_are_no_integers_are_refused(plain, value, kind):
+    _, model = plain
+    batch = FoldedBatch.from_sequences([[1, 2]])
+    with pytest.raises(TypeError, match=f"dim must be an int, got {kind}"):
+        model.embed(batch, value)
+    for name in ("yes_id", "no_id"):
+        with pytest.raises(TypeError, match=f"{name} must be an int, got {kind}"):
+            model.rerank(batch, **({"yes_id": 1, "no_id": 2} | {name: value}))
+    assert model.embed(batch, np.int64(4)).shape == (1, 4)
 
 
 def test_sequences_past_the_longest_position_are_refused(tmp_path):
