@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..batch import fold
 from . import reranking, scoring
 from ._classifier import Classifier
 from ._embedder import Embedder
@@ -25,7 +26,7 @@ from .classifying import Row
 from .errors import UserError
 from .items import Items
 from .pooling import pooled, tokens_read
-from .runners import Runner, last_tokens
+from .runners import Runner, States, last_tokens
 from .scoring import MAX_LOGIT_BYTES, Choices
 
 _LEAST_NORM = 1e-12  # as torch's normalize has it
@@ -114,29 +115,40 @@ def _parts(ids: np.ndarray, choice: Chosen) -> tuple[np.ndarray, np.ndarray]:
 
 def _logprobs(runner: Runner, sequences: Sequences, counts: list[int]) -> list[Read]:
     found = runner.states(sequences)
-    rows, row_of = np.unique(found.token_rows.numpy(), return_inverse=True)  # those of padding are none of them
-    states = found.rows[torch.from_numpy(rows).to(found.rows.device)]
-    # Each token but a sequence's last one has a next token.
     packed = np.concatenate(sequences)
+    tokens, row_of = _distinct(runner, found, packed)
+    states = found.at(tokens)
+    # Each token but a sequence's last one has a next token.
     inner = np.delete(np.arange(len(packed)), last_tokens(sequences))
     order = inner[np.argsort(row_of[inner], kind="stable")]
     targets, most = packed[order + 1].astype(np.int64), max(1, *counts)
     logprobs = np.empty(len(packed), np.float32)
-    likeliest, theirs = np.empty((len(rows), most), np.int64), np.empty((len(rows), most), np.float32)
+    likeliest, theirs = np.empty((len(tokens), most), np.int64), np.empty((len(tokens), most), np.float32)
     size = max(1, MAX_LOGIT_BYTES // (4 * runner.head.weight.shape[0]))
-    for first in range(0, len(rows), size):
+    for first in range(0, len(tokens), size):
         scores = torch.log_softmax(runner.head(states[first : first + size]).float(), -1)
         top = scores.topk(most)
         likeliest[first : first + size], theirs[first : first + size] = top.indices.cpu(), top.values.cpu()
         part = slice(*np.searchsorted(row_of[order], [first, first + size]))
         row, target = torch.from_numpy(row_of[order[part]] - first), torch.from_numpy(targets[part])
         logprobs[order[part]] = scores[row.to(scores.device), target.to(scores.device)].cpu()
-    runner.head_rows += len(rows)
+    runner.head_rows += len(tokens)
     results = []
     for start, length, count in zip(found.starts.tolist(), found.lengths.tolist(), counts, strict=True):
         places = row_of[start : start + length]
         results.append(Read(logprobs[start : start + length - 1], likeliest[places, :count], theirs[places, :count]))
     return results
+
+
+def _distinct(runner: Runner, states: States, packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return packed tokens of all hidden states that there are, int64 [R], and for each packed token which of them is
+    its own, int64 [N]: tokens of one path have the same, so that the head reads each once."""
+    if not runner.pads_states:
+        _, first, row_of = np.unique(states.token_rows.numpy(), return_index=True, return_inverse=True)
+        return first, row_of
+    ends = torch.from_numpy(np.concatenate([[0], np.cumsum(states.lengths)]))
+    batch = fold(torch.from_numpy(packed), ends)
+    return batch.fold_index[: batch.num_nodes].numpy().astype(np.int64), batch.unfold_index.numpy().astype(np.int64)
 
 
 def _next(runner: Runner, sequences: Sequences, tokens: list[np.ndarray]) -> list[np.ndarray]:

@@ -68,3 +68,17 @@ def test_the_next_tokens_and_all_log_probabilities_are_those_of_transformers():
         best = every.topk(count)
         np.testing.assert_allclose(logprobs.their_logprobs, best.values, rtol=0, atol=1e-4)
         assert logprobs.likeliest.tolist() == best.indices.tolist()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_head_reads_what_sequences_share_once(plain):
+    needs_hf()
+    model = tiny_model()
+    engine = Scorer(model, tiny_tokenizer(False))
+    sequences = [np.array(ids, np.int32) for ids in ([5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 8, 3], [6, 6])]
+    read = []
+    model.lm_head.register_forward_hook(lambda module, given, made: read.append(given[0].shape[0]))
+    with torch.inference_mode(), engine.runner.running(not plain):
+        computings(engine)["logprobs"](sequences, [1] * 4)
+    prefixes = {tuple(ids[: end + 1]) for ids in sequences for end in range(len(ids))}
+    assert sum(read) == len(prefixes)
