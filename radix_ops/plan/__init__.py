@@ -8,9 +8,23 @@
 Sorted by their tokens, sequences stand beside those that they share most with, and a batch is a stretch of that order:
 its trie has as many rows as tokens less what neighbours share. What is left to choose is where to cut, and the cuts
 that lose the fewest shared tokens are found exactly, in one pass.
+
+For several workers the batches are cut into shards of about equal cost: `plan.shards(8)`.
 """
 
+from .flops import ForwardCost, attention_flops, weight_flops
 from .planner import Plan, plan_folded, plan_padded
+from .sharding import Shard, Shards
 from .store import TokenStore
 
-__all__ = ["Plan", "TokenStore", "plan_folded", "plan_padded"]
+__all__ = [
+    "ForwardCost",
+    "Plan",
+    "Shard",
+    "Shards",
+    "TokenStore",
+    "attention_flops",
+    "plan_folded",
+    "plan_padded",
+    "weight_flops",
+]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .flops import visible_keys
 from .planner import TokenStore, cut, is_worth_sorting, plan_padded
 
 SEED = 0  # for the shuffled order
@@ -42,7 +43,7 @@ class Batches:
 
     def num_keys(self, window: int | None = None) -> int:
         """Return how many keys all rows attend to, causally, each to the `window` tokens up to it or to all."""
-        return int((_keys(self.lengths, window) - _keys(self.shared, window)).sum())
+        return int((visible_keys(self.lengths, window) - visible_keys(self.shared, window)).sum())
 
     def num_padded_keys(self, window: int | None = None) -> int:
         """Return how many keys all positions attend to where each batch is padded to its longest sequence."""
@@ -50,7 +51,7 @@ class Batches:
             return 0
         sizes = np.diff(self.ends, prepend=0)
         longest = np.maximum.reduceat(self.lengths, self.ends - sizes)
-        return int((sizes * _keys(longest, window)).sum())
+        return int((sizes * visible_keys(longest, window)).sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,12 +220,6 @@ class Sharing:
 
 def _unfolded(lengths: np.ndarray, ends: np.ndarray) -> Batches:
     return Batches(lengths, np.zeros_like(lengths), ends)
-
-
-def _keys(lengths: np.ndarray, window: int | None) -> np.ndarray:
-    """Return how many keys the first so many tokens of a sequence attend to."""
-    inside = lengths if window is None else np.minimum(lengths, window)
-    return inside * (inside + 1) // 2 + (lengths - inside) * (window or 0)
 
 
 def _ends(count: int, size: int) -> np.ndarray:

@@ -19,7 +19,10 @@ PUBLIC = {
         "token_logprobs_and_entropy",
     ],
     "radix_ops.models.qwen3": ["Qwen3Config", "Qwen3ForCausalLM", "Qwen3Model"],
-    "radix_ops.plan": ["Plan", "TokenStore", "plan_folded", "plan_padded"],
+    "radix_ops.plan": [
+        "ForwardCost", "Plan", "Shard", "Shards", "TokenStore", "attention_flops", "plan_folded", "plan_padded",
+        "weight_flops",
+    ],
     "radix_ops.reference": ["fold", "gather", "scatter_add", "varlen_attention"],
     "radix_ops.serve": ["BatchLimits", "QueueLimits", "Settings", "create_app"],
     "radix_ops.trainers": ["GroupSampler", "enable", "keep_groups_together", "loss_on_rows"],
