@@ -23,6 +23,7 @@ def _array(items: dict[str, Any]) -> dict[str, Any]:
 Texts = Annotated[Any, WithJsonSchema({"anyOf": [_STRING, _IDS, _array({"anyOf": [_STRING, _IDS]})]})]
 Strings = Annotated[Any, WithJsonSchema({"anyOf": [_STRING, _array(_STRING)]})]
 ListOfStrings = Annotated[Any, WithJsonSchema(_array(_STRING))]
+Ids = Annotated[Any, WithJsonSchema(_IDS)]
 ListsOfIds = Annotated[Any, WithJsonSchema({"anyOf": [_IDS, _array(_IDS)]})]
 TextsOrPairs = Annotated[
     Any,

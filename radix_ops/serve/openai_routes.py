@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import itertools
 from typing import Annotated, Any, Literal
 
@@ -15,7 +17,7 @@ from .inputs import Salt, Texts
 from .routing import OpenAIRoute, router
 from .server import Server, server_of
 from .shapes import Unusable
-from .tasks import Text
+from .tasks import Text, size_of
 
 routes = router(OpenAIRoute, "OpenAI")
 MOST_LOGPROBS = 20
@@ -87,13 +89,9 @@ async def completions(body: CompletionsRequest, request: Request) -> Response:
     count = _check_scoring(body)
     found = inputs.texts(body.prompt, "prompt", server.settings.max_inputs)
     call = server.call(request, salt=body.cache_salt)
-    prompts = await _prompts(server, found, body.add_special_tokens)
-    reads = await server.tasks.read(call, prompts, max(1, body.logprobs or 0))
-    spelling = _Spelling(server.engine.tokenizer, body.return_tokens_as_token_ids)
-    choices = [
-        _choice(body, index, *each, count, spelling)
-        for index, each in enumerate(zip(found.values, prompts, reads, strict=True))
-    ]
+    make = functools.partial(_prompts, server, found, body.add_special_tokens)
+    prompts, reads = await server.tasks.read(call, make, size_of(call, found.values), max(1, body.logprobs or 0))
+    choices = await asyncio.to_thread(_choices, server, body, found, prompts, reads, count)
     head = replies.head("text_completion", "cmpl", server.name)
     usage = replies.usage(sum(map(len, prompts)), count * len(prompts))
     return replies.answer(request, call, {**head, "choices": choices, "usage": usage})
@@ -116,9 +114,9 @@ def _check_scoring(body: CompletionsRequest) -> int:
     return count
 
 
-async def _prompts(server: Server, found: inputs.Inputs, special: bool) -> list[list[int]]:
+def _prompts(server: Server, found: inputs.Inputs, special: bool) -> list[list[int]]:
     texts = [text for text in found.values if isinstance(text, str)]
-    encoded = iter(await tokens.encoded(server.engine.tokenizer, texts, special) if texts else ())
+    encoded = iter(tokens.encoded(server.engine.tokenizer, texts, special) if texts else ())
     size, most = server.vocab_size, server.max_length()
     prompts = []
     for value, name in zip(found.values, found.names, strict=True):
@@ -146,6 +144,16 @@ class _Spelling:
         if token not in self._texts:
             self._texts[token] = self._tokenizer.decode([token])
         return self._texts[token]
+
+
+def _choices(
+    server: Server, body: CompletionsRequest, found: inputs.Inputs, prompts: list, reads: list[Read], count: int
+) -> list[dict[str, Any]]:
+    spelling = _Spelling(server.engine.tokenizer, body.return_tokens_as_token_ids)
+    return [
+        _choice(body, index, *each, count, spelling)
+        for index, each in enumerate(zip(found.values, prompts, reads, strict=True))
+    ]
 
 
 def _choice(

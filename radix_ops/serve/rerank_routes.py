@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import uuid
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import Request
-from pydantic import BaseModel
+from pydantic import BaseModel, WithJsonSchema
 from starlette.responses import Response
 
 from . import inputs, replies
@@ -17,6 +17,9 @@ from .server import server_of
 from .shapes import Unusable
 
 routes = router(CohereRoute, "Cohere and Jina")
+RankFields = Annotated[
+    Any, WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}]})
+]
 
 
 class RerankRequest(BaseModel):
@@ -30,7 +33,7 @@ class RerankRequest(BaseModel):
     instruction: str | None = None
     max_chunks_per_doc: int | None = None
     max_tokens_per_doc: int | None = None
-    rank_fields: list[str] | None = None
+    rank_fields: RankFields = None
     cache_salt: Salt = None
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import Request
-from pydantic import BaseModel, Field, WithJsonSchema
+from pydantic import BaseModel, WithJsonSchema
 from starlette.responses import Response
 
 from ..engine import Classifier
@@ -17,10 +18,11 @@ from .openai_routes import Truncating
 from .routing import OpenAIRoute, Route, router
 from .server import Server, server_of
 from .shapes import Unusable
+from .tasks import Text
+from .work import Size
 
 routes = router(OpenAIRoute, "vLLM and SGLang")
 own = router(Route, "radix_ops")
-Label = Annotated[int, Field(ge=0)]
 Record = Annotated[
     Any,
     WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "array", "items": {"type": "object"}, "minItems": 1}]}),
@@ -50,7 +52,7 @@ class PoolingRequest(Truncating):
 class LabelsRequest(BaseModel):
     query: Texts
     items: Texts
-    label_token_ids: list[Label]
+    label_token_ids: inputs.Ids
     apply_softmax: bool = False
     item_first: bool = False
     model: str | None = None
@@ -168,38 +170,44 @@ async def label_tokens(body: LabelsRequest, request: Request) -> Response:
     server = server_of(request)
     server.check_task(request, "score")
     server.check_model(body.model)
-    if not body.label_token_ids:
-        raise Unusable("empty", "label_token_ids is an empty array; it must hold a token at least", "label_token_ids")
     labels = inputs.ids(body.label_token_ids, "label_token_ids", server.vocab_size)
+    if not labels:
+        raise Unusable("empty", "label_token_ids is an empty array; it must hold a token at least", "label_token_ids")
     call = server.call(request, salt=body.cache_salt)
-    prompts = await _with_query(server, body)
-    logprobs = (await server.tasks.next(call, prompts, labels)).astype(np.float64)
+    query, items = _query_and_items(server, body)
+    parts = [(item, query) if body.item_first else (query, item) for item in items.values]
+    make = functools.partial(_prompts, server, parts, items.names)
+    given = [len(query) + len(item) for item in items.values]
+    size = Size.of_lengths(given) if isinstance(query, str) else Size.of_lengths((), given)
+    call.characters = sum(given) if isinstance(query, str) else 0
+    logprobs = (await server.tasks.next(call, make, size, labels)).astype(np.float64)
     scores = np.exp(logprobs)
     if body.apply_softmax:
         scores = np.exp(logprobs - np.logaddexp.reduce(logprobs, axis=1, keepdims=True))
     content = {
-        "object": "scoring", "scores": [row.tolist() for row in scores], "model": server.name,
-        "usage": replies.usage(sum(map(len, prompts)), 0),
+        "object": "scoring", "scores": scores, "model": server.name, "usage": replies.usage(call.timings.tokens, 0),
     }  # fmt: skip
     return replies.answer(request, call, content)
 
 
-async def _with_query(server: Server, body: LabelsRequest) -> list[list[int]]:
-    """Return the token ids of the query with each item; texts are joined before they are tokenised."""
+def _query_and_items(server: Server, body: LabelsRequest) -> tuple[Text, inputs.Inputs]:
     query = inputs.texts(body.query, "query", 1)
     items = inputs.texts(body.items, "items", server.settings.max_inputs)
     if not query.is_one or any(type(item) is not type(query.values[0]) for item in items.values):
         raise Unusable("invalid", "query and items must all be strings, or all be arrays of token ids", "items")
-    pairs = [(item, query.values[0]) if body.item_first else (query.values[0], item) for item in items.values]
-    if isinstance(query.values[0], str):
-        prompts = await tokens.encoded(server.engine.tokenizer, [a + b for a, b in pairs])
+    return query.values[0], items
+
+
+def _prompts(server: Server, parts: list[tuple[Any, Any]], names: list[str]) -> list[list[int]]:
+    """Return the token ids of the query with each item; texts are joined before they are tokenised."""
+    prompts: list[Any] = [first + second for first, second in parts]
+    if isinstance(parts[0][0], str):
+        prompts = tokens.encoded(server.engine.tokenizer, prompts)
     else:
-        inputs.ids(query.values[0], "query", server.vocab_size)
-        for item, name in zip(items.values, items.names, strict=True):
-            inputs.ids(item, name, server.vocab_size)
-        prompts = [a + b for a, b in pairs]
+        for prompt, name in zip(prompts, names, strict=True):
+            inputs.ids(prompt, f"query and {name}", server.vocab_size)
     most = server.max_length()
-    for prompt, name in zip(prompts, items.names, strict=True):
+    for prompt, name in zip(prompts, names, strict=True):
         if not prompt:
             raise Unusable("empty", f"query and {name} hold no tokens", "items")
         if most is not None and len(prompt) > most:

@@ -35,7 +35,7 @@ class Server:
         self.batcher = Batcher(
             EngineDevice(engine), queue=queue, batch=batch, metrics=self.metrics, warm_up=self._loaded
         )
-        self.tasks = Tasks(engine, self.batcher)
+        self.tasks = Tasks(engine, self.batcher, settings.max_numbers)
         self.started = time.time()
         self._lock = threading.Lock()
         self._is_started = False

@@ -19,13 +19,14 @@ class Settings:
     max_body: int = 16 * 2**20  # bytes of a request's body
     max_bodies: int = 2**28  # bytes of all requests' bodies that are held at once; more gets 429
     max_inputs: int = 1024  # texts, pairs or documents of a request
+    max_numbers: int = 2**25  # of an answer: what hidden states, or log-probabilities of labels, take in memory
     max_depth: int = 8  # arrays and objects inside each other in a body
     request_timeout: float = 60.0  # seconds from a request's arrival to its answer
     shutdown_grace: float = 30.0  # seconds for what was accepted when the server stops
     warm_up: bool = False  # run batches of several sizes before the server is ready
 
     def __post_init__(self):
-        for name in ("max_body", "max_bodies", "max_inputs", "max_depth"):
+        for name in ("max_body", "max_bodies", "max_inputs", "max_numbers", "max_depth"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name} must be a whole number from 1, got {value!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -19,11 +19,13 @@ from ..engine.items import Items
 from ..plan import TokenStore
 from ..plan.sharing import Sharing
 from .batcher import Batcher
-from .refusals import Failed
+from .refusals import Failed, TooLarge
 from .work import Answer, Size, Timings, Work
 
+T = TypeVar("T")
 Text = str | list[int]  # or its token ids
 _REQUEST = "the request"
+_NUMBERS_OF_TOP = 16  # that take the place of one likely token, its text and log-probability in an answer
 KINDS = {
     "embed": ("pooled", "states"), "rerank": ("logit",), "classify": ("labels",),
     "score": ("choices", "logprobs", "next"),
@@ -55,8 +57,8 @@ class Encoded(NamedTuple):
 class Tasks:
     """Work of an engine's task on a batcher; every method is for the event loop. Raises Refused and UserError."""
 
-    def __init__(self, engine: Engine, batcher: Batcher):
-        self.engine, self.batcher = engine, batcher
+    def __init__(self, engine: Engine, batcher: Batcher, max_numbers: int):
+        self.engine, self.batcher, self.max_numbers = engine, batcher, max_numbers
         for kind in KINDS[engine.task]:
             batcher.register(kind, functools.partial(self._compute, kind))
 
@@ -98,7 +100,7 @@ class Tasks:
 
         records = [_record(text, name) for text, name in zip(texts, names, strict=True)]
         extras: Callable[[Any], list[Any]] = lambda sequences: sequences.skips.tolist()  # noqa: E731
-        return await self._ask(kind, call, records, _size_of(call, texts), extras, encode)
+        return await self._ask(kind, call, records, size_of(call, texts), extras, encode)
 
     def embeddings(self, pooled: np.ndarray, normalize: bool | None = None, dim: int | None = None) -> np.ndarray:
         """Return the embeddings of poolings, float32 [B, dim]."""
@@ -115,9 +117,9 @@ class Tasks:
         engine = self.engine
         assert isinstance(engine, Reranker)
         records = [Record(_REQUEST, dict(query)) for query in queries]
-        texts = [text for query in queries for text in _pairs(query)]
+        size = _size_of(call, [length for query in queries for length in _lengths_of_pairs(query)])
         try:
-            answer = await self._ask("logit", call, records, _size_of(call, texts), lambda s: [None] * len(s.store))
+            answer = await self._ask("logit", call, records, size, lambda s: [None] * len(s.store))
         except UserError as error:
             raise type(error)(str(error).replace(f"{_REQUEST}: documents[", f"{field}[")) from error
         logits = np.array(answer.results, np.float32)
@@ -140,7 +142,7 @@ class Tasks:
         def places(sequences: Items) -> list[int]:
             return [place for item in range(len(sequences)) for place in range(len(sequences.of(item)))]
 
-        answer = await self._ask("labels", call, records, _size_of(call, texts), places)
+        answer = await self._ask("labels", call, records, size_of(call, texts), places)
         found, tokens, encoded = [], [], answer.work.beside
         for index, item in enumerate(encoded.items):
             of = encoded.sequences.of(index)
@@ -158,7 +160,7 @@ class Tasks:
         engine = self.engine
         assert isinstance(engine, Scorer)
         given = [Record(name, dict(record)) for name, record in zip(names, records, strict=True)]
-        texts = [text for record in records for text in _texts_in(record)]
+        size = _size_of(call, *_lengths_in(records))
 
         def extras(sequences: Any) -> list[Any]:
             found = []
@@ -168,7 +170,7 @@ class Tasks:
                     found.append(Chosen(key, len(context), int(choice[-1])))
             return found
 
-        answer = await self._ask("choices", call, given, _size_of(call, texts), extras)
+        answer = await self._ask("choices", call, given, size, extras)
         encoded, results = answer.work.beside, []
         for index, item in enumerate(encoded.items):
             of = encoded.sequences.of(index)
@@ -180,26 +182,50 @@ class Tasks:
                 raise Failed(str(error)) from error
         return results
 
-    async def read(self, call: Call, prompts: Sequence[list[int]], count: int) -> list[Read]:
-        """Return the log-probabilities of prompts of token ids, and of the `count` likeliest tokens at each place."""
-        arrays = [np.array(ids, np.int32) for ids in prompts]
-        answer = await self._ids("logprobs", call, arrays, [count] * len(arrays))
+    async def read(
+        self, call: Call, prompts: Callable[[], list[list[int]]], size: Size, count: int
+    ) -> tuple[list[list[int]], list[Read]]:
+        """Return prompts of token ids with their log-probabilities and the `count` likeliest tokens at each place.
+
+        prompts: makes the ids, none empty, where the batcher tokenises. size: what that is thought to be.
+        """
+        answer = await self._ids("logprobs", call, prompts, size, count, _NUMBERS_OF_TOP * (1 + count))
         for index, read in enumerate(answer.results):
             if not np.isfinite(read.logprobs).all():
                 raise Failed(f"prompt {index} got a log-probability that is not finite; the model needs float32")
-        return answer.results
+        return [ids.tolist() for ids in answer.work.sequences], answer.results
 
-    async def next(self, call: Call, prompts: Sequence[list[int]], tokens: Sequence[int]) -> np.ndarray:
-        """Return the log-probabilities of tokens behind prompts of token ids, float32 [B, tokens]."""
+    async def next(
+        self, call: Call, prompts: Callable[[], list[list[int]]], size: Size, tokens: Sequence[int]
+    ) -> np.ndarray:
+        """Return the log-probabilities of tokens behind prompts of token ids, float32 [B, tokens]; as `read` else."""
         wanted = np.array(tokens, np.int64)
-        arrays = [np.array(ids, np.int32) for ids in prompts]
-        answer = await self._ids("next", call, arrays, [wanted] * len(arrays))
+        self._check_numbers(size.sequences * len(wanted))
+        answer = await self._ids("next", call, prompts, size, wanted)
         return np.stack(answer.results)
 
-    async def _ids(self, kind: str, call: Call, arrays: list[np.ndarray], extras: list[Any]) -> Answer:
-        size = Size(sum(map(len, arrays)), len(arrays))
-        work = Work(arrays, extras, Encoded([], Items(), 0, _rows_alone(arrays)))
-        return await self._submit(kind, call, lambda: work, size)
+    async def _ids(
+        self, kind: str, call: Call, prompts: Callable[[], list[list[int]]], size: Size, extra: Any, numbers: int = 0
+    ) -> Answer:
+        def work() -> Work:
+            arrays = [np.array(ids, np.int32) for ids in prompts()]
+            self._check_numbers(numbers * sum(map(len, arrays)))
+            return Work(arrays, [extra] * len(arrays), Encoded([], Items(), 0, _rows_alone(arrays)))
+
+        return await self._submit(kind, call, work, size)
+
+    async def aside(self, call: Call, make: Callable[[], T], size: Size) -> T:
+        """Return what `make` makes where the batcher tokenises, admitted as a request of this size is."""
+        kind = KINDS[self.engine.task][0]
+        answer = await self.batcher.ask(kind, lambda: Work([], [], make()), size, deadline=call.deadline)
+        return answer.work.beside
+
+    def _check_numbers(self, count: int) -> None:
+        """TooLarge for an answer of more numbers than one request may have."""
+        if count > self.max_numbers:
+            raise TooLarge(
+                f"the answer would hold {count:,} numbers and the most are {self.max_numbers:,}; ask for less at once"
+            )
 
     async def _ask(
         self,
@@ -224,6 +250,8 @@ class Tasks:
                 sequences = encode(self._cutting, items)
                 num_cut = sum(self._is_too_long(encode, item) for item in items)
             arrays = _read_by_the_model(sequences)
+            if kind == "states":
+                self._check_numbers(sum(map(len, arrays)) * self.engine.config.get_text_config().hidden_size)
             size = self.engine.runner.vocab_size
             largest = max((int(ids.max()) for ids in arrays), default=0)
             if largest >= size:
@@ -256,31 +284,36 @@ def _record(text: Text, name: str) -> Record:
     return Record(name, {"text": text} if isinstance(text, str) else {"input_ids": text})
 
 
-def _pairs(query: Mapping[str, Any]) -> list[str]:
-    """Return all that the model reads of a query, once for each document."""
-    before = query["query"] + query.get("instruction", "")
-    return [before + (text if isinstance(text, str) else str(text.get("text", ""))) for text in query["documents"]]
+def _lengths_of_pairs(query: Mapping[str, Any]) -> list[int]:
+    """Return how many characters the model reads of a query with each document."""
+    before = len(query["query"]) + len(query.get("instruction", ""))
+    texts = [text if isinstance(text, str) else str(text.get("text", "")) for text in query["documents"]]
+    return [before + len(text) for text in texts]
 
 
-def _texts_in(record: Mapping[str, Any]) -> list[Text]:
-    """Return the texts, or ids, of a question: its context once for each choice."""
-    found: list[Text] = []
-    lists = [value for value in record.values() if isinstance(value, list) and value]
-    others = "".join(value for value in record.values() if isinstance(value, str))
-    for values in lists:
-        found += [
-            others + value if isinstance(value, str) else value for value in values if isinstance(value, (str, list))
-        ]
-    return found or [others]
+def _lengths_in(records: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+    """Return the characters of questions' texts, the context once for each choice, and the lengths of arrays of ids."""
+    characters: list[int] = []
+    ids: list[int] = []
+    for record in records:
+        others = sum(len(value) for value in record.values() if isinstance(value, str))
+        lists = [value for value in record.values() if isinstance(value, list)]
+        choices = [others + len(text) for texts in lists for text in texts if isinstance(text, str)]
+        numbers = [len(value) for value in lists if value and not isinstance(value[0], str)]
+        characters += choices if choices or numbers else [others]
+        ids += numbers
+    return characters, ids
 
 
-def _size_of(call: Call, texts: Sequence[Text]) -> Size:
-    """Estimate the size of a request, and note its characters."""
-    strings = [text for text in texts if isinstance(text, str)]
-    call.characters = sum(map(len, strings))
-    ids = [text for text in texts if not isinstance(text, str)]
-    estimated = Size.of_texts(strings)
-    return Size(estimated.tokens + sum(map(len, ids)), len(texts))
+def size_of(call: Call, texts: Sequence[Text]) -> Size:
+    """Estimate the size of texts that are read once each, and note their characters."""
+    strings = [len(text) for text in texts if isinstance(text, str)]
+    return _size_of(call, strings, [len(ids) for ids in texts if not isinstance(ids, str)])
+
+
+def _size_of(call: Call, characters: Sequence[int], ids: Sequence[int] = ()) -> Size:
+    call.characters = sum(characters)
+    return Size.of_lengths(characters, ids)
 
 
 def _read_by_the_model(sequences: Items) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from .inputs import ListOfStrings, Salt, Strings, Texts, TextsOrPairs
 from .routing import Route, router
 from .server import Server, server_of
 from .shapes import Unusable
-from .tasks import Call
+from .tasks import Call, size_of
 
 routes = router(Route, "text-embeddings-inference")
 Direction = Annotated[
@@ -173,7 +174,9 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     check_prompt_name(server, body.prompt_name)
     prompt = server.engine.prompts[body.prompt_name] if body.prompt_name is not None else ""  # type: ignore[attr-defined]
     texts = [prompt + text for text in found.values]
-    return replies.json(await tokens.tokenized(server.engine.tokenizer, texts, body.add_special_tokens))
+    call = server.call(request)
+    make = functools.partial(tokens.tokenized, server.engine.tokenizer, texts, body.add_special_tokens)
+    return replies.json(await server.tasks.aside(call, make, size_of(call, texts)))
 
 
 @routes.post("/decode")
@@ -185,7 +188,9 @@ async def decode(body: DecodeRequest, request: Request) -> Response:
     found = inputs.listed(given, "ids", server.settings.max_inputs, "an array of token ids, or of arrays of them")
     size = len(server.engine.tokenizer)
     ids = [inputs.ids(each, name, size) for each, name in zip(found.values, found.names, strict=True)]
-    return replies.json(await tokens.decoded(server.engine.tokenizer, ids, body.skip_special_tokens))
+    call = server.call(request)
+    make = functools.partial(tokens.decoded, server.engine.tokenizer, ids, body.skip_special_tokens)
+    return replies.json(await server.tasks.aside(call, make, size_of(call, ids)))
 
 
 @routes.get("/info")

@@ -1,19 +1,14 @@
-"""The tokens of texts and the texts of tokens, on another thread than the event loop's."""
+"""The tokens of texts and the texts of tokens; for other threads than the event loop's."""
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from ..engine.tokenizing import in_turn
 
 
-async def tokenized(tokenizer: Any, texts: list[str], special: bool) -> list[list[dict[str, Any]]]:
+def tokenized(tokenizer: Any, texts: list[str], special: bool) -> list[list[dict[str, Any]]]:
     """Return for each text its tokens: id, text, whether it is special, and where it starts and stops."""
-    return await asyncio.to_thread(_tokenized, tokenizer, texts, special)
-
-
-def _tokenized(tokenizer: Any, texts: list[str], special: bool) -> list[list[dict[str, Any]]]:
     has_places = tokenizer.is_fast
     with in_turn(tokenizer):
         batch = tokenizer(texts, add_special_tokens=special, return_offsets_mapping=has_places, verbose=False)
@@ -34,20 +29,12 @@ def _tokenized(tokenizer: Any, texts: list[str], special: bool) -> list[list[dic
     return found
 
 
-async def encoded(tokenizer: Any, texts: list[str], special: bool = True) -> list[list[int]]:
+def encoded(tokenizer: Any, texts: list[str], special: bool = True) -> list[list[int]]:
     """Return the token ids of each text."""
-    return await asyncio.to_thread(_encoded, tokenizer, texts, special)
-
-
-def _encoded(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
     with in_turn(tokenizer):
         return tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
 
 
-async def decoded(tokenizer: Any, ids: list[list[int]], skips_special: bool = False) -> list[str]:
+def decoded(tokenizer: Any, ids: list[list[int]], skips_special: bool = False) -> list[str]:
     """Return the text of each array of token ids."""
-    return await asyncio.to_thread(_decoded, tokenizer, ids, skips_special)
-
-
-def _decoded(tokenizer: Any, ids: list[list[int]], skips_special: bool) -> list[str]:
     return [tokenizer.decode(each, skip_special_tokens=skips_special) for each in ids]

@@ -59,7 +59,7 @@ class Work:
 class Size:
     """The size of a request before it is tokenised, which admission counts.
 
-    tokens: known where the request holds ids, else estimated; `of_texts` does that.
+    tokens: known where the request holds ids, else estimated; `of_texts` and `of_lengths` do that.
     """
 
     tokens: int
@@ -68,7 +68,13 @@ class Size:
     @classmethod
     def of_texts(cls, texts: Sequence[str]) -> Size:
         """Estimate the size of texts that are read once each."""
-        return cls(sum(1 + len(text) // CHARACTERS_PER_TOKEN for text in texts), len(texts))
+        return cls.of_lengths([len(text) for text in texts])
+
+    @classmethod
+    def of_lengths(cls, characters: Sequence[int], ids: Sequence[int] = ()) -> Size:
+        """Estimate the size of texts of so many characters each, and of arrays of so many token ids."""
+        tokens = sum(1 + count // CHARACTERS_PER_TOKEN for count in characters) + sum(ids)
+        return cls(tokens, len(characters) + len(ids))
 
 
 CHARACTERS_PER_TOKEN = 4

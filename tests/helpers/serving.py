@@ -49,9 +49,9 @@ class Client:
 
 
 @contextlib.contextmanager
-def served(engine: Any, **settings: Any) -> Iterator[Client]:
+def served(engine: Any, queue: Any = None, **settings: Any) -> Iterator[Client]:
     """Serve an engine until the end, ready from the start."""
-    app = create_app(engine, Settings(**settings))
+    app = create_app(engine, Settings(**settings), queue=queue)
     server = app.state.server
     server.start()
     try:
