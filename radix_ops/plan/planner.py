@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -77,8 +77,8 @@ class Plan:
         The batches are those of the plan whatever the shards and whatever is done, so that shards add no rows, and
         answers don't depend on the number of workers or on a restart. A shard is a stretch of batches, and of all such
         cuts those are taken whose dearest shard is the cheapest. `shards.imbalance` tells by how much it exceeds the
-        mean, which is at most the cost of one batch. Deterministic; takes O(batches log batches) time. Raises TypeError
-        and ValueError for num_shards that are not from 1 to 2^20 and for `done` that doesn't fit.
+        mean, which is at most the cost of one batch. Deterministic; takes O((batches + 60 shards) log batches) time.
+        Raises TypeError and ValueError for num_shards that are not from 1 to 2^20 and for `done` that doesn't fit.
         """
         _check_limit("num_shards", num_shards, optional=False, bits=20)
         done = np.zeros(len(self.order), bool) if done is None else np.asarray(done)
@@ -87,7 +87,7 @@ class Plan:
                 f"done must hold a bool for each of {len(self.order)} sequences, got {done.dtype} of shape {done.shape}"
             )
         is_done = np.logical_and.reduceat(done[self.order], _starts(self.ends)) if len(self) else done
-        return cut_shards(self.rows, self.tokens, self.costs, is_done, num_shards)
+        return cut_shards(self.rows, self.tokens, self.costs, is_done, int(num_shards))
 
 
 def plan_folded(
@@ -184,9 +184,16 @@ def _cut(
             return _padded_keys(lengths, ends, window)
         return _sums(visible_keys(lengths, window) - visible_keys(shared, window), starts)
 
-    costs = cost.of(rows, num_keys) if cost else rows
     total = int(rows.sum())
-    return Plan(order, ends, rows, tokens, costs.astype(np.float64), total if given_rows is None else given_rows)
+    return Plan(order, ends, rows, tokens, _costs(cost, rows, num_keys), total if given_rows is None else given_rows)
+
+
+def _costs(
+    cost: ForwardCost | None, rows: np.ndarray, num_keys: Callable[[int | None], np.ndarray]
+) -> npt.NDArray[np.float64]:
+    """Return the FLOPs of each batch, or its rows; in float64, for no int64 holds those of long sequences."""
+    counted = rows.astype(np.float64)
+    return cost.of(counted, lambda window: num_keys(window).astype(np.float64)) if cost else counted
 
 
 def _starts(ends: np.ndarray) -> np.ndarray:
@@ -241,8 +248,8 @@ def plan_padded(
     cuts = np.array([*ends, len(lengths)] if len(lengths) else [], np.int64)
     starts = _starts(cuts)
     rows = np.diff(cuts, prepend=0) * lengths[starts]
-    costs = cost.of(rows, lambda window: _padded_keys(lengths, cuts, window)) if cost else rows
-    return Plan(order, cuts, rows, _sums(lengths, starts), costs.astype(np.float64))
+    costs = _costs(cost, rows, lambda window: _padded_keys(lengths, cuts, window))
+    return Plan(order, cuts, rows, _sums(lengths, starts), costs)
 
 
 def _check_cost(cost: ForwardCost | None) -> None:

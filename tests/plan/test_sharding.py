@@ -72,6 +72,16 @@ def test_costs_of_padded_batches_count_padding(seed):
     assert plan.tokens.tolist() == [sum(map(len, batch)) for batch in batches]
 
 
+def test_costs_that_no_int64_holds():
+    large = ForwardCost(10**18, {None: 10**18, 2: 10**17})
+    sequences = [[1] * 100, [1] * 60 + [2] * 3, [3] * 70]
+    rows, deep, near = 173, 5050 + 61 + 62 + 63 + 70 * 71 // 2, 199 + 6 + 139
+    plan = plan_of(sequences, max_rows=1000, cost=large)
+    assert plan.costs.tolist() == pytest.approx([1e18 * rows + 1e18 * deep + 1e17 * near], rel=1e-12)
+    plan = plan_padded([100], max_positions=1000, cost=large)
+    assert plan.costs.tolist() == pytest.approx([1e18 * 100 + 1e18 * 5050 + 1e17 * 199], rel=1e-12)
+
+
 def test_costs_of_lengths_whose_keys_no_int64_holds():
     plan = plan_padded([2**40, 2**40 - 1], max_positions=2**62, cost=ForwardCost(0, {None: 2}))
     assert plan.costs.tolist() == [2 * float(2**40 * (2**40 + 1))]
