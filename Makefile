@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: build test test-clients clients coverage test-elsewhere test-oldest test-oldest-sentences test-oldest-torch oldest-torch sanitize demo lint docs wheel check-wheel bench bench-check models clean help
+.PHONY: build test test-clients clients test-ray coverage test-elsewhere test-oldest test-oldest-sentences test-oldest-torch oldest-torch sanitize demo lint docs wheel check-wheel bench bench-check models clean help
 build: $(VENV)/.built  ## build the extension, in a virtual environment of its own
 test: $(VENV)/.built $(VENV)/.deps  ## run the tests
 	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
@@ -25,6 +25,10 @@ test-clients: $(VENV)/.built $(VENV)/.deps $(VENV)/.clients  ## run real clients
 	RADIX_PYTHON=$(abspath $(BIN)/python) $(VENV)/clients/bin/python -m pytest -c tests/clients/pytest.ini $(PYTEST_ARGS) tests/clients
 
 clients: $(VENV)/.clients
+
+# Ray stands beside the virtual environment's own packages.
+test-ray: $(VENV)/.built $(VENV)/.ray  ## run the tests of replicas on a local Ray
+	PYTHONPATH=$(abspath $(VENV))/ray $(BIN)/python -m pytest $(PYTEST_ARGS) tests/serve/test_ray.py
 
 coverage: $(VENV)/.built $(VENV)/.deps $(VENV)/.coverage  ## run the tests and report which lines of radix_ops they reach
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --cov --cov-report=term --cov-report=html $(PYTEST_ARGS)
@@ -126,6 +130,10 @@ $(VENV)/.clients: $(VENV)/.venv pyproject.toml
 	$(PYTHON) -m venv $(VENV)/clients
 	$(VENV)/clients/bin/python -m pip install --disable-pip-version-check --quiet --upgrade pip
 	$(VENV)/clients/bin/python -m pip install --disable-pip-version-check --quiet --group clients
+	@touch $@
+
+$(VENV)/.ray: $(VENV)/.deps
+	$(PIP) install --quiet --target $(VENV)/ray 'ray[serve]>=2.60'
 	@touch $@
 
 $(VENV)/.oldest: $(VENV)/.deps

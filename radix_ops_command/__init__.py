@@ -3,7 +3,8 @@
 What a command does stands in `radix_ops.cli`, which is imported when it is time to run.
 """
 
-from ._main import main
+from ._main import main, options_of
+from .parser import UsageError
 
-__all__ = ["main"]
+__all__ = ["UsageError", "main", "options_of"]
 __version__ = "0.1.0"

@@ -65,6 +65,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         error.exit()
 
 
+def options_of(name: str, values: Mapping[str, Any], where: str) -> argparse.Namespace:
+    """Return a command's arguments from values by their options' names, from the environment, and defaults, in this
+    order. UsageError for what can't be used; `where` names the place of the values in it."""
+    _, commands = make_parser()
+    command, given = commands[name], argparse.Namespace()
+    settings.fill(command, given, settings.of_mapping(command, name, values, where))
+    settings.fill(command, given, settings.of_environment(command, commands, os.environ))
+    command.complete(given)
+    return given
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return the exit status: 0, 1 for an error that one sentence names, 2 for wrong usage."""
     _check_streams()

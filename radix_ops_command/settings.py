@@ -92,6 +92,19 @@ def of_environment(command: Parser, commands: Mapping[str, Parser], environment:
     return Source("the environment", values)
 
 
+def of_mapping(command: Parser, name: str, values: Mapping[str, Any], where: str) -> Source:
+    """Return the command's options among values by their names, where _ stands for - and a flag may be a text as in
+    the environment. UsageError for a name that the command doesn't have."""
+    own, found = names_of(command), dict[str, Any]()
+    for key, value in values.items():
+        option = key.replace("_", "-")
+        if option not in own or option == "config":
+            command.error(f"{where}: {name} has no option {key}{meant(option, own)}")
+        is_flag = own[option].nargs == 0 and isinstance(value, str)
+        found[option] = _FLAGS.get(value.lower(), value) if is_flag else value
+    return Source(where, found)
+
+
 def of_file(command: Parser, name: str, commands: Mapping[str, Parser], path: str) -> Source:
     """Return the command's options in a TOML file: keys of its own table, [name], go before those at the top.
 

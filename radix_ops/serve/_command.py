@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import uvicorn
+from fastapi import FastAPI
 
 from ..engine.errors import UserError
 from .app import create_app
@@ -32,6 +33,23 @@ def run(args: Any) -> None:
 
     UserError for options and models that can't be used, before a port is opened.
     """
+    app = make_app(args)
+    server = app.state.server
+    with json_logs(args.quiet):
+        listener = listener_at(args.host, args.port)
+        host, port = listener.getsockname()[:2]
+        _logger.info(
+            "listening",
+            extra={"fields": {"host": host, "port": port, "task": server.engine.task, "model": server.name}},
+        )
+        try:
+            Uvicorn(app, server.settings).run(sockets=[listener])
+        finally:
+            gc.unfreeze()  # else libraries say at the exit that something leaked
+
+
+def make_app(args: Any) -> FastAPI:
+    """Return the application that the arguments of `radix-ops serve` describe. UserError for what can't be used."""
     if args.threads:
         torch.set_num_threads(args.threads)
     task = args.task or find_task(args.model, args.trust_remote_code)
@@ -59,16 +77,7 @@ def run(args: Any) -> None:
         batch=BatchLimits(max_overtakes=args.max_overtakes),
     )
     app.state.server.on_loaded = _settle
-    with json_logs(args.quiet):
-        listener = listener_at(args.host, args.port)
-        host, port = listener.getsockname()[:2]
-        _logger.info(
-            "listening", extra={"fields": {"host": host, "port": port, "task": task, "model": app.state.server.name}}
-        )
-        try:
-            Uvicorn(app, settings).run(sockets=[listener])
-        finally:
-            gc.unfreeze()  # else libraries say at the exit that something leaked
+    return app
 
 
 def _settle() -> None:

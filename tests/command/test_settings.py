@@ -4,7 +4,7 @@ import pytest
 
 from helpers.commands import parsed, refused_usage
 from radix_ops.ops import flash_packages
-from radix_ops_command import settings
+from radix_ops_command import UsageError, options_of, settings
 from radix_ops_command._main import make_parser
 
 
@@ -191,3 +191,30 @@ def test_a_flag_that_is_taken_back_leaves_its_rival_free(config):
 
 def test_a_file_says_false_and_knows_no_negative_names(config, capsys):
     assert "score has no option no-plain" in refused_usage(capsys, "score", *config("no-plain = true"), "q.jsonl")
+
+
+def test_values_of_a_host_are_those_of_the_command_line(monkeypatch):
+    monkeypatch.setenv("RADIX_OPS_TOKEN_BUDGET", "9")
+    monkeypatch.setenv("RADIX_OPS_DTYPE", "bfloat16")
+    typed = ["serve", "-m", "m", "--dtype", "float32", "--plain", "--served-model-name", "a,b", "--max-body", "2MB"]
+    given = {"model": "m", "dtype": "float32", "plain": "yes", "served_model_name": ["a", "b"], "max-body": "2MB"}
+    found = options_of("serve", {**given, "warm_up": False}, "the arguments")
+    expected = {name: value for name, value in vars(parsed(*typed)).items() if name in vars(found)}
+    assert vars(found) == expected
+    assert (found.token_budget, found.plain, found.warm_up) == (9, True, False)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": "m", "modle": "m"}, r"the arguments: serve has no option modle \(did you mean model\?\)"),
+        ({"model": "m", "config": "x.toml"}, "the arguments: serve has no option config"),
+        ({"model": None}, "the arguments: model is None; it must be a string or a number"),
+        ({"model": "m", "plain": "perhaps"}, "the arguments: plain is 'perhaps'; it must be true or false"),
+        ({"model": "m", "token_budget": 0}, "the arguments: .*'0' is not a whole number"),
+        ({}, "required: -m/--model"),
+    ],
+)
+def test_values_of_a_host_that_cannot_be_used_are_named(values, message):
+    with pytest.raises(UsageError, match=message):
+        options_of("serve", values, "the arguments")
