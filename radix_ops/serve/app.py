@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send  # noqa: E402
 
 from .. import __version__  # noqa: E402
 from ..engine import Classifier, Embedder, Reranker, Scorer  # noqa: E402
-from . import openai_routes, replies, rerank_routes, scoring_routes, shapes, tei_routes  # noqa: E402
+from . import openai_routes, replies, rerank_routes, scoring_routes, shapes, task_routes, tei_routes  # noqa: E402
 from .bodies import Bodies  # noqa: E402
 from .limits import BatchLimits, QueueLimits  # noqa: E402
 from .routing import Route, refused, router  # noqa: E402
@@ -75,8 +75,8 @@ def create_app(
     app.state.server, app.state.settings = server, server.settings
     app.state.bodies = Bodies(server.settings.max_bodies)
     for routes in (
-        tei_routes.routes, openai_routes.routes, rerank_routes.routes, scoring_routes.routes, scoring_routes.own,
-        _guarded,
+        tei_routes.routes, task_routes.routes, openai_routes.routes, rerank_routes.routes, scoring_routes.routes,
+        scoring_routes.own, _guarded,
     ):  # fmt: skip
         app.include_router(routes)
     _add_open_routes(app)

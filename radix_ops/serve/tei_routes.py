@@ -6,7 +6,7 @@ import functools
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import Body, Request
+from fastapi import Request
 from pydantic import BaseModel, BeforeValidator
 from starlette.responses import Response
 
@@ -234,12 +234,3 @@ def _labels_of(engine: Any) -> dict[str, Any]:
         "id2label": {str(index): label for index, label in enumerate(labels)},
         "label2id": {label: index for index, label in enumerate(labels)},
     }
-
-
-@routes.post("/")
-async def by_task(request: Request, body: Annotated[dict[str, Any], Body()]) -> Response:
-    """Do what the server's task is: /embed, or /similarity for a source_sentence, /rerank, /predict or /choices. With
-    "parameters" the request and its answer are those of Hugging Face's inference API."""
-    from . import by_task
-
-    return await by_task.answered(request, body)

@@ -1,24 +1,28 @@
-"""The answer to POST /: the server's task, as TEI's clients or those of Hugging Face's inference API ask for it."""
+"""POST /, which does the server's task, as TEI's clients or those of Hugging Face's inference API ask for it."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from fastapi import Request
+from fastapi import Body, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
 from ..engine import Classifier
 from . import inputs, replies, scoring_routes, tei_routes
+from .routing import Route, router
 from .server import server_of
 from .shapes import Unusable
 
+routes = router(Route, "text-embeddings-inference")
 B = TypeVar("B", bound=BaseModel)
 
 
-async def answered(request: Request, body: dict[str, Any]) -> Response:
-    """Return the answer to a request without a path of its own."""
+@routes.post("/")
+async def do_task(request: Request, body: Annotated[dict[str, Any], Body()]) -> Response:
+    """Do what the server's task is: /embed, or /similarity for a source_sentence, /rerank, /predict or /choices. With
+    "parameters" the request and its answer are those of Hugging Face's inference API."""
     server = server_of(request)
     server.check_serving()
     task, parameters = server.engine.task, body.get("parameters")
