@@ -172,14 +172,19 @@ def embeddings(
     normalize, dim: in place of what the model's folder or the engine's arguments say; numbers that `dim` leaves out go
     before the normalisation. UserError for a `dim` that the model doesn't have.
     """
+    check_dim(engine, dim)
     recipe = engine._pooling
-    if dim is not None and not 1 <= dim <= engine.dim:
-        raise UserError(f"dimensions must be from 1 to {engine.dim}, got {dim}")
     before = recipe.dim if dim is None else dim
     found = pooled[:, : None if recipe.cuts_last and dim is None else before]
     if recipe.normalize if normalize is None else normalize:
         found = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), _LEAST_NORM)
     return np.ascontiguousarray(found[:, :before])
+
+
+def check_dim(engine: Embedder, dim: int | None) -> None:
+    """UserError for a `dim` that the model doesn't have."""
+    if dim is not None and not 1 <= dim <= engine.dim:
+        raise UserError(f"dimensions must be from 1 to {engine.dim}, got {dim}")
 
 
 def relevance(engine: Reranker, logits: np.ndarray) -> np.ndarray:

@@ -70,6 +70,7 @@ def create_app(
 
     app = FastAPI(
         title="radix_ops", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        redirect_slashes=False,
         description="Embeddings, rankings, labels and log-probabilities; what requests share is computed once.",
     )  # fmt: skip
     app.state.server, app.state.settings = server, server.settings
@@ -150,7 +151,7 @@ async def stats(request: Request) -> Response:
 
 async def _not_routed(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    path = request.url.path
+    path = request.url.path.removeprefix(request.scope.get("root_path", ""))
     kinds = {404: ("no_route", f"there is no {path} here"), 405: ("method", f"{path} does not take {request.method}")}
     kind, message = kinds.get(error.status_code, ("malformed", str(error.detail)))
     found = refused(Unusable(kind, message), shapes.shape_of(path))
@@ -170,11 +171,16 @@ class _Observed:
             return
         self._server.start()
         started, status = time.monotonic(), 499  # of a client that went before its answer
+        method = scope["method"]
+        if method == "HEAD":
+            scope = scope | {"method": "GET"}
 
         async def sending(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif method == "HEAD" and message["type"] == "http.response.body":
+                message = message | {"body": b""}
             await send(message)
 
         try:
@@ -184,7 +190,7 @@ class _Observed:
             self._server.metrics.observe_request(route, status)
             call = scope.get("state", {}).get("call")
             fields: dict[str, Any] = {
-                "route": route, "method": scope["method"], "status": status,
+                "route": route, "method": method, "status": status,
                 "seconds": round(time.monotonic() - started, 6),
             }  # fmt: skip
             if call is not None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from ..engine.inputs import kind_of
 from .shapes import Unusable
 
+_MOST_SHOWN = 60  # characters
 _ID: dict[str, Any] = {"type": "integer", "minimum": 0}
 _IDS: dict[str, Any] = {"type": "array", "items": _ID, "minItems": 1}
 _STRING: dict[str, Any] = {"type": "string"}
@@ -36,6 +38,12 @@ Documents = Annotated[
     ),
 ]
 Salt = Annotated[str | None, Field(max_length=256)]
+
+
+class Fields(BaseModel):
+    """The fields of a body; a number is no string and no boolean."""
+
+    model_config = ConfigDict(strict=True)
 
 
 class Inputs(NamedTuple):
@@ -112,6 +120,13 @@ def ids(value: Any, name: str, vocab_size: int) -> list[int]:
 
 def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], (int, float))
+
+
+def shown(value: Any) -> str:
+    """Return a value as errors show it: its kind where it is long, and no more than the start of a string."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= _MOST_SHOWN else f"{value[:_MOST_SHOWN]!r}..."
+    return kind_of(value) if isinstance(value, (dict, list)) else f"{json.dumps(value):.{_MOST_SHOWN}}"
 
 
 def _wrong(name: str, value: Any, what: str) -> Unusable:

@@ -8,12 +8,12 @@ import itertools
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from starlette.responses import Response
 
 from ..engine.computing import Read
 from . import inputs, replies, tokens
-from .inputs import Salt, Texts
+from .inputs import Fields, Salt, Texts
 from .routing import OpenAIRoute, router
 from .server import Server, server_of
 from .shapes import Unusable
@@ -24,11 +24,12 @@ MOST_LOGPROBS = 20
 # What a completion may say only as if it had not been said: (field, values that change nothing).
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1, None), "best_of": (1, None), "stream": (False, None), "suffix": ("", None), "stop": ([], "", None),
+    "truncate_prompt_tokens": (None,), "prompt_logprobs": (None,),
     "presence_penalty": (0, None), "frequency_penalty": (0, None), "logit_bias": ({}, None), "top_p": (1, None),
 }  # fmt: skip
 
 
-class Truncating(BaseModel):
+class Truncating(Fields):
     model: str | None = None
     truncate: bool | None = None
     truncate_prompt_tokens: Literal[-1] | None = None  # vLLM's: to as many as the model reads
@@ -47,8 +48,8 @@ class EmbeddingsRequest(Truncating):
     user: str | None = None
 
 
-class CompletionsRequest(BaseModel):
-    model_config = ConfigDict(extra="allow")
+class CompletionsRequest(Fields):
+    model_config = ConfigDict(extra="allow", strict=True)
 
     prompt: Texts
     model: str | None = None
@@ -67,6 +68,7 @@ async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
     server = server_of(request)
     server.check_task(request, "embed")
     server.check_model(body.model)
+    server.tasks.check_dim(body.dimensions)
     found = inputs.texts(body.input, "input", server.settings.max_inputs)
     call = server.call(request, body.cuts, body.cache_salt)
     pooled, counts = await server.tasks.embed(call, found.values, found.names, body.prompt_name)

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import numpy as np
 from fastapi import Request
-from pydantic import BaseModel, WithJsonSchema
+from pydantic import WithJsonSchema
 from starlette.responses import Response
 
 from . import inputs, replies
-from .inputs import Documents, Salt
+from .inputs import Documents, Fields, Salt
 from .routing import CohereRoute, router
 from .server import server_of
 from .shapes import Unusable
@@ -22,7 +22,7 @@ RankFields = Annotated[
 ]
 
 
-class RerankRequest(BaseModel):
+class RerankRequest(Fields):
     query: str
     documents: Documents
     model: str | None = None

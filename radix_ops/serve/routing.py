@@ -18,10 +18,15 @@ from starlette.responses import Response
 
 from . import shapes
 from .bodies import JSONRequest, in_time
+from .inputs import shown
 from .settings import Settings
 from .shapes import Shape, Unusable
 
 _logger = logging.getLogger(__name__)
+_WANTED = {  # by the start of pydantic's names of faults
+    "int_": "a whole number", "bool_": "true or false", "string_type": "a string", "float_": "a number",
+    "model_": "an object", "dict_": "an object",
+}  # fmt: skip
 
 
 class Route(APIRoute):
@@ -88,12 +93,19 @@ def _log_fault(error: BaseException) -> None:
 
 
 def _from_validation(error: RequestValidationError) -> Unusable:
-    found = [
-        (".".join(str(part) for part in fault["loc"] if part != "body") or "the body", fault["msg"])
-        for fault in error.errors()[:3]
-    ]
-    message = "; ".join(f"{where}: {said[:1].lower()}{said[1:]}" for where, said in found)
-    return Unusable("invalid", message, found[0][0] if found else None)
+    faults = error.errors()[:3]
+    paths = [[str(part) for part in fault["loc"] if part != "body"] for fault in faults]
+    message = "; ".join(_fault(".".join(path), fault) for path, fault in zip(paths, faults, strict=True))
+    return Unusable("invalid", message, paths[0][0] if paths and paths[0] else None)
+
+
+def _fault(where: str, fault: Any) -> str:
+    kind, said = fault["type"], fault["msg"]
+    if kind == "missing":
+        return f"{where}: field required"
+    wanted = next((words for start, words in _WANTED.items() if kind.startswith(start)), None)
+    must = f"it must be {wanted}" if wanted else said[:1].lower() + said[1:]
+    return f"{where or 'the body'} is {shown(fault['input'])}; {must}"
 
 
 def check_key(request: Request, settings: Settings) -> None:
@@ -110,6 +122,9 @@ def check_media(request: Request) -> None:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise Unusable("media", "the body must be JSON, with Content-Type: application/json")
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        raise Unusable("media", f"the body's Content-Encoding is {shown(coding)}; it must be sent as it is")
 
 
 async def _while_connected(request: Request, work: Any) -> Response:

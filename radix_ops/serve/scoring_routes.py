@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import Request
-from pydantic import BaseModel, WithJsonSchema
+from pydantic import WithJsonSchema
 from starlette.responses import Response
 
 from ..engine import Classifier
 from . import inputs, replies, tokens
-from .inputs import Salt, Strings, Texts
+from .inputs import Fields, Salt, Strings, Texts
 from .openai_routes import Truncating
 from .routing import OpenAIRoute, Route, router
 from .server import Server, server_of
@@ -49,7 +49,7 @@ class PoolingRequest(Truncating):
     normalize: bool | None = None
 
 
-class LabelsRequest(BaseModel):
+class LabelsRequest(Fields):
     query: Texts
     items: Texts
     label_token_ids: inputs.Ids
@@ -59,7 +59,7 @@ class LabelsRequest(BaseModel):
     cache_salt: Salt = None
 
 
-class ChoicesRequest(BaseModel):
+class ChoicesRequest(Fields):
     items: Record
     truncate: bool | None = None
     cache_salt: Salt = None
@@ -145,6 +145,8 @@ async def pooling(body: PoolingRequest, request: Request) -> Response:
     task = body.task or server.engine.task
     if (task == "classify") != isinstance(server.engine, Classifier):
         raise Unusable("invalid", f"task is {task}, and the server's is {server.engine.task}", "task")
+    if task != "embed" and (body.dimensions is not None or body.normalize):
+        raise Unusable("invalid", f"dimensions and normalize are of the task embed, and this one is {task}")
     call = server.call(request, body.cuts, body.cache_salt)
     rows: Any
     if task == "classify":
@@ -156,6 +158,7 @@ async def pooling(body: PoolingRequest, request: Request) -> Response:
             rows = await server.tasks.states(call, found.values, found.names)
             counts = [len(states) for states in rows]
         else:
+            server.tasks.check_dim(body.dimensions)
             pooled, counts = await server.tasks.embed(call, found.values, found.names)
             rows = server.tasks.embeddings(pooled, body.normalize, body.dimensions)
     shown = [replies.vector(row, body.encoding_format) for row in rows]

@@ -14,6 +14,7 @@ from ..engine._engine import Engine
 from ..engine.computing import max_length
 from .batcher import Batcher
 from .device import EngineDevice
+from .inputs import shown
 from .limits import BatchLimits, QueueLimits
 from .metrics import Metrics
 from .refusals import Draining, EngineDead, Loading
@@ -95,7 +96,9 @@ class Server:
         """Unusable where a request asks for another model than the server's."""
         if name is not None and name not in self.names:
             raise Unusable(
-                "no_model", f"the model {name!r} is not served here; {' and '.join(map(repr, self.names))} is", "model"
+                "no_model",
+                f"the model {shown(name)} is not served here; {' and '.join(map(repr, self.names))} is",
+                "model",
             )
 
     def call(self, request: Request, truncate: bool | None = None, salt: str | None = None) -> Call:

@@ -91,7 +91,8 @@ def message_of(error: Exception) -> str:
     """Return the sentence for the client, which names no option that only whoever runs the server has."""
     if not isinstance(error, (Refused, UserError)):
         return "the server has failed at this request; its log says more"
-    return re.sub(r"--truncate-(left|right)", '"truncate": true', str(error))
+    said = re.sub(r"--truncate-(left|right)", '"truncate": true', str(error))
+    return said if isinstance(error, Unusable) else re.sub(r"; [^;]*--[a-z][^;]*", "", said)
 
 
 def _kind_of(error: Exception) -> str:

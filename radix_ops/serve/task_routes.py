@@ -35,11 +35,12 @@ async def do_task(request: Request, body: Annotated[dict[str, Any], Body()]) -> 
     if task == "classify":
         if parameters is None:
             return await tei_routes.predict(_valid(tei_routes.PredictRequest, body), request)
-        return await _classified(request, body.get("inputs"), parameters)
+        given = {name: value for name, value in parameters.items() if value is not None}
+        return await _classified(request, _valid(tei_routes.PredictRequest, {**given, **body}), parameters)
     if isinstance(body.get("inputs"), dict):
         return await tei_routes.similarity(_valid(tei_routes.SimilarityRequest, body), request)
     known = {name: value for name, value in (parameters or {}).items() if value is not None}
-    return await tei_routes.embed(_valid(tei_routes.EmbedRequest, {**body, **known}), request)
+    return await tei_routes.embed(_valid(tei_routes.EmbedRequest, {**known, **body}), request)
 
 
 def _valid(kind: type[B], body: dict[str, Any]) -> B:
@@ -49,12 +50,12 @@ def _valid(kind: type[B], body: dict[str, Any]) -> B:
         raise RequestValidationError(error.errors()) from error
 
 
-async def _classified(request: Request, given: Any, parameters: dict[str, Any]) -> Response:
+async def _classified(request: Request, body: tei_routes.PredictRequest, parameters: dict[str, Any]) -> Response:
     """Return labels as a pipeline of transformers does, a list of them for each input."""
     server = server_of(request)
     engine = server.engine
     assert isinstance(engine, Classifier)
-    found = inputs.strings(given, "inputs", server.settings.max_inputs, takes_one=True)
+    found = inputs.strings(body.inputs, "inputs", server.settings.max_inputs, takes_one=True)
     rows = inputs.Inputs([{"text": text} for text in found.values], found.names, found.is_one)
     function, top_k = parameters.get("function_to_apply"), parameters.get("top_k")
     if top_k is not None and (type(top_k) is not int or top_k < 1):
@@ -64,6 +65,6 @@ async def _classified(request: Request, given: Any, parameters: dict[str, Any]) 
         raise Unusable(
             "invalid", f"function_to_apply must be none or the model's own, {own[engine.problem_type]}", "parameters"
         )
-    call = server.call(request)
+    call = tei_routes.call_of(server, request, body)
     predictions = await tei_routes.predictions_of(server, call, rows, raw=function == "none")
     return replies.answer(request, call, [row[:top_k] for row in predictions])

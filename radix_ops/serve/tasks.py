@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -100,7 +101,12 @@ class Tasks:
 
         records = [_record(text, name) for text, name in zip(texts, names, strict=True)]
         extras: Callable[[Any], list[Any]] = lambda sequences: sequences.skips.tolist()  # noqa: E731
-        return await self._ask(kind, call, records, size_of(call, texts), extras, encode)
+        return await self._ask(kind, call, records, size_of(call, texts), extras, encode, _without_key)
+
+    def check_dim(self, dim: int | None) -> None:
+        """UserError for more numbers of an embedding than the model has."""
+        assert isinstance(self.engine, Embedder)
+        kinds.check_dim(self.engine, dim)
 
     def embeddings(self, pooled: np.ndarray, normalize: bool | None = None, dim: int | None = None) -> np.ndarray:
         """Return the embeddings of poolings, float32 [B, dim]."""
@@ -118,10 +124,10 @@ class Tasks:
         assert isinstance(engine, Reranker)
         records = [Record(_REQUEST, dict(query)) for query in queries]
         size = _size_of(call, [length for query in queries for length in _lengths_of_pairs(query)])
-        try:
-            answer = await self._ask("logit", call, records, size, lambda s: [None] * len(s.store))
-        except UserError as error:
-            raise type(error)(str(error).replace(f"{_REQUEST}: documents[", f"{field}[")) from error
+        answer = await self._ask(
+            "logit", call, records, size, lambda s: [None] * len(s.store),
+            renamed=lambda message: message.replace(f"{_REQUEST}: documents[", f"{field}["),
+        )  # fmt: skip
         logits = np.array(answer.results, np.float32)
         scores = kinds.relevance(engine, logits)
         wrong = np.flatnonzero(~np.isfinite(scores))
@@ -142,7 +148,7 @@ class Tasks:
         def places(sequences: Items) -> list[int]:
             return [place for item in range(len(sequences)) for place in range(len(sequences.of(item)))]
 
-        answer = await self._ask("labels", call, records, size_of(call, texts), places)
+        answer = await self._ask("labels", call, records, size_of(call, texts), places, renamed=_without_key)
         found, tokens, encoded = [], [], answer.work.beside
         for index, item in enumerate(encoded.items):
             of = encoded.sequences.of(index)
@@ -235,9 +241,10 @@ class Tasks:
         size: Size,
         extras: Callable[[Any], list[Any]],
         encode: Callable[[Any, list[Any]], Items] = lambda engine, items: engine.encode(items),
+        renamed: Callable[[str], str] = str,
     ) -> Answer:
         """Submit records: they are parsed and encoded where the batcher tokenises; texts that are too long are cut
-        where the call asks for it."""
+        where the call asks for it. `renamed` lets errors name the request's own fields."""
 
         def work() -> Work:
             items = [self.engine.parse(record) for record in records]
@@ -260,7 +267,10 @@ class Tasks:
                 )
             return Work(arrays, extras(sequences), Encoded(items, sequences, num_cut, _rows_alone(arrays)))
 
-        return await self._submit(kind, call, work, size)
+        try:
+            return await self._submit(kind, call, work, size)
+        except UserError as error:
+            raise type(error)(renamed(str(error))) from error
 
     def _is_too_long(self, encode: Callable[[Any, list[Any]], Items], item: Any) -> bool:
         try:
@@ -278,6 +288,11 @@ class Tasks:
         wrong = np.flatnonzero(~np.isfinite(rows).all(1))
         if len(wrong):
             raise Failed(f"{names[wrong[0]]} got an embedding that is not finite; the model needs float32")
+
+
+def _without_key(message: str) -> str:
+    """Return a message on a record that `_record` made in the words of the request, which has ids in the field."""
+    return re.sub(r'^([\w.\[\]]+): "input_ids"', r"\1", message)
 
 
 def _record(text: Text, name: str) -> Record:

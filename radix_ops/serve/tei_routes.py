@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import Request
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BeforeValidator
 from starlette.responses import Response
 
 from ..engine import Embedder
 from . import inputs, replies, tokens
-from .inputs import ListOfStrings, Salt, Strings, Texts, TextsOrPairs
+from .inputs import Fields, ListOfStrings, Salt, Strings, Texts, TextsOrPairs
 from .routing import Route, router
 from .server import Server, server_of
 from .shapes import Unusable
@@ -24,15 +24,18 @@ Direction = Annotated[
 ]
 
 
-class Truncating(BaseModel):
+class Truncating(Fields):
     truncate: bool | None = None
     truncation_direction: Direction = "Right"
     cache_salt: Salt = None
 
 
-class EmbedRequest(Truncating):
+class EmbedAllRequest(Truncating):
     inputs: Texts
     prompt_name: str | None = None
+
+
+class EmbedRequest(EmbedAllRequest):
     normalize: bool = True
     dimensions: int | None = None
 
@@ -50,7 +53,7 @@ class PredictRequest(Truncating):
     raw_scores: bool = False
 
 
-class SimilarityInput(BaseModel):
+class SimilarityInput(Fields):
     source_sentence: str
     sentences: ListOfStrings
 
@@ -59,18 +62,18 @@ class SimilarityParameters(Truncating):
     prompt_name: str | None = None
 
 
-class SimilarityRequest(BaseModel):
+class SimilarityRequest(Truncating):
     inputs: SimilarityInput
     parameters: SimilarityParameters | None = None
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Fields):
     inputs: Strings
     add_special_tokens: bool = True
     prompt_name: str | None = None
 
 
-class DecodeRequest(BaseModel):
+class DecodeRequest(Fields):
     ids: inputs.ListsOfIds
     skip_special_tokens: bool = True
 
@@ -89,7 +92,9 @@ def check_prompt_name(server: Server, name: str | None) -> None:
     if name is not None and name not in prompts:
         known = ", ".join(f'"{prompt}"' for prompt in prompts)
         raise Unusable(
-            "prompt", f"prompt_name {name!r} is none of the model's. Available prompts: [{known}]", "prompt_name"
+            "prompt",
+            f"prompt_name {inputs.shown(name)} is none of the model's. Available prompts: [{known}]",
+            "prompt_name",
         )
 
 
@@ -100,12 +105,13 @@ async def embed(body: EmbedRequest, request: Request) -> Response:
     server.check_task(request, "embed")
     found, call = inputs.texts(body.inputs, "inputs", server.settings.max_inputs), call_of(server, request, body)
     check_prompt_name(server, body.prompt_name)
+    server.tasks.check_dim(body.dimensions)
     pooled, _ = await server.tasks.embed(call, found.values, found.names, body.prompt_name)
     return replies.answer(request, call, server.tasks.embeddings(pooled, body.normalize, body.dimensions))
 
 
 @routes.post("/embed_all")
-async def embed_all(body: EmbedRequest, request: Request) -> Response:
+async def embed_all(body: EmbedAllRequest, request: Request) -> Response:
     """Return the hidden states of all tokens of each input, those of its special tokens and its prompt included."""
     server = server_of(request)
     server.check_task(request, "embed")
@@ -121,7 +127,7 @@ async def similarity(body: SimilarityRequest, request: Request) -> Response:
     server.check_task(request, "embed")
     given, options = body.inputs, body.parameters or SimilarityParameters()
     found = inputs.strings(given.sentences, "inputs.sentences", server.settings.max_inputs)
-    call = call_of(server, request, options)
+    call = call_of(server, request, body.model_copy(update=options.model_dump(exclude_unset=True)))
     check_prompt_name(server, options.prompt_name)
     texts, names = [given.source_sentence, *found.values], ["inputs.source_sentence", *found.names]
     pooled, _ = await server.tasks.embed(call, texts, names, options.prompt_name)

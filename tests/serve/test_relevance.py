@@ -116,7 +116,7 @@ def test_documents_that_do_not_fit_are_refused_or_cut_and_counted(client):
         ({"top_n": 0}, 400, "top_n must be a whole number from 1, got 0"),
         ({"max_tokens_per_doc": 9}, 400, "max_tokens_per_doc is 9; documents are read whole"),
         ({"model": "another"}, 404, "the model 'another' is not served here; 'ranker' is"),
-        ({"query": 7}, 400, "query: input should be a valid string"),
+        ({"query": 7}, 400, "query is 7; it must be a string"),
         ({"instruction": "w1"}, 400, 'the request has an "instruction", which a cross-encoder does not take'),
         ({"documents": ["w1"] * 1025}, 400, "documents has 1,025 inputs, and the most are 1,024"),
     ],

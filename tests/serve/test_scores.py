@@ -132,7 +132,7 @@ def test_label_tokens_have_the_probabilities_of_the_next_token(client, model, to
         ({"temperature": 0.7}, "temperature", "temperature is 0.7"),
         ({"best_of": 3}, "best_of", "best_of is 3"),
         ({"suffix": "x"}, "suffix", "suffix is 'x'"),
-        ({"logprobs": 21}, "logprobs", "logprobs: input should be less than or equal to 20"),
+        ({"logprobs": 21}, "logprobs", "logprobs is 21; input should be less than or equal to 20"),
         ({"prompt": []}, "prompt", "prompt is an empty array"),
         ({"prompt": [[1, 340]]}, "prompt[0]", "prompt[0] holds 340; the model's token ids are from 0 to 339"),
         ({"prompt": [[1, True]]}, "prompt", "prompt[0] is an array of something else"),
