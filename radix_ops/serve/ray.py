@@ -59,17 +59,18 @@ def deployment(args: dict[str, Any]) -> serve.Application:
     except UsageError as error:
         raise UserError(str(error)) from error
     actor = {"num_cpus": given.threads or 1, "num_gpus": int(_wants_gpu(given.device))}
-    defaults: dict[str, Any] = {
+    chosen: dict[str, Any] = {
         "name": NAME,
-        "ray_actor_options": actor,
         # The replica's own queue makes its batches, so Ray holds back what exceeds that queue alone.
         "max_ongoing_requests": given.max_queued_requests,
         "max_queued_requests": given.max_queued_requests,
         "backpressure_config": {"status_code": 429, "retry_after_s": _RETRY_AFTER},
         "graceful_shutdown_timeout_s": given.shutdown_grace + _MARGIN,
+        **options,
+        "ray_actor_options": actor | dict(options.get("ray_actor_options") or {}),
     }
     try:
-        found = serve.deployment(_Replica).options(**defaults | dict(options))
+        found = serve.deployment(_Replica).options(**chosen)
     except (TypeError, ValueError) as error:
         raise UserError(f"ray: {error}") from error
     return found.bind(given)
@@ -92,11 +93,13 @@ class _Replica:
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application, whose model is loaded. Ray calls it before the replica takes requests."""
         self._logs.__enter__()
-        args, gpus = self._args, ray.get_runtime_context().get_accelerator_ids().get("GPU", ())
-        if args.device is None:
-            args.device = "cuda" if gpus else "cpu"
-        elif args.device.startswith("cuda") and not gpus:
-            raise UserError(f"device is {args.device!r}, and Ray gives the replica no GPU; set num_gpus")
+        args, has_gpu = self._args, bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
+        if _wants_gpu(args.device) and not has_gpu:
+            raise UserError(
+                f"Ray gives the replica no GPU, and device is {args.device or 'cuda, as the cluster has GPUs'}; set "
+                "num_gpus in ray_actor_options to 1, or device to cpu"
+            )
+        args.device = args.device or ("cuda" if has_gpu else "cpu")
         app = await asyncio.to_thread(make_app, args)
         app.add_middleware(_Named, name=serve.get_replica_context().replica_id.unique_id)
         self._server = app.state.server

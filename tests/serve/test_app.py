@@ -7,6 +7,7 @@ import re
 import pytest
 
 from helpers.language_models import embedding_tokenizer, needs_hf, tiny_model
+from helpers.processes import run_python
 from helpers.serving import httpx, served
 from radix_ops.engine import Embedder
 from radix_ops.engine.errors import UserError
@@ -232,3 +233,11 @@ def test_logs_tell_routes_and_counts_and_no_text(client, caplog):
     count = len(embedding_tokenizer()("an unusual sentence")["input_ids"])
     assert (record.fields["status"], record.fields["tokens"]) == (200, count)
     assert "unusual" not in str(record.fields) + record.getMessage()
+
+
+def test_the_host_on_ray_names_the_library_that_it_lacks():
+    done = run_python("-c", "import sys; sys.modules['ray'] = None; import radix_ops.serve.ray")
+    assert done.stderr.strip().splitlines()[-1] == (
+        "ImportError: radix_ops.serve.ray needs ray >= 2.60, which is not installed; in a checkout of radix_ops: "
+        "pip install --no-build-isolation '.[serve-ray]'"
+    )

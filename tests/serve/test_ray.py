@@ -3,7 +3,6 @@
 import asyncio
 import concurrent.futures
 import contextlib
-import os
 import secrets
 import shutil
 import socket
@@ -49,7 +48,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url():
-    """Start a Ray of its own and return the address that Serve answers at."""
+    """Start a Ray of its own, which believes in a GPU, and return the address that Serve answers at."""
     folder = tempfile.mkdtemp(prefix="ray")  # whose sockets need a short name
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -60,8 +59,8 @@ def url():
     patch.setenv("OMP_NUM_THREADS", "1")
     try:
         ray.init(
-            address="local", num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, _temp_dir=folder,
-            logging_level="error", log_to_driver=False,
+            address="local", num_cpus=2, num_gpus=1, object_store_memory=100 * 2**20, include_dashboard=False,
+            _temp_dir=folder, logging_level="error", log_to_driver=False,
         )  # fmt: skip
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         yield f"http://127.0.0.1:{port}"
@@ -276,6 +275,17 @@ def test_a_model_that_cannot_be_loaded_fails_the_deployment(url, model, tmp_path
     assert str(broken) in message
 
 
+def test_a_replica_without_a_gpu_of_the_clusters_does_not_compute_on_the_cpu(url, model):
+    given = options(model, ray_actor_options={"num_cpus": 0.5, "num_gpus": 0}, max_constructor_retry_count=1)
+    del given["device"]
+    serve.delete("default")
+    with pytest.raises(RuntimeError, match="Failed to update"):
+        serve.run(deployment(given))
+    message = serve.status().applications["default"].deployments["radix_ops"].message
+    serve.delete("default")
+    assert "set num_gpus in ray_actor_options to 1, or device to cpu" in message
+
+
 def test_health_is_that_of_the_application(model, tmp_path):
     broken = shutil.copytree(model, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"nothing")
@@ -317,11 +327,12 @@ def test_what_cannot_be_used_is_an_error_before_anything_starts(given, message):
 
 def test_options_are_those_of_the_command(monkeypatch):
     monkeypatch.setenv("RADIX_OPS_MAX_QUEUED_REQUESTS", "7")
-    monkeypatch.setenv("RADIX_OPS_PORT", "1")
     given = {"model": "m", "plain": "true", "shutdown_grace": 5, "threads": "3", "device": "cuda"}
     found = deployment(given)._bound_deployment
     args = found.init_args[0]
     assert (args.model, args.plain, args.warm_up, args.shutdown_grace, args.threads) == ("m", True, False, 5.0, 3)
     assert found.max_ongoing_requests == args.max_queued_requests == 7
     assert found.ray_actor_options == {"num_cpus": 3, "num_gpus": 1}
-    assert os.environ["RADIX_OPS_PORT"] == "1"
+    given["ray"] = {"ray_actor_options": {"num_cpus": 2}, "max_ongoing_requests": 9}
+    found = deployment(given)._bound_deployment
+    assert (found.ray_actor_options, found.max_ongoing_requests) == ({"num_cpus": 2, "num_gpus": 1}, 9)
