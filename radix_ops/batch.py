@@ -186,39 +186,6 @@ class FoldedBatch:
             return self._moved(lambda tensors: copy_together(tensors, device))
         return self._moved(lambda tensors: [x.to(device, non_blocking=non_blocking) for x in tensors])
 
-    def _padded_to(self, num_rows: int) -> FoldedBatch:
-        """Return the batch with nodes of one more run behind its own, up to `num_rows`, in place of padding rows.
-
-        They repeat the first row, which is there: finite where it is, so what a loss gives them, zero, stays zero in
-        sums over rows. No sequence has them, and no other row sees them.
-        """
-        num_nodes, num_keys = self.num_nodes, self.kv_index.shape[0]
-        count, total = num_rows - num_nodes, num_keys + num_rows - num_nodes
-        if count == 0:
-            return self
-        longest = max(num_rows, total, self.num_sequences)
-        ramp = torch.arange(longest + 1, dtype=self.kv_index.dtype, device=self.kv_index.device)
-
-        def repeated(x: Tensor, at: int = 0) -> Tensor:
-            return torch.cat([x[:num_nodes], x[at].expand(count)])
-
-        return dataclasses.replace(
-            self,
-            input_ids=repeated(self.input_ids),
-            position_ids=repeated(self.position_ids),
-            fold_index=repeated(self.fold_index),
-            unfold_indptr=torch.cat([self.unfold_indptr[: num_nodes + 1], self.unfold_indptr[-1].expand(count)]),
-            run_sequences=torch.cat([self.run_sequences, ramp[self.num_sequences : self.num_sequences + 1]]),
-            cu_seqlens_q=torch.cat([self.cu_seqlens_q, ramp[num_rows : num_rows + 1]]),
-            cu_seqlens_k=torch.cat([self.cu_seqlens_k, ramp[total : total + 1]]),
-            kv_index=torch.cat([self.kv_index, ramp[num_nodes:num_rows]]),
-            kv_indptr=torch.cat([self.kv_indptr[: num_nodes + 1], ramp[num_keys + 1 : total + 1]]),
-            kv_members=torch.cat([self.kv_members, ramp[num_keys:total]]),
-            num_nodes=num_rows,
-            max_seqlen_q=max(self.max_seqlen_q, count),
-            max_seqlen_k=max(self.max_seqlen_k, count),
-        )
-
     def pin_memory(self) -> FoldedBatch:
         """Return the batch, which must be on the CPU, with its tensors side by side in pinned memory.
 

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from . import classifying
-from ._engine import DTypeName, Engine, Layout, OnProgress, check_count, check_flags
+from ._engine import Engine, Layout, OnProgress
+from .arguments import DTypeName, check_count, check_flags
 from .batches import Compute
 from .classifying import PROBLEMS, Row
 from .errors import UserError, options_as_arguments

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from . import embedding, ids
-from ._engine import DTypeName, Engine, Layout, OnProgress, check_count, check_flags, numbered, windows, with_progress
+from ._engine import Engine, Layout, OnProgress, numbered, windows, with_progress
+from .arguments import DTypeName, check_count, check_flags
 from .batches import Compute
 from .embedding import Text, Texts
 from .errors import UserError, options_as_arguments

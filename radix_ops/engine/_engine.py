@@ -18,15 +18,16 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView, Set
-from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from .._attention import LAYOUTS, Layout
+from .._attention import Layout
 from ..plan.budget import Budget, find_budget
 from . import ids
+from .arguments import DTypeName, check_flags, check_options, dtype_name
 from .batches import Compute, OnBatch, Pass, RunStats
 from .errors import UserError, WrongType, options_as_arguments
 from .inputs import Record, kind_of
@@ -51,9 +52,6 @@ I = TypeVar("I")  # noqa: E741 (an item)
 E = TypeVar("E", bound="Engine")
 OnProgress = Callable[[int, int], object]
 
-DTypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
-_DTYPES: tuple[DTypeName, ...] = get_args(DTypeName)
-
 
 class Engine(ABC, Generic[I]):
     """A model, its tokenizer and how it is run; see `Scorer` for the arguments."""
@@ -75,7 +73,7 @@ class Engine(ABC, Generic[I]):
         plain: bool,
         trust_remote_code: bool,
     ):
-        _check_options(layout, token_budget)
+        check_options(layout, token_budget)
         check_flags(plain=plain, trust_remote_code=trust_remote_code)
         self.layout, self.plain, self._trust = layout, plain, trust_remote_code
         self._budget = None if token_budget is None else Budget(token_budget)
@@ -92,7 +90,7 @@ class Engine(ABC, Generic[I]):
         elif isinstance(model, (str, os.PathLike)):
             self.name = os.fspath(model)
             self._source = source or self.name
-            self._device, self._dtype = find_device(device), _dtype_name(dtype)
+            self._device, self._dtype = find_device(device), dtype_name(dtype)
             self.config = load_config(self._source, trust_remote_code=trust_remote_code)
         else:
             config_of(model)  # which refuses it
@@ -378,30 +376,3 @@ def with_progress(on_batch: OnBatch, items: Items, on_progress: OnProgress | Non
         on_progress(done, total)
 
     return report
-
-
-def _check_options(layout: str, token_budget: int | None) -> None:
-    if not isinstance(layout, str) or layout not in LAYOUTS:
-        raise UserError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
-    check_count("token_budget", token_budget)
-
-
-def check_flags(**flags: object) -> None:
-    """UserError for an argument that is neither True nor False."""
-    for name, value in flags.items():
-        if not isinstance(value, (bool, np.bool_)):
-            raise UserError(f"{name} must be True or False, got {value!r}")
-
-
-def check_count(name: str, value: int | None) -> None:
-    """UserError unless the argument is a whole number from 1, or None."""
-    if value is None or (isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 1 <= value < 2**31):
-        return
-    raise UserError(f"{name} must be a whole number from 1 to {2**31 - 1}, or None, got {value!r}")
-
-
-def _dtype_name(dtype: DTypeName | torch.dtype | None) -> str | None:
-    name = None if dtype is None else str(dtype).removeprefix("torch.")
-    if name not in (None, *_DTYPES):
-        raise UserError(f"dtype must be one of {', '.join(_DTYPES)}, or None, got {dtype!r}")
-    return name

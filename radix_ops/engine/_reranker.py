@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from . import reranking
-from ._engine import DTypeName, Engine, Layout, OnProgress, check_count, check_flags, iterator_of
+from ._engine import Engine, Layout, OnProgress, iterator_of
+from .arguments import DTypeName, check_count, check_flags
 from .batches import Compute
 from .cross_encoders import READINGS, CrossEncoder, chat_of, check_head, find_cross_encoder, template_of
 from .errors import UserError, options_as_arguments

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from . import blanks, rolling, scoring
-from ._engine import DTypeName, Engine, Layout, OnProgress, check_count, check_flags, numbered
+from ._engine import Engine, Layout, OnProgress, numbered
+from .arguments import DTypeName, check_count, check_flags
 from .batches import Compute
 from .chat import prompter
 from .errors import UserError, options_as_arguments

@@ -19,6 +19,7 @@ from .buckets import Sizes, sizes_of
 from .capture import Captured, Memory
 from .circumstances import settings, why_eager
 from .inputs import StaticInputs
+from .padding import padded_to
 from .shelf import Shelf
 from .watch import Forwards, Watch, why_not
 
@@ -77,7 +78,7 @@ class Call:
             # A row that the batch does not have must stay one.
             there = torch.where(rows < self.batch.num_rows, rows, -1)
             rows = torch.cat([there, there.new_zeros(sizes.wanted - count)])
-        return self.compute(self.batch._padded_to(sizes.rows), self.layout, rows)[:count]
+        return self.compute(padded_to(self.batch, sizes.rows), self.layout, rows)[:count]
 
 
 class CapturedForwards:

@@ -15,6 +15,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .._attention import AttentionPlan, Layout, attend, cast_for_autocast, check_attention, plan_attention
 from ..batch import FoldedBatch, fold, fold_padded
+from ..graphs.padding import padded_to
 from .proofs import class_of, proof_of
 from .twins import shallow_copy, twin_of
 
@@ -109,7 +110,7 @@ def run_rows(
     if wants_hidden_states(stack, further):
         # The twin shares the hooks of the stack's modules, but not the note that they are there.
         maybe_install_capturing_hooks(stack)
-    padded = batch._padded_to(num_rows)
+    padded = padded_to(batch, num_rows)
     call = _FoldedCall(padded, plan_attention(padded, layout))
     outputs = class_of(stack).forward(
         _with_our_attention(stack),

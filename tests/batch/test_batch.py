@@ -54,24 +54,6 @@ def test_pack_is_the_plan_of_a_batch_with_nothing_to_fold():
     )
 
 
-@pytest.mark.parametrize("pad_multiple_of", [1, 8])
-def test_padding_nodes_are_a_run_of_their_own(sequences, pad_multiple_of):
-    """What attention reads is that of the fold of one more sequence, which shares nothing."""
-    batch = FoldedBatch.from_sequences(sequences, pad_multiple_of=pad_multiple_of)
-    if batch.num_nodes == 0:
-        return
-    for num_rows in (batch.num_rows, batch.num_rows + 1, batch.num_rows + 300):
-        padding = num_rows - batch.num_nodes
-        padded = batch._padded_to(num_rows)
-        want = FoldedBatch.from_sequences([*sequences, *([[10**6] * padding] if padding else [])])
-        for name in ("run_sequences", "cu_seqlens_q", "cu_seqlens_k", "kv_index", "kv_indptr", "kv_members"):
-            assert torch.equal(getattr(padded, name), getattr(want, name)), name
-        for name in ("num_rows", "num_nodes", "max_seqlen_q", "max_seqlen_k"):
-            assert getattr(padded, name) == getattr(want, name), name
-        assert torch.equal(padded.unfold(padded.input_ids), batch.unfold(batch.input_ids))
-        assert padded.input_ids[batch.num_nodes :].eq(batch.input_ids[0]).all()
-
-
 def test_pack_does_not_share():
     batch = radix_ops.pack(*pack(NAMED["identical"])[::2])
     assert batch.compact_ratio == 1.0

@@ -19,45 +19,26 @@ import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import radix_ops
 from helpers.batches import NAMED
-from helpers.qwen3_models import FILLED, VOCABULARY, oracle, run_theirs
-from radix_ops import FoldedBatch
+from helpers.graph_batches import ALONE, LIKE_SHARED, NESTED, SHARED, folded, packed
+from helpers.qwen3_models import FILLED, VOCABULARY, run_theirs
 from radix_ops.graphs import capture, shelf
 from radix_ops.models.qwen3 import Qwen3ForCausalLM, Qwen3Model
 
 pytestmark = pytest.mark.cuda
 
-SHARED = [[7] * 3 + [i % 50 for i in range(190)] + [51 + i] * (3 + 40 * i) for i in range(4)]
-LIKE_SHARED = [[5] * 3 + [i % 40 for i in range(191)] + [50 + i] * (4 + 39 * i) for i in range(4)]  # of its sizes
 BATCHES = {name: NAMED[name] for name in FILLED} | {
     "long shared prefix": SHARED,
-    "long nested": [*SHARED, SHARED[0][:100], *([*SHARED[1][:150], 9, i] for i in range(4)), SHARED[2], [5] * 300],
-    "nothing shared": [[i] * (40 + i) for i in range(6)],
+    "long nested": NESTED,
+    "nothing shared": ALONE,
 }
 LAYOUTS = ("auto", "compact", "trie")
 HALF = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("qwen3")
-    oracle(folder, hidden_size=64, intermediate_size=96, head_dim=16, max_position_embeddings=8192)
-    return folder
-
-
 @pytest.fixture
 def model(folder):
     return Qwen3Model.from_pretrained(folder, torch.bfloat16, "cuda")
-
-
-def folded(sequences=SHARED):
-    return FoldedBatch.from_sequences(sequences, device="cuda")
-
-
-def packed(sequences=SHARED):
-    ids = torch.tensor([token for s in sequences for token in s]).cuda()
-    return radix_ops.pack(ids, torch.tensor([0, *map(len, sequences)]).cumsum(0).cuda())
 
 
 def replayed(model, batch, layout="auto", **options):

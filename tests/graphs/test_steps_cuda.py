@@ -12,24 +12,13 @@ import transformers
 import radix_ops
 import radix_ops.losses
 from helpers.batches import NAMED
-from helpers.qwen3_models import FILLED, oracle, run_theirs
-from radix_ops import FoldedBatch
+from helpers.graph_batches import ALONE, LIKE_SHARED, NESTED, SHARED, folded, packed
+from helpers.qwen3_models import FILLED, run_theirs
 from radix_ops.models.qwen3 import Qwen3ForCausalLM, Qwen3Model
 
 pytestmark = pytest.mark.cuda
 
-SHARED = [[7] * 3 + [i % 50 for i in range(190)] + [51 + i] * (3 + 40 * i) for i in range(4)]
-LIKE_SHARED = [[5] * 3 + [i % 40 for i in range(191)] + [50 + i] * (4 + 39 * i) for i in range(4)]  # of its sizes
-NESTED = [*SHARED, SHARED[0][:100], *([*SHARED[1][:150], 9, i] for i in range(4)), SHARED[2], [5] * 300]
-ALONE = [[i] * (40 + i) for i in range(6)]
 HALF = (torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("qwen3")
-    oracle(folder, hidden_size=64, intermediate_size=96, head_dim=16, max_position_embeddings=8192)
-    return folder
 
 
 @pytest.fixture
@@ -37,15 +26,6 @@ def model(folder):
     model = Qwen3Model.from_pretrained(folder, torch.bfloat16, "cuda").train()
     model.training_graphs = True
     return model
-
-
-def folded(sequences=SHARED):
-    return FoldedBatch.from_sequences(sequences, device="cuda")
-
-
-def packed(sequences=SHARED):
-    ids = torch.tensor([token for s in sequences for token in s]).cuda()
-    return radix_ops.pack(ids, torch.tensor([0, *map(len, sequences)]).cumsum(0).cuda())
 
 
 def loss_of(model, batch, layout="auto", rows=None):
