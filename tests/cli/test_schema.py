@@ -54,7 +54,7 @@ INPUTS = {
 
 
 def test_every_command_that_writes_lines_is_tried():
-    assert {*INPUTS, "inspect", "schema", "completion"} == set(COMMANDS)
+    assert {*INPUTS, "inspect", "schema", "completion", "serve"} == set(COMMANDS)
 
 
 @pytest.mark.parametrize(("command", "lines"), [(name, lines) for name in INPUTS for lines in INPUTS[name]])
