@@ -35,7 +35,13 @@ from pathlib import Path
 
 site, modules, data = Path(sys.argv[1]), sys.argv[2].split(), sys.argv[3].split()
 for name in modules:
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        if error.name != "ray":  # of 470 MB, which `make test-ray` alone installs
+            raise
+        assert site.joinpath(*name.split(".")).with_suffix(".py").is_file(), name
+        continue
     assert Path(module.__file__).is_relative_to(site), f"{name} comes from {module.__file__}"
 for name in data:
     files("radix_ops").joinpath(name).read_bytes()
