@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pyarrow
 import pytest
 import torch
+import yaml
 from pyarrow import parquet
 
 import radix_ops
@@ -180,7 +181,22 @@ def test_there_are_snippets_outputs_and_commands():
     assert len(SNIPPETS) >= 12
     assert any(block.output for block in BLOCKS if block.language == "python")
     assert {command.values[0].split()[0] for command in COMMANDS} >= {"make", "pip", "radix-ops"}
-    assert {block.language for block in BLOCKS} <= {"bash", "json", "python", "text", "toml"}
+    assert {block.language for block in BLOCKS} <= {"bash", "json", "python", "text", "toml", "yaml"}
+
+
+def test_applications_of_a_cluster_name_options_of_the_server():
+    applications = [
+        application
+        for block in BLOCKS
+        if block.language == "yaml"
+        for application in yaml.safe_load(block.text)["applications"]
+    ]
+    assert applications
+    for application in applications:
+        module, name = application["import_path"].split(":")
+        assert re.search(rf"^def {name}\(", (ROOT / f"{module.replace('.', '/')}.py").read_text(), re.MULTILINE)
+        options = radix_ops_command.options_of("serve", application["args"], "args")
+        assert options.model == application["args"]["model"]
 
 
 def without_numbers(text: str) -> str:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, overload
 
 import numpy as np
-
-Count = TypeVar("Count", int, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,13 @@ class ForwardCost:
             if not 0 <= flops <= 1e30:
                 raise ValueError(f"{name} must be FLOPs from 0 to 1e30, got {flops}")
 
-    def of(self, num_rows: Count, num_keys: Callable[[int | None], Count]):
+    @overload
+    def of(self, num_rows: int, num_keys: Callable[[int | None], int]) -> float: ...
+
+    @overload
+    def of(self, num_rows: np.ndarray, num_keys: Callable[[int | None], np.ndarray]) -> np.ndarray: ...
+
+    def of(self, num_rows: Any, num_keys: Callable[[int | None], Any]) -> Any:
         """Return the FLOPs of rows that attend to num_keys(window) keys in all, where a row sees at most `window`; an
         array of those of each batch where the numbers are arrays."""
         return self.linear * num_rows + sum(flops * num_keys(window) for window, flops in self.attention.items())
