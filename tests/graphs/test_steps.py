@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 
-from helpers.captured_steps import HostMemory, StandIn
+from helpers.captured_steps import HostMemory, StandIn, eager_step, gradients
 from helpers.qwen3_models import oracle, run_theirs
 from radix_ops import FoldedBatch
 from radix_ops.graphs import forwards, steps
@@ -46,20 +46,8 @@ def loss_of(model, batch, layout="trie", rows=None):
     return model(batch, layout, rows).float().square().sum()
 
 
-def gradients(model):
-    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
-
-
 def eager(model, *arguments):
-    """Return the loss and the gradients of a step without graphs, which stay as they are."""
-    model._training_graphs = False
-    model.zero_grad()
-    loss = loss_of(model, *arguments)
-    loss.backward()
-    got = gradients(model)
-    model.zero_grad()
-    model._training_graphs = True
-    return loss.detach(), got
+    return eager_step(model, loss_of, *arguments)
 
 
 def assert_equal(got, want):

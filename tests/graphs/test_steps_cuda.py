@@ -12,6 +12,7 @@ import transformers
 import radix_ops
 import radix_ops.losses
 from helpers.batches import NAMED
+from helpers.captured_steps import eager_step, gradients
 from helpers.graph_batches import ALONE, LIKE_SHARED, NESTED, SHARED, folded, packed
 from helpers.qwen3_models import FILLED, run_theirs
 from radix_ops.models.qwen3 import Qwen3ForCausalLM, Qwen3Model
@@ -36,19 +37,8 @@ def batch_sum(hidden):
     return (hidden.float().square() * torch.linspace(0.1, 1, hidden.shape[1], device="cuda")).sum()
 
 
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
 def eager(model, *arguments):
-    model._training_graphs = False
-    model.zero_grad()
-    loss = loss_of(model, *arguments)
-    loss.backward()
-    got = gradients(model)
-    model.zero_grad()
-    model._training_graphs = True
-    return loss.detach(), got
+    return eager_step(model, loss_of, *arguments)
 
 
 def capture(model, batch, *arguments):

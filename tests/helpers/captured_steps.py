@@ -43,3 +43,19 @@ class StandIn:
 class HostMemory(step.StepMemory):
     def __init__(self, device):
         self.device, self._awaited = device, None
+
+
+def gradients(model):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def eager_step(model, loss_of, *arguments):
+    """Return the loss and the gradients of a step without graphs, which stay as they are."""
+    model._training_graphs = False
+    model.zero_grad()
+    loss = loss_of(model, *arguments)
+    loss.backward()
+    got = gradients(model)
+    model.zero_grad()
+    model._training_graphs = True
+    return loss.detach(), got
